@@ -1,0 +1,53 @@
+"""Elastic BERT on the Hugging Face Hub: train one supernet, cut out the subnet that fits.
+
+Importing the package registers SuperShaper with the Auto classes of transformers.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_supershaper import SuperShaperConfig
+from .modeling_supershaper import (
+    SuperShaperForMaskedLM,
+    SuperShaperForMultipleChoice,
+    SuperShaperForQuestionAnswering,
+    SuperShaperForSequenceClassification,
+    SuperShaperForTokenClassification,
+    SuperShaperModel,
+)
+from .shapes import SearchSpace
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("supershaper", SuperShaperConfig)
+SuperShaperConfig.register_for_auto_class()
+for auto_class, model_class in {
+    AutoModel: SuperShaperModel,
+    AutoModelForMaskedLM: SuperShaperForMaskedLM,
+    AutoModelForSequenceClassification: SuperShaperForSequenceClassification,
+    AutoModelForTokenClassification: SuperShaperForTokenClassification,
+    AutoModelForQuestionAnswering: SuperShaperForQuestionAnswering,
+    AutoModelForMultipleChoice: SuperShaperForMultipleChoice,
+}.items():
+    auto_class.register(SuperShaperConfig, model_class)
+    # Saving then copies the modeling files beside the weights, so the folder loads without this package.
+    model_class.register_for_auto_class(auto_class.__name__)
+
+__all__ = [
+    "SearchSpace",
+    "SuperShaperConfig",
+    "SuperShaperForMaskedLM",
+    "SuperShaperForMultipleChoice",
+    "SuperShaperForQuestionAnswering",
+    "SuperShaperForSequenceClassification",
+    "SuperShaperForTokenClassification",
+    "SuperShaperModel",
+]

@@ -1,0 +1,172 @@
+"""The search space: which shapes a supernet can take, how to draw them, and the hand-crafted ones by name.
+
+Example:
+    >>> from supershaper_hf import SearchSpace, SuperShaperConfig
+    >>> space = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996))
+    >>> space.size
+    13841287201
+    >>> space.num_parameters(space.smallest)
+    33219652
+    >>> space.named_shape("rectangle", max_parameters=63_000_000)
+    [360, 360, 360, 360, 360, 360, 360, 360, 360, 360, 360, 360]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+
+from .configuration_supershaper import SuperShaperConfig
+from .costs import ChainCost, chain_cost, flops_cost, parameter_cost
+
+
+# Relative widths from the first layer to the last. The hand-crafted ones are the paper's comparisons at 63-65 M
+# parameters; "supershaper" is its published heuristic: first layer at the mean, 2-4 narrow, the top wide.
+PROFILES: dict[str, list[float]] = {
+    "rectangle": [1] * 12,
+    "bottle": [120] * 6 + [600] * 5 + [768],
+    "inverted_bottle": [768] + [600] * 5 + [120] * 6,
+    "diamond": [120, 240, 360, 480, 480, 540, 768, 540, 480, 360, 240, 120],
+    "inverted_diamond": [768, 600, 360, 240, 240, 120, 120, 240, 240, 360, 600, 768],
+    "lower_triangle": [120, 120, 240, 240, 360, 360, 360, 480, 540, 540, 600, 768],
+    "upper_triangle": [768, 600, 540, 540, 480, 360, 360, 360, 240, 240, 120, 120],
+    "supershaper": [0.99, 0.58, 0.58, 0.63, 0.99, 0.99, 0.99, 0.99, 1.25, 1.25, 1.39, 1.39],
+}
+SHAPE_NAMES = [*PROFILES, "first_layers"]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All shapes of one supernet: `width_choices` for every layer.
+
+    Args:
+        config: The supernet's configuration.
+
+    Raises:
+        ValueError: If `config` belongs to a subnet, which has one shape only.
+    """
+
+    config: SuperShaperConfig
+
+    def __post_init__(self) -> None:
+        if self.config.width_choices is None:
+            raise ValueError(
+                f"This configuration belongs to a subnet with fixed hidden_sizes={self.config.hidden_sizes}. "
+                "Make the search space from the supernet's configuration."
+            )
+
+    @classmethod
+    def from_config(cls, config: SuperShaperConfig) -> "SearchSpace":
+        return cls(config)
+
+    @property
+    def width_choices(self) -> list[int]:
+        return list(self.config.width_choices or [])
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def size(self) -> int:
+        """Number of shapes that drop no layer."""
+        return len(self.width_choices) ** self.num_layers
+
+    @property
+    def largest(self) -> list[int]:
+        return [self.width_choices[-1]] * self.num_layers
+
+    @property
+    def smallest(self) -> list[int]:
+        """Every layer at the smallest width choice, none dropped."""
+        return [self.width_choices[0]] * self.num_layers
+
+    def validate(self, shape: Sequence[int]) -> list[int]:
+        """Return `shape` as a list of Python integers, or raise: see `SuperShaperConfig.normalize_shape`."""
+        return self.config.normalize_shape(shape)
+
+    def sample(self, n: int, seed: int | Sequence[int]) -> np.ndarray:
+        """Draw `n` shapes, each layer's width uniform over the choices: an integer array (n, layers).
+
+        The same seed gives the same shapes everywhere; `seed=(seed, step)` gives each training step its own.
+        """
+        return np.random.default_rng(seed).choice(self.width_choices, size=(n, self.num_layers))
+
+    @overload
+    def num_parameters(self, shapes: Sequence[int]) -> int: ...
+    @overload
+    def num_parameters(self, shapes: np.ndarray) -> "int | np.ndarray": ...
+    def num_parameters(self, shapes):
+        """Return the number of parameters of the masked-LM subnet at each shape, tied weights once.
+
+        Args:
+            shapes: One shape, or an integer array (n, layers).
+
+        Returns:
+            An int for one shape, an integer array (n,) for many.
+        """
+        return self._cost(parameter_cost(self.config), shapes)
+
+    @overload
+    def flops(self, shapes: Sequence[int], sequence_length: int) -> int: ...
+    @overload
+    def flops(self, shapes: np.ndarray, sequence_length: int) -> "int | np.ndarray": ...
+    def flops(self, shapes, sequence_length):
+        """Return the operations of one forward pass over one sequence of `sequence_length` tokens: see `costs`."""
+        return self._cost(flops_cost(self.config, sequence_length), shapes)
+
+    def named_shape(self, name: str, max_parameters: int) -> list[int]:
+        """Return the largest shape with the profile `name` whose subnet has at most `max_parameters`.
+
+        Args:
+            name: One of `SHAPE_NAMES`. A profile is stretched over the layers, scaled, and rounded to the nearest
+                width choices; `"first_layers"` keeps the first layers at full width and drops the rest.
+            max_parameters: Budget in parameters of the masked-LM subnet.
+
+        Raises:
+            ValueError: If the name is unknown, or even the smallest shape of this profile exceeds the budget.
+        """
+        candidates = self._first_layers() if name == "first_layers" else self._scaled(name)
+        sizes = self._cost(parameter_cost(self.config), candidates)
+        fits = np.flatnonzero(sizes <= max_parameters)
+        if len(fits) == 0:
+            raise ValueError(
+                f"max_parameters={max_parameters:,} is below the smallest {name!r} subnet, which has {sizes.min():,} "
+                f"parameters (the smallest subnet of any shape without dropped layers: "
+                f"{self.num_parameters(self.smallest):,}). Raise the budget."
+            )
+        return candidates[fits[sizes[fits].argmax()]].tolist()
+
+    def _first_layers(self) -> np.ndarray:
+        return np.tril(np.full((self.num_layers, self.num_layers), self.config.hidden_size))
+
+    def _scaled(self, name: str) -> np.ndarray:
+        """Return every shape that the profile takes on as its scale grows, from the smallest to the largest."""
+        if name not in PROFILES:
+            raise ValueError(f"Unknown shape name {name!r}. Allowed: {', '.join(SHAPE_NAMES)}.")
+        profile = PROFILES[name]
+        stretched = np.interp(np.linspace(0, 1, self.num_layers), np.linspace(0, 1, len(profile)), profile)
+        choices = np.array(self.width_choices)
+        # A layer's rounded width changes only where its scaled width crosses the middle between two choices.
+        middles = (choices[1:] + choices[:-1]) / 2
+        crossings = np.unique(np.divide.outer(middles, stretched))
+        scales = np.concatenate([[0.0], np.nextafter(crossings, np.inf)])
+        return choices[np.searchsorted(middles, scales[:, None] * stretched)]
+
+    def _cost(self, cost: ChainCost, shapes):
+        array = np.asarray(shapes)
+        if array.ndim == 1:
+            shape = np.array([self.validate(shapes)])
+            return int(chain_cost(cost, self.config.hidden_size, shape)[0])
+        if array.ndim != 2 or array.shape[1] != self.num_layers or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(
+                f"shapes must be an integer array (n, {self.num_layers}), got {array.dtype} {array.shape}. "
+                "For one shape, pass a list."
+            )
+        strange = ~np.isin(array, [0, *self.width_choices])
+        if strange.any():
+            self.validate(array[strange.any(axis=1)][0])  # raises, naming the width
+        if (~array.any(axis=1)).any():
+            self.validate(array[~array.any(axis=1)][0])
+        return chain_cost(cost, self.config.hidden_size, array)
