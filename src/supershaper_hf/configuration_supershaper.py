@@ -15,7 +15,7 @@ import copy
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -182,7 +182,8 @@ class SuperShaperConfig(PreTrainedConfig):
                 "Pass shape to the supernet it was cut from, or leave it out."
             )
         allowed = f"Allowed: {self.width_choices}, or 0 to drop the layer."
-        if isinstance(shape, (str, bytes)) or not hasattr(shape, "__len__"):
+        ordered = hasattr(shape, "__getitem__") and getattr(shape, "ndim", 1) > 0 and not isinstance(shape, Mapping)
+        if isinstance(shape, (str, bytes)) or not ordered:
             raise TypeError(f"shape={shape!r} must be a list of {self.num_hidden_layers} integers. {allowed}")
         if len(shape) != self.num_hidden_layers:
             raise ValueError(
@@ -225,7 +226,7 @@ def _as_list(shape: Any) -> Any:
 def _as_width(width: Any, layer: int, allowed: str) -> int:
     """Return an integer or NumPy integer as int; a bool, a float or a string is a mistake, not a width."""
     try:
-        if isinstance(width, bool) or getattr(getattr(width, "dtype", None), "kind", "i") == "b":
+        if isinstance(width, bool) or str(getattr(width, "dtype", "")) in ("bool", "torch.bool"):
             raise TypeError
         return operator.index(width)
     except TypeError:

@@ -4,6 +4,7 @@
 cuts a subnet out of a saved supernet tensor by tensor, for supernets that do not fit in memory beside their subnet.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -70,6 +71,8 @@ def from_bert(
             f"from_bert takes a folder, a Hub id or a BERT model of transformers, not {type(source).__name__}."
         )
     else:
+        if kwargs:
+            raise TypeError(f"from_bert: {sorted(kwargs)} only make sense for a checkpoint, not for a model in memory.")
         check_bert(source.config.to_dict(), type(source).__name__)
     bert_only = {"model_type", "is_decoder", "add_cross_attention", "use_cache", "position_embedding_type", "auto_map"}
     shared = {key: value for key, value in source.config.to_dict().items() if key not in bert_only}
@@ -127,7 +130,9 @@ def from_original(
     if isinstance(source, (str, Path)):
         try:
             source = torch.load(source, map_location="cpu", weights_only=True)
-        except (RuntimeError, UnpicklingError, EOFError) as error:
+        except FileNotFoundError:
+            raise
+        except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
             raise OSError(
                 f"{source} is truncated or is not a state dict saved by torch.save ({error}). Copy the file again."
             ) from error
@@ -160,7 +165,6 @@ def _load(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> tuple[
             "hidden_size, intermediate_size and max_position_embeddings."
         )
     keys = model.load_state_dict(tensors, strict=False)
-    model.tie_weights()
     return set(keys.missing_keys) - set(model.all_tied_weights_keys), set(keys.unexpected_keys)
 
 
@@ -207,6 +211,8 @@ def extract_from_folder(source: str | Path, shape: Sequence[int], target: str | 
     model_class = getattr(modeling_supershaper, name)
     dtype = config.dtype or torch.float32
     subnet = empty_model(model_class, config.subnet_config(shape)).to(dtype)
+    if getattr(subnet, "pooler", None) is not None and "pooler.dense.weight" not in weight_files(source):
+        subnet.pooler = None  # saved from a SuperShaperModel without one
     load = _tensor_loader(source, empty_model(model_class, config).state_dict())
     # A narrowed tensor is a view of the whole one: clone it, so that the whole one can be freed.
     tensors = {
@@ -249,13 +255,17 @@ def weight_files(folder: Path) -> dict[str, Path]:
         OSError: If one is truncated.
     """
     index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
-    paths = sorted(folder.glob("model-*-of-*.safetensors")) if index.exists() else [single]
+    if index.exists():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        paths = [folder / shard for shard in sorted(set(shards))]
+    else:
+        paths = [single]
     files: dict[str, Path] = {}
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(
-                f"{folder} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}. Save the supernet with "
-                "save_pretrained first."
+                f"{path} does not exist: {folder} needs {SAFE_WEIGHTS_NAME}, or {SAFE_WEIGHTS_INDEX_NAME} and its "
+                "shards. Save the supernet with save_pretrained first."
             )
         try:
             with safe_open(path, framework="pt") as file:

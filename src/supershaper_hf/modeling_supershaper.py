@@ -188,16 +188,16 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
             subnet.push_to_hub(repo_id, **push_kwargs)
         return subnet
 
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Publish a complete repository: see `supershaper_hf.hub.push_to_hub`.
+    def push_to_hub(self, repo_id: str, tokenizer: Any = None, **kwargs: Any) -> Any:
+        """Publish a complete repository, card and code included: see `supershaper_hf.hub.push_to_hub`.
 
         As remote code, without the package, this is the method of every other transformers model.
         """
         try:
             from supershaper_hf.hub import push_to_hub
         except ImportError:
-            return super().push_to_hub(repo_id, *args, **kwargs)
-        return push_to_hub(self, None, repo_id, *args, **kwargs)
+            return super().push_to_hub(repo_id, **kwargs)
+        return push_to_hub(self, tokenizer, repo_id, **kwargs)
 
 
 class SuperShaperModel(SuperShaperPreTrainedModel):
@@ -306,17 +306,20 @@ class SuperShaperForMaskedLM(SuperShaperPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         shape: Sequence[int] | None = None,
+        sparse_prediction: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """Predict tokens; `labels` (batch, length) hold the token to predict, or -100 where none is asked for.
 
-        With `config.sparse_prediction` and labels, the logits are (labelled positions, vocab_size).
+        With `sparse_prediction` (`None`: as in the configuration) and labels, the head runs on labelled positions only
+        and the logits are (labelled positions, vocab_size).
         """
         outputs = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, shape=shape, **kwargs
         )
         hidden_states = outputs.last_hidden_state
-        if self.config.sparse_prediction and labels is not None:
+        sparse = self.config.sparse_prediction if sparse_prediction is None else sparse_prediction
+        if sparse and labels is not None:
             labelled = labels != IGNORE_INDEX
             hidden_states, labels = hidden_states[labelled], labels[labelled]
         logits = self.cls(hidden_states)

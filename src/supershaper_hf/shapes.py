@@ -129,14 +129,14 @@ class SearchSpace:
         """
         candidates = self._first_layers() if name == "first_layers" else self._scaled(name)
         sizes = self._cost(parameter_cost(self.config), candidates)
-        fits = np.flatnonzero(sizes <= max_parameters)
+        fits = np.flatnonzero(sizes <= max_parameters)  # candidates grow, so the last one that fits is the largest
         if len(fits) == 0:
             raise ValueError(
                 f"max_parameters={max_parameters:,} is below the smallest {name!r} subnet, which has {sizes.min():,} "
                 f"parameters (the smallest subnet of any shape without dropped layers: "
                 f"{self.num_parameters(self.smallest):,}). Raise the budget."
             )
-        return candidates[fits[sizes[fits].argmax()]].tolist()
+        return candidates[fits[-1]].tolist()
 
     def _first_layers(self) -> np.ndarray:
         return np.tril(np.full((self.num_layers, self.num_layers), self.config.hidden_size))
@@ -151,7 +151,7 @@ class SearchSpace:
         # A layer's rounded width changes only where its scaled width crosses the middle between two choices.
         middles = (choices[1:] + choices[:-1]) / 2
         crossings = np.unique(np.divide.outer(middles, stretched))
-        scales = np.concatenate([[0.0], np.nextafter(crossings, np.inf)])
+        scales = np.concatenate([[0.0], crossings * (1 + 1e-9)])
         return choices[np.searchsorted(middles, scales[:, None] * stretched)]
 
     def _cost(self, cost: ChainCost, shapes):

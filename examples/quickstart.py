@@ -1,0 +1,260 @@
+"""The whole way once, on real text, on a laptop: from text to a small model in a folder that is ready for the Hub.
+
+    python examples/quickstart.py                                    # bundled text, about 3 minutes on two cores
+    python examples/quickstart.py --text mine.txt more.txt           # your text, one document a line
+    python examples/quickstart.py --bert path/or/hub-id --text ...   # start from a real BERT
+
+It pre-trains a small BERT, makes a supernet of it, trains all shapes at once, measures some, fits a predictor, finds
+the exact Pareto front, cuts out the best shape for half the supernet's size, trains it a little on, saves it with
+card and code, and loads it in a fresh process that does not have this package. Every claim it prints is checked; the
+exit status is 1 if one does not hold.
+"""
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+from safetensors import safe_open
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
+
+from supershaper_hf import SearchSpace, SuperShaperForMaskedLM
+from supershaper_hf.data import check_vocabulary, fixed_masks, load_text, split_text, tokenize, train_tokenizer
+from supershaper_hf.evaluation import evaluate_shapes
+from supershaper_hf.folders import check_output_folder
+from supershaper_hf.hub import save_for_hub
+from supershaper_hf.predictor import ShapePredictor
+from supershaper_hf.report import markdown_table, plot_pareto, text_table
+from supershaper_hf.search import pareto_front
+from supershaper_hf.shapes import SHAPE_NAMES
+from supershaper_hf.training import SuperPretrainingArguments, super_pretrain
+
+
+BUNDLED_TEXT = Path(__file__).parent / "data" / "presidential_addresses.txt"
+COMPARED = ("rectangle", "upper_triangle", "first_layers")  # what the searched shape has to beat
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", nargs="+", metavar="FILE", default=[BUNDLED_TEXT], help="UTF-8, one document a line")
+    parser.add_argument("--bert", metavar="PATH_OR_ID", help="a BERT checkpoint to start from")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--bert_steps", type=int, default=800, help="steps for BERT, or for a head that --bert lacks")
+    parser.add_argument("--super_steps", type=int, default=800, help="super pre-training steps")
+    parser.add_argument("--subnet_steps", type=int, default=100, help="steps that train the extracted subnet on")
+    parser.add_argument("--shapes", type=int, default=48, help="random shapes to measure")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def prepare_text(
+    args: argparse.Namespace,
+) -> tuple[PreTrainedTokenizerBase, Dataset, list[dict[str, torch.Tensor]]]:
+    """Return tokenizer, training sequences and the masked batches on which everything is measured."""
+    length = 64 if args.bert else 32
+    train_text, held_out_text = split_text(load_text(args.text), held_out=0.06, seed=args.seed)
+    if args.bert:
+        tokenizer = AutoTokenizer.from_pretrained(args.bert)
+    else:
+        tokenizer = train_tokenizer(train_text["text"], vocab_size=1000, max_length=length)
+    train, held_out = (tokenize(text, tokenizer, length) for text in (train_text, held_out_text))
+    return tokenizer, train, fixed_masks(held_out, tokenizer, batch_size=64, seed=args.seed)
+
+
+def start_bert(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> SuperShaperForMaskedLM:
+    """Return a supernet that is still a plain BERT: new and small, or the checkpoint of `--bert`."""
+    if args.bert:
+        supernet, info = SuperShaperForMaskedLM.from_bert(args.bert, output_loading_info=True)
+        if any(name.startswith("cls.") for name in info["missing_keys"]):
+            print("This checkpoint has no masked-LM head: training one first, with the encoder frozen.")
+            supernet.bert.requires_grad_(False)
+        check_vocabulary(tokenizer, supernet.config)
+        return supernet
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=tokenizer.model_max_length,
+        initializer_range=0.05,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    bert = BertForMaskedLM(config)
+    look_at_neighbours(bert)
+    return SuperShaperForMaskedLM.from_bert(bert, head_slicing="per_head")
+
+
+@torch.no_grad()
+def look_at_neighbours(bert: BertForMaskedLM, layers: int = 2, sharpness: float = 2.0) -> None:
+    """Start with sinusoidal positions and, in the first layers, heads that look 1 or 2 tokens to the left or right.
+
+    From random positions a BERT takes far longer than a quickstart to find out which tokens are its neighbours: 2,000
+    steps of this one stayed at the frequencies of single tokens.
+    """
+    embeddings = bert.bert.embeddings.position_embeddings.weight
+    length, width = embeddings.shape
+    angles = torch.arange(length).unsqueeze(1) * 2.5 * 0.85 ** torch.arange(width // 2)
+    positions = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+    embeddings.copy_(0.1 * positions)
+    head_size = width // bert.config.num_attention_heads
+    for head, offset in enumerate((-1, 1, -2, 2)):
+        # Sinusoids are shifted by a linear map: positions[i] @ shift == positions[i + offset].
+        shift = torch.linalg.lstsq(positions[2:-2], positions[2 + offset : length - 2 + offset]).solution
+        rows = slice(head * head_size, (head + 1) * head_size)
+        for layer in bert.bert.encoder.layer[:layers]:
+            layer.attention.self.query.weight[rows] = sharpness * shift.T[:head_size]
+            layer.attention.self.key.weight[rows] = sharpness * torch.eye(width)[:head_size]
+
+
+def train(
+    supernet: SuperShaperForMaskedLM, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: argparse.Namespace
+) -> None:
+    """Pre-train the plain BERT (or only the head that a checkpoint lacks), then every shape at once."""
+    rate = 5e-4 if args.bert else 1e-3
+    common: dict[str, Any] = {"batch_size": 16, "masking_rate": 0.3, "seed": args.seed}
+    head_missing = not all(parameter.requires_grad for parameter in supernet.parameters())
+    if not args.bert or head_missing:
+        plain = SuperPretrainingArguments(max_steps=args.bert_steps, learning_rate=rate, **common)
+        super_pretrain(supernet, tokenizer, dataset, plain, single_shape=True, description="1 BERT")
+    supernet.requires_grad_(True)
+    sandwich = SuperPretrainingArguments(max_steps=args.super_steps, learning_rate=rate, **common)
+    super_pretrain(supernet, tokenizer, dataset, sandwich, description="2 Supernet")
+
+
+def search(
+    supernet: SuperShaperForMaskedLM, batches: list[dict[str, torch.Tensor]], args: argparse.Namespace
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """Measure shapes, fit the predictor, find the front; return the best shape for the budget, and a table."""
+    space = SearchSpace.from_config(supernet.config)
+    budget = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2
+    sampled = [space.smallest, space.largest, *space.sample(args.shapes, args.seed).tolist()]
+    measured = evaluate_shapes(supernet, batches, sampled, description="3 Measuring shapes")
+    predictor = ShapePredictor.fit(sampled, [record["loss"] for record in measured])
+    predictor.save(args.output_dir / "predictor.json")
+    front = pareto_front(space, predictor, cost="parameters")
+    best = front.best(max_cost=budget)
+
+    shapes = {"searched": best} | {name: space.named_shape(name, budget) for name in SHAPE_NAMES}
+    records = evaluate_shapes(supernet, batches, list(shapes.values()), description="4 Measuring named shapes")
+    rows = [
+        {
+            "name": name,
+            "parameters": space.num_parameters(shape),
+            "perplexity": record["perplexity"],
+            "shape": str(shape),
+        }
+        for (name, shape), record in zip(shapes.items(), records)
+    ]
+    points = {row["name"]: (row["parameters"], row["perplexity"]) for row in rows}
+    chosen = points.pop("searched")
+    sizes = [space.num_parameters(record["shape"]) for record in measured]
+    perplexities = [record["perplexity"] for record in measured]
+    plot_pareto(args.output_dir / "pareto.png", front, (sizes, perplexities), points, chosen)
+    print(
+        f"\nMeasured {len(sampled)} shapes; the predictor is off by {predictor.loo_rmse:.4f} nats (leave-one-out). "
+        f"The exact front over {space.size:,} shapes has {len(front)} points.\n"
+        f"Budget: {budget:,} parameters.\n\n{text_table(rows)}\n"
+    )
+    return best, rows
+
+
+def stored_parameters(folder: Path) -> int:
+    """Count the numbers in the weight file itself."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+FRESH_PROCESS = """
+import importlib.abc, sys, torch
+
+class Absent(importlib.abc.MetaPathFinder):  # as if supershaper_hf were not installed
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "supershaper_hf":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+folder, sentence = sys.argv[1:]
+model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+for guess in pipeline("fill-mask", model=model, tokenizer=tokenizer)(sentence, top_k=3):
+    print(f"    {guess['score']:.3f}  {guess['sequence']}")
+"""
+
+
+def load_without_package(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Fill a mask in a new process that has transformers but not supershaper_hf."""
+    sentence = f"the president of the united {tokenizer.mask_token} ."
+    print(f"A fresh process without supershaper_hf completes: {sentence}")
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(folder.parent / "modules"),
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+    }
+    command = [sys.executable, "-c", FRESH_PROCESS, str(folder), sentence]
+    return subprocess.run(command, env=environment, check=False).returncode == 0
+
+
+def main() -> int:
+    start, args = time.time(), parse_arguments()
+    check_output_folder(args.output_dir).mkdir(parents=True, exist_ok=True)
+    set_seed(args.seed)
+    tokenizer, dataset, batches = prepare_text(args)
+    supernet = start_bert(args, tokenizer)
+    train(supernet, tokenizer, dataset, args)
+    shape, rows = search(supernet, batches, args)
+
+    subnet = supernet.extract_subnet(shape)
+    with torch.no_grad():
+        inputs = {name: batches[-1][name] for name in ("input_ids", "attention_mask")}
+        difference = (subnet(**inputs).logits - supernet(**inputs, shape=shape).logits).abs().max().item()
+    further = SuperPretrainingArguments(
+        max_steps=args.subnet_steps, batch_size=16, learning_rate=2e-4, masking_rate=0.3, seed=args.seed
+    )
+    super_pretrain(subnet, tokenizer, dataset, further, single_shape=True, description="5 Subnet")
+    (after,) = evaluate_shapes(subnet, batches, [None])
+    folder = save_for_hub(
+        subnet,
+        tokenizer,
+        args.output_dir / "subnet",
+        language="en",
+        base_model=args.bert,
+        training=f"Cut out of a supernet at {shape} and trained for {args.subnet_steps} more steps (quickstart.py).",
+        evaluation=f"Perplexity of masked tokens on held-out text: {after['perplexity']:.2f}. Before the continued "
+        f"training, beside hand-crafted shapes of the same budget:\n\n{markdown_table(rows)}",
+    )
+
+    perplexity = {row["name"]: row["perplexity"] for row in rows}
+    counted, stored = rows[0]["parameters"], stored_parameters(folder)
+    claims = {
+        f"subnet equals supernet: largest difference of a logit {difference:.1e}": difference < 1e-4,
+        f"counted parameters {counted:,}, stored {stored:,}": counted == stored,
+        f"continued training: perplexity {perplexity['searched']:.2f} -> {after['perplexity']:.2f}": after["perplexity"]
+        < perplexity["searched"],
+        "loads without the package": load_without_package(folder, tokenizer),
+    } | {
+        f"searched {perplexity['searched']:.2f} beats {name} {perplexity[name]:.2f}": perplexity["searched"]
+        < perplexity[name]
+        for name in COMPARED
+    }
+    print()
+    for claim, holds in claims.items():
+        print(f"{'yes' if holds else 'NO '}  {claim}")
+    print(f"\n{time.time() - start:.0f} s. Plot: {args.output_dir / 'pareto.png'}. Publish the model with:")
+    print(f"  hf upload your-name/your-model {folder}")
+    return 0 if all(claims.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,538 @@
+"""A small Hugging Face Hub on loopback, for tests that run the real `huggingface_hub` client.
+
+Repositories live in memory. The server answers the calls that `create_repo`, `upload_folder`, `snapshot_download`,
+`model_info` and transformers' `from_pretrained` make, with the status codes and `X-Error-*` headers of
+huggingface.co, so the client raises what a user of the Hub would see:
+
+    with HubServer() as server:
+        api = HfApi(endpoint=server.endpoint, token=server.token)
+        api.create_repo("user/tiny")
+        server.fail_next("POST", "/commit/", status=500)
+        api.upload_folder(repo_id="user/tiny", folder_path=folder)  # raises HfHubHTTPError
+        assert "config.json" not in server.repos["user/tiny"].files()
+
+Uploads go through git LFS, so clients need `HF_HUB_DISABLE_XET=1`: see `HubServer.environment`.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Self
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+LFS_SUFFIXES = (".bin", ".png", ".safetensors")
+LFS_THRESHOLD = 10 * 1024**2  # bytes; the Hub takes larger files through LFS whatever their name
+GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs\n" for suffix in LFS_SUFFIXES).encode()
+
+
+class HubError(Exception):
+    """A refusal: HTTP status, message, further fields of the JSON body.
+
+    The code chooses the client's exception: RepoNotFound, RevisionNotFound, EntryNotFound or GatedRepo.
+    """
+
+    def __init__(self, status: int, message: str, code: str = "", **fields: Any):
+        super().__init__(message)
+        self.status = status
+        self.payload = {"error": message, **fields}
+        # An answer to HEAD has no body, so the message travels in a header too.
+        self.headers = {"X-Error-Message": message}
+        if code:
+            self.headers["X-Error-Code"] = code
+
+
+# What the server knows, and how a test steers it
+
+
+class Commit(NamedTuple):
+    """A commit with the complete tree it leaves behind, as path -> bytes."""
+
+    oid: str
+    message: str
+    description: str
+    files: dict[str, bytes]
+
+
+@dataclass
+class Repo:
+    """A model repository.
+
+    `commits` are in order of creation, those of pull requests included. `refs` maps "main", the other branches and
+    "refs/pr/1" and so on to their newest commit.
+    """
+
+    repo_id: str
+    private: bool = False
+    gated: bool = False
+    commits: list[Commit] = field(default_factory=list)
+    refs: dict[str, Commit] = field(default_factory=dict)
+    unverified_objects: dict[str, bytes] = field(default_factory=dict)
+    lfs_objects: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def namespace(self) -> str:
+        return self.repo_id.split("/")[0]
+
+    @property
+    def pull_requests(self) -> list[str]:
+        return [ref for ref in self.refs if ref.startswith("refs/pr/")]
+
+    def at(self, revision: str) -> Commit:
+        """The commit that a branch, a pull request or a full commit hash names."""
+        commit = self.refs.get(revision) or {c.oid: c for c in self.commits}.get(revision)
+        if commit is None:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return commit
+
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        return self.at(revision).files
+
+    def add_commit(self, ref: str, files: dict[str, bytes], message: str, description: str = "") -> str:
+        """Record a commit, move `ref` to it and return its hash."""
+        oid = hashlib.sha1(f"{self.repo_id} {len(self.commits)} {message}".encode()).hexdigest()
+        self.refs[ref] = Commit(oid, message, description, files)
+        self.commits.append(self.refs[ref])
+        return oid
+
+
+class Fault(NamedTuple):
+    """An error that the next matching request gets instead of an answer."""
+
+    method: str
+    path_substring: str
+    status: int
+
+
+class HubServer:
+    """A Hub, as a context manager.
+
+    Args:
+        token: A token of `user`. Add others with `server.tokens["hf_b"] = "bob"`. A user may write in the namespace
+            of the same name and open pull requests everywhere.
+        user: Who `token` belongs to.
+
+    Attributes:
+        tokens: Token -> user name.
+        repos: Repository id -> `Repo`.
+        faults: Pending faults; `faults.clear()` ends them.
+        corruptions: (repository id, path) -> "flip" or "truncate"; `corruptions.clear()` heals.
+        requests: (method, URL path) of every request so far.
+        lock: Held while a request is answered, so that commits do not interleave.
+    """
+
+    def __init__(self, token: str = "hf_valid", user: str = "user"):
+        self.token = token
+        self.tokens = {token: user}
+        self.repos: dict[str, Repo] = {}
+        self.faults: list[Fault] = []
+        self.corruptions: dict[tuple[str, str], str] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self._http = _HttpServer(("127.0.0.1", 0), _Handler)
+        self._http.hub = self
+        # shutdown() takes effect at the next poll, so poll often.
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_port}"
+
+    def environment(self, cache_dir: str | Path) -> dict[str, str]:
+        """Variables that point a subprocess at this server, to be laid over `os.environ`.
+
+        Set `HF_TOKEN` to another token, or to "" for an anonymous client.
+        """
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(cache_dir),
+            "HF_HUB_CACHE": str(Path(cache_dir) / "hub"),  # an inherited one would win over HF_HOME
+            "HF_TOKEN": self.token,
+            "HF_HUB_OFFLINE": "0",  # the test suite itself may be offline
+            "TRANSFORMERS_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+
+    def fail_next(self, method: str, path_substring: str, status: int = 500, times: int = 1) -> None:
+        """Answer the next `times` matching requests with an error.
+
+        The client repeats most requests up to 5 times after a 408, 429 or 5xx, so it takes 6 failures to defeat it.
+        It does not repeat a commit.
+        """
+        self.faults += times * [Fault(method, path_substring, status)]
+
+    def corrupt(self, repo_id: str, path: str, how: str = "flip") -> None:
+        """Serve a file with one bit flipped, or with "truncate" only its first half.
+
+        The ETag and the size that a HEAD request announces stay those of the intact file.
+        """
+        if how not in ("flip", "truncate"):
+            raise ValueError(f"how={how!r} is not known: use 'flip' or 'truncate'.")
+        self.corruptions[repo_id, path] = how
+
+
+# What the Hub derives from files
+
+
+def is_lfs(path: str, size: int, sample: bytes) -> bool:
+    """Whether the Hub stores a file in LFS: by its name, its size, or because it is binary."""
+    if size == 0:  # the client sends empty files with the commit, whatever their name
+        return False
+    return path.endswith(LFS_SUFFIXES) or size > LFS_THRESHOLD or b"\0" in sample
+
+
+def describe(path: str, content: bytes) -> dict[str, Any]:
+    """A file as the Hub lists it, with git's name for it and, in LFS, its SHA-256."""
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
+    stored = content
+    if is_lfs(path, len(content), content[:512]):
+        oid = hashlib.sha256(content).hexdigest()
+        stored = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(content)}\n".encode()
+        entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": len(stored)}
+    entry["oid"] = hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
+    return entry
+
+
+def etag(path: str, content: bytes) -> str:
+    """The name of a file in the client's cache, and what it compares to skip an upload."""
+    entry = describe(path, content)
+    return entry.get("lfs", entry)["oid"]
+
+
+def list_tree(files: dict[str, bytes]) -> list[dict[str, Any]]:
+    """Every file and every folder."""
+    folders = {str(folder) for path in files for folder in PurePosixPath(path).parents} - {"."}
+    entries = [describe(path, content) for path, content in files.items()]
+    entries += [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders]
+    return sorted(entries, key=lambda entry: entry["path"])
+
+
+def is_ignored(path: str, gitignore: str) -> bool:
+    """Whether a .gitignore without negations covers the file or a folder above it."""
+    patterns = [line.strip().strip("/") for line in gitignore.splitlines() if not line.startswith("#")]
+    places = [PurePosixPath(path), *PurePosixPath(path).parents]
+    return any(fnmatch(name, pattern) for place in places for name in (place.name, str(place)) for pattern in patterns)
+
+
+def metadata_block(card: str) -> str:
+    """What stands between the `---` fences that open a model card."""
+    match = re.match(r"---\r?\n(.*?)^---\s*$", card, re.DOTALL | re.MULTILINE)
+    return match[1] if match else ""
+
+
+def damage(content: bytes, how: str | None) -> bytes:
+    """Spoil bytes on their way out: see `HubServer.corrupt`."""
+    middle = len(content) // 2
+    if how == "truncate":
+        return content[:middle]
+    if how == "flip":
+        return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    return content
+
+
+# The HTTP API
+
+ROUTES: list[tuple[str, re.Pattern[str], Callable[..., Any]]] = []
+
+
+def route(method: str, template: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a method of `_Handler` answer a URL, whose `{names}` become its arguments.
+
+    URLs are matched while still quoted, so the revision "refs%2Fpr%2F1" is a single segment.
+    """
+    pattern = template.replace("{repo_id}", "(?P<repo_id>[^/]+/[^/]+)").replace("{path}", "(?P<path>.+)")
+    pattern = re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern)
+
+    def register(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+        ROUTES.append((method, re.compile(pattern), endpoint))
+        return endpoint
+
+    return register
+
+
+class _HttpServer(ThreadingHTTPServer):
+    daemon_threads = False  # so that server_close() waits for the handlers to close their sockets
+    request_queue_size = 64  # the default of 5 drops connections when a snapshot is downloaded
+    hub: HubServer
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers one request. Each endpoint returns a file's bytes or the payload of a JSON answer.
+
+    Speaks HTTP/1.0, the base class's default: one request per connection leaves none open when the server stops.
+    """
+
+    server: _HttpServer
+    timeout = 30  # seconds; a client that hangs must not hang the tests
+
+    def _handle(self) -> None:
+        self.hub = self.server.hub
+        self.url = urlsplit(self.path)
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.status, self.answer_headers = 200, {"Content-Type": "application/json"}
+        with self.hub.lock:
+            self.hub.requests.append((self.command, self.url.path))
+            try:
+                self._meet_fault()
+                answer = self._dispatch()
+            except HubError as error:
+                self.status, answer = error.status, error.payload
+                self.answer_headers |= error.headers
+        self._send(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+    do_GET = do_HEAD = do_POST = do_PUT = _handle  # noqa: N815, the base class calls them so
+
+    def _meet_fault(self) -> None:
+        for fault in self.hub.faults:
+            if fault.method == self.command and fault.path_substring in self.url.path:
+                self.hub.faults.remove(fault)
+                raise HubError(fault.status, "Failure injected by the test.")
+
+    def _dispatch(self) -> Any:
+        method = "GET" if self.command == "HEAD" else self.command
+        for route_method, pattern, endpoint in ROUTES:
+            match = pattern.fullmatch(self.url.path)
+            if route_method == method and match:
+                return endpoint(self, **{name: unquote(value) for name, value in match.groupdict().items()})
+        raise HubError(501, f"hub_server.py does not know {self.command} {self.url.path}")
+
+    def _send(self, body: bytes) -> None:
+        self.send_response(self.status)
+        for name, value in {**self.answer_headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Print nothing: `HubServer.requests` is the log."""
+
+    def _flag(self, name: str) -> bool:
+        """Whether a query parameter is on: the client writes "1" for some and "true" for others."""
+        return parse_qs(self.url.query).get(name) in (["1"], ["true"])
+
+    def _user(self) -> str | None:
+        """Who asks; None for an anonymous request."""
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and token not in self.hub.tokens:
+            raise HubError(401, "Invalid credentials in Authorization header")
+        return self.hub.tokens.get(token)
+
+    def _known_user(self) -> str:
+        user = self._user()
+        if user is None:
+            raise HubError(401, "Invalid username or password.")
+        return user
+
+    def _repo(self, repo_id: str, write: bool = False) -> Repo:
+        """The repository, if whoever asks may read it, or write to it."""
+        user = self._user()
+        repo = self.hub.repos.get(repo_id)
+        if user is None and (repo is None or repo.private or write):
+            # The Hub sends this without a code: the client infers it, but from https URLs only.
+            raise HubError(401, "Invalid username or password.", "RepoNotFound")
+        if repo is None or (repo.private and user != repo.namespace):
+            # As on the Hub, a stranger cannot tell a private repository from a missing one.
+            raise HubError(404, "Repository not found", "RepoNotFound")
+        if write and user != repo.namespace and not self._flag("create_pr"):
+            raise HubError(403, "Authorization error.")
+        return repo
+
+    @route("GET", "/api/whoami-v2")
+    def whoami(self) -> Any:
+        return {"type": "user", "name": self._known_user(), "orgs": []}
+
+    @route("POST", "/api/repos/create")
+    def create_repo(self) -> Any:
+        user = self._known_user()
+        payload = json.loads(self.body)
+        namespace = payload["organization"] or user
+        if namespace != user:
+            raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}".')
+        repo_id = f"{namespace}/{payload['name']}"
+        url = f"{self.hub.endpoint}/{repo_id}"
+        if repo_id in self.hub.repos:
+            # With exist_ok=True the client reads the URL from the refusal.
+            raise HubError(409, "You already created this model repo", url=url)
+        self.hub.repos[repo_id] = Repo(repo_id, private=payload.get("visibility") == "private")
+        self.hub.repos[repo_id].add_commit("main", {".gitattributes": GIT_ATTRIBUTES}, "initial commit")
+        return {"url": url, "name": repo_id}
+
+    @route("POST", "/api/models/{repo_id}/branch/{branch}")
+    def create_branch(self, repo_id: str, branch: str) -> Any:
+        repo = self._repo(repo_id, write=True)
+        if branch in repo.refs:
+            raise HubError(409, f"Reference already exists: {branch}")
+        repo.refs[branch] = repo.at(json.loads(self.body).get("startingPoint", "main"))
+        return {}
+
+    @route("POST", "/api/validate-yaml")
+    def validate_yaml(self) -> Any:
+        """Check a card's metadata by the look of its lines: the standard library has no YAML."""
+        lines = metadata_block(json.loads(self.body)["content"]).splitlines()
+        if not any(lines):
+            return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
+        key_item_or_continuation = re.compile(r"[^\s:]+:(\s|$)|-(\s|$)| +\S|#|$")
+        errors = [{"message": f"Not YAML: {line!r}"} for line in lines if not key_item_or_continuation.match(line)]
+        if errors:
+            raise HubError(400, "Invalid metadata", errors=errors)
+        return {"errors": [], "warnings": []}
+
+    @route("POST", "/api/models/{repo_id}/preupload/{revision}")
+    def preupload(self, repo_id: str, revision: str) -> Any:
+        """Tell for each file how to upload it, and the ETag of the file it would replace."""
+        present = self._repo(repo_id, write=True).files(revision)
+        payload = json.loads(self.body)
+        gitignore = payload.get("gitIgnore", present.get(".gitignore", b"").decode())
+        for file in payload["files"]:
+            path, sample = file["path"], base64.b64decode(file["sample"])
+            file["uploadMode"] = "lfs" if is_lfs(path, file["size"], sample) else "regular"
+            file["shouldIgnore"] = is_ignored(path, gitignore)
+            file["oid"] = etag(path, present[path]) if path in present else None
+        return {"files": payload["files"]}
+
+    @route("POST", "/{repo_id}.git/info/lfs/objects/batch")
+    def lfs_batch(self, repo_id: str) -> Any:
+        """Give upload instructions for the LFS objects that the repository does not have yet."""
+        self._known_user()
+        repo = self._repo(repo_id)
+        objects = json.loads(self.body)["objects"]
+        for wanted in objects:
+            if wanted["oid"] not in repo.lfs_objects:
+                url = f"{self.hub.endpoint}/lfs/{repo_id}/{wanted['oid']}"
+                wanted["actions"] = {"upload": {"href": url}, "verify": {"href": f"{url}/verify"}}
+        return {"transfer": "basic", "objects": objects}
+
+    @route("PUT", "/lfs/{repo_id}/{oid}")
+    def lfs_put(self, repo_id: str, oid: str) -> Any:
+        """Take an object's bytes, without a token: on the Hub this is a signed storage URL."""
+        self.hub.repos[repo_id].unverified_objects[oid] = self.body
+        return {}
+
+    @route("POST", "/lfs/{repo_id}/{oid}/verify")
+    def lfs_verify(self, repo_id: str, oid: str) -> Any:
+        """Accept an uploaded object if its length and SHA-256 are the announced ones."""
+        self._known_user()
+        repo = self._repo(repo_id)
+        content = repo.unverified_objects.pop(oid, b"")
+        if len(content) != json.loads(self.body)["size"] or hashlib.sha256(content).hexdigest() != oid:
+            raise HubError(400, f"LFS object {oid} does not have the announced size and SHA-256.")
+        repo.lfs_objects[oid] = content
+        return {}
+
+    @route("POST", "/api/models/{repo_id}/commit/{revision}")
+    def commit(self, repo_id: str, revision: str) -> Any:
+        """Apply operations to a branch or to a new pull request: all of them or none."""
+        repo = self._repo(repo_id, write=True)
+        parent = repo.at(revision)
+        if revision not in repo.refs:
+            raise HubError(400, f"Not a branch: {revision}")
+        header, *operations = [json.loads(line) for line in self.body.splitlines()]
+        if header["value"].get("parentCommit", parent.oid) != parent.oid:
+            raise HubError(412, "A commit has happened since. Please refresh and try again.")
+        files = dict(parent.files)  # a copy, so that a bad operation leaves the repository as it was
+        for operation in operations:
+            self._apply(operation["key"], operation["value"], files, repo.lfs_objects)
+        number = len(repo.pull_requests) + 1
+        ref = f"refs/pr/{number}" if self._flag("create_pr") else revision
+        oid = repo.add_commit(ref, files, header["value"]["summary"], header["value"]["description"])
+        url = f"{self.hub.endpoint}/{repo_id}"
+        # The client reads the last one only if it asked for a pull request.
+        return {"commitOid": oid, "commitUrl": f"{url}/commit/{oid}", "pullRequestUrl": f"{url}/discussions/{number}"}
+
+    def _apply(self, key: str, value: dict[str, Any], files: dict[str, bytes], lfs_objects: dict[str, bytes]) -> None:
+        """Change `files` in place as one line of a commit says."""
+        path = value["path"]
+        if key == "file":
+            files[path] = base64.b64decode(value["content"])
+        elif key == "lfsFile":
+            if value["oid"] not in lfs_objects:
+                raise HubError(400, f"The LFS object of {path} was never uploaded")
+            files[path] = lfs_objects[value["oid"]]
+        elif key == "deletedFile":
+            if path not in files:
+                raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+            del files[path]
+        else:
+            raise HubError(501, f"hub_server.py does not know the commit operation {key!r}")
+
+    @route("GET", "/api/models/{repo_id}")
+    @route("GET", "/api/models/{repo_id}/revision/{revision}")
+    def model_info(self, repo_id: str, revision: str = "main") -> Any:
+        repo = self._repo(repo_id)
+        commit = repo.at(revision)
+        metadata = metadata_block(commit.files.get("README.md", b"").decode())
+        scalars = dict(re.findall(r"^(\w+): *(\S.*)$", metadata, re.MULTILINE))
+        return {
+            "id": repo_id,
+            "sha": commit.oid,
+            "private": repo.private,
+            "gated": "auto" if repo.gated else False,
+            "tags": [],
+            "pipeline_tag": scalars.get("pipeline_tag"),
+            "library_name": scalars.get("library_name"),
+            "siblings": [{"rfilename": path} for path in commit.files],
+        }
+
+    @route("GET", "/api/models/{repo_id}/tree/{revision}")
+    @route("GET", "/api/models/{repo_id}/tree/{revision}/{path}")
+    def tree(self, repo_id: str, revision: str, path: str = "") -> Any:
+        """List the files and folders below `path`; what `expand` would add is left out."""
+        prefix = f"{path}/" if path else ""
+        entries = list_tree(self._repo(repo_id).files(revision))
+        entries = [entry for entry in entries if entry["path"].startswith(prefix)]
+        if path and not entries:
+            raise HubError(404, f"{path} does not exist on {revision}", "EntryNotFound")
+        if self._flag("recursive"):
+            return entries
+        return [entry for entry in entries if "/" not in entry["path"].removeprefix(prefix)]
+
+    @route("POST", "/api/models/{repo_id}/paths-info/{revision}")
+    def paths_info(self, repo_id: str, revision: str) -> Any:
+        """Describe the given paths; those that do not exist are left out."""
+        wanted = parse_qs(self.body.decode())["paths"]
+        return [entry for entry in list_tree(self._repo(repo_id).files(revision)) if entry["path"] in wanted]
+
+    @route("GET", "/{repo_id}/resolve/{revision}/{path}")
+    def resolve(self, repo_id: str, revision: str, path: str) -> bytes:
+        """Serve a file, whole or the range asked for."""
+        repo, user = self._repo(repo_id), self._user()
+        if repo.gated and user != repo.namespace:
+            raise HubError(403 if user else 401, f"Access to model {repo_id} is restricted.", "GatedRepo")
+        commit = repo.at(revision)
+        self.answer_headers["X-Repo-Commit"] = commit.oid  # also on a 404: the client remembers absent files
+        if path not in commit.files:
+            raise HubError(404, "Entry not found", "EntryNotFound")
+        content = commit.files[path]
+        tag = f'"{etag(path, content)}"'
+        self.answer_headers |= {"Content-Type": "application/octet-stream", "ETag": tag, "Accept-Ranges": "bytes"}
+        if is_lfs(path, len(content), content[:512]):
+            self.answer_headers |= {"X-Linked-ETag": tag, "X-Linked-Size": str(len(content))}
+        if self.command == "GET":
+            content = damage(content, self.hub.corruptions.get((repo_id, path)))
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if wanted is None:
+            return content
+        first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+        self.status = 206
+        self.answer_headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        return content[first : last + 1]

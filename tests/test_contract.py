@@ -1,0 +1,434 @@
+"""The tools of transformers work on supernets and subnets untouched."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import HEADS, assert_same, randomize, run, tiny_batch, tiny_bert_config, tiny_config, tiny_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    pipeline,
+)
+
+import supershaper_hf
+from supershaper_hf import (
+    SuperShaperForMaskedLM,
+    SuperShaperForMultipleChoice,
+    SuperShaperForQuestionAnswering,
+    SuperShaperForSequenceClassification,
+    SuperShaperForTokenClassification,
+    SuperShaperModel,
+)
+
+
+AUTO_CLASSES = {
+    SuperShaperModel: AutoModel,
+    SuperShaperForMaskedLM: AutoModelForMaskedLM,
+    SuperShaperForSequenceClassification: AutoModelForSequenceClassification,
+    SuperShaperForTokenClassification: AutoModelForTokenClassification,
+    SuperShaperForQuestionAnswering: AutoModelForQuestionAnswering,
+    SuperShaperForMultipleChoice: AutoModelForMultipleChoice,
+}
+
+
+@pytest.fixture(params=["supernet", "subnet"])
+def model(request, model_class):
+    supernet = tiny_model(model_class)
+    return supernet if request.param == "supernet" else supernet.extract_subnet([8, 0, 36])
+
+
+# Saving and loading
+
+
+def test_saved_model_loads_equal(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert_same(loaded.state_dict(), model.state_dict(), atol=0)
+    assert_same(run(loaded, tiny_batch(type(model))), run(model, tiny_batch(type(model))), atol=0)
+
+
+def test_auto_class_loads_the_saved_head(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AUTO_CLASSES[type(model)].from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert_same(run(loaded, tiny_batch(type(model))), run(model, tiny_batch(type(model))), atol=0)
+
+
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES.values(), ids=lambda auto_class: auto_class.__name__)
+def test_every_auto_class_loads_a_masked_lm_folder(auto_class, tmp_path):
+    pretrained = tiny_model().extract_subnet([8, 0, 36])
+    pretrained.save_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert AUTO_CLASSES[type(loaded)] is auto_class
+    assert_same(loaded.base_model.encoder.state_dict(), pretrained.bert.encoder.state_dict(), atol=0)
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    loaded = SuperShaperForMaskedLM.from_pretrained(tmp_path)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    stored = load_file(tmp_path / "model.safetensors").values()
+    assert sum(tensor.numel() for tensor in stored) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_untied_weights_survive_saving(tmp_path):
+    model = tiny_model(tie_word_embeddings=False).extract_subnet([8, 0, 36])
+    model.save_pretrained(tmp_path)
+    assert_same(run(SuperShaperForMaskedLM.from_pretrained(tmp_path), tiny_batch()), run(model, tiny_batch()), atol=0)
+
+
+def test_dtype_survives_saving(tmp_path):
+    tiny_model().to(torch.bfloat16).extract_subnet([8, 0, 36]).save_pretrained(tmp_path)
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_truncated_weights_are_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(OSError, match=r"are damaged or cut short .* Copy the file again"):
+        SuperShaperForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_size_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_config(intermediate_size=96).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        SuperShaperForMaskedLM.from_pretrained(tmp_path)
+
+
+# Loading where the package is not installed
+
+WITHOUT_PACKAGE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "supershaper_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Blocker())
+import torch
+import transformers
+
+jobs_file, results_file = sys.argv[1:]
+results = {}
+for name, (auto_class, folder, batch, shape, save_to) in torch.load(jobs_file).items():
+    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
+    if shape:
+        model = model.extract_subnet(shape)
+    if save_to:
+        model.save_pretrained(save_to)
+    with torch.no_grad():
+        results[name] = (type(model).__name__, list(model(**batch).to_tuple()))
+torch.save(results, results_file)
+
+try:
+    model.from_bert("bert")
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def without_package(tmp_path_factory):
+    """Load, cut, save and run every head in one process that cannot import the package.
+
+    Returns:
+        The folder of the models, the results by name as (class name, outputs), and what the process printed.
+    """
+    folder = tmp_path_factory.mktemp("without_package")
+    jobs = {}
+    for model_class in HEADS:
+        name, auto_class, batch = model_class.__name__, AUTO_CLASSES[model_class].__name__, tiny_batch(model_class)
+        supernet = tiny_model(model_class, head_slicing="per_head")
+        supernet.save_pretrained(folder / name)
+        supernet.extract_subnet([8, 0, 36]).save_pretrained(folder / f"{name}-subnet")
+        jobs[name] = (auto_class, str(folder / name), batch, None, None)
+        jobs[f"{name}-subnet"] = (auto_class, str(folder / f"{name}-subnet"), batch, None, None)
+        jobs[f"{name}-cut"] = (auto_class, str(folder / name), batch, [8, 0, 36], str(folder / f"{name}-cut"))
+        jobs[f"{name}-again"] = (auto_class, str(folder / f"{name}-cut"), batch, None, None)
+        masked_lm = str(folder / "SuperShaperForMaskedLM")
+        jobs[f"{name}-of-masked-lm"] = (auto_class, masked_lm, batch, None, str(folder / f"{name}-of-masked-lm"))
+    torch.save(jobs, folder / "jobs.pt")
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, folder / "jobs.pt", folder / "results.pt"]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return folder, torch.load(folder / "results.pt"), process.stdout
+
+
+@pytest.mark.parametrize("kind", ["", "-subnet", "-cut", "-again"], ids=["supernet", "subnet", "cut", "cut and saved"])
+def test_without_the_package_models_load_and_are_cut(without_package, model_class, kind):
+    _, results, _ = without_package
+    supernet = tiny_model(model_class, head_slicing="per_head")
+    expected = run(supernet, tiny_batch(model_class), shape=[8, 0, 36] if kind else None)
+    name, outputs = results[model_class.__name__ + kind]
+    assert name == model_class.__name__
+    assert_same(outputs, expected)
+
+
+def test_without_the_package_every_auto_class_loads_a_masked_lm_folder(without_package, model_class):
+    folder, results, _ = without_package
+    name = f"{model_class.__name__}-of-masked-lm"
+    assert results[name][0] == model_class.__name__
+    loaded = model_class.from_pretrained(folder / name)
+    pretrained = tiny_model(head_slicing="per_head")
+    assert_same(loaded.base_model.encoder.state_dict(), pretrained.bert.encoder.state_dict(), atol=0)
+
+
+def test_model_saved_without_the_package_loads_with_it(without_package, model_class):
+    folder, results, _ = without_package
+    subnet = model_class.from_pretrained(folder / f"{model_class.__name__}-cut")
+    assert_same(run(subnet, tiny_batch(model_class)), results[f"{model_class.__name__}-cut"][1])
+
+
+def test_without_the_package_from_bert_says_what_to_install(without_package):
+    assert "from_bert needs the package: pip install supershaper-hf" in without_package[2]
+
+
+# Outputs
+
+
+def test_tuple_and_dictionary_outputs_agree(model):
+    batch = tiny_batch(type(model))
+    options = {"output_hidden_states": True, "output_attentions": True}
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert_same(model(**batch, **options, return_dict=False), model(**batch, **options).to_tuple(), atol=0)
+
+
+def test_hidden_states_are_the_embeddings_and_each_kept_layer(model_class):
+    batch = tiny_batch(model_class)
+    hidden_states = tiny_model(model_class)(**batch, shape=[20, 0, 8], output_hidden_states=True).hidden_states
+    sequences = batch["input_ids"].numel() // 9
+    assert [tuple(state.shape) for state in hidden_states] == [
+        (sequences, 9, 48),
+        (sequences, 9, 20),
+        (sequences, 9, 48),
+    ]
+
+
+def test_last_hidden_state_is_the_last_of_the_hidden_states():
+    output = tiny_model(SuperShaperModel)(**tiny_batch(), shape=[20, 0, 8], output_hidden_states=True)
+    assert output.last_hidden_state is output.hidden_states[-1]
+
+
+def test_attentions_are_one_per_kept_layer_and_sum_to_one(model_class):
+    batch = tiny_batch(model_class)
+    supernet = tiny_model(model_class, attn_implementation="eager")
+    attentions = supernet(**batch, shape=[20, 0, 8], output_attentions=True).attentions
+    sequences = batch["input_ids"].numel() // 9
+    assert [tuple(weights.shape) for weights in attentions] == [(sequences, 4, 9, 9)] * 2
+    for weights in attentions:
+        assert_same(weights.sum(-1), torch.ones(sequences, 4, 9))
+        assert not weights[-1, :, :, -3:].any()  # padding
+
+
+# flash_attention_2 is declared as supported, but needs a GPU.
+@pytest.mark.parametrize("shape", [[48, 48, 48], [8, 0, 36]], ids=str)
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        "sdpa",
+        pytest.param(
+            "flex_attention",
+            marks=[
+                # transformers and torch call deprecated parts of torch, and flex attention warns when not compiled.
+                pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+                pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+            ],
+        ),
+    ],
+)
+def test_attention_implementations_agree(implementation, shape, head_slicing):
+    supernet, batch = tiny_model(head_slicing=head_slicing, attn_implementation="eager"), tiny_batch()
+    expected = run(supernet, batch, shape=shape)
+    supernet.set_attn_implementation(implementation)
+    with torch.compiler.set_stance("force_eager"):  # compiling flex attention takes half a minute
+        assert_same(run(supernet, batch, shape=shape), expected)
+
+
+# Inputs
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_padding_changes_nothing(implementation):
+    supernet, batch = tiny_model(attn_implementation=implementation), tiny_batch(length=9)
+    alone = {name: tensor[-1:, :6] for name, tensor in batch.items()}
+    padded, unpadded = run(supernet, batch, shape=[8, 0, 36])[0], run(supernet, alone, shape=[8, 0, 36])[0]
+    assert_same(padded[-1:, :6], unpadded)
+
+
+def test_left_out_inputs_have_berts_defaults(model_class):
+    model, ids = tiny_model(model_class), tiny_batch(model_class)["input_ids"]
+    positions = torch.arange(9).expand(ids.shape)
+    spelled_out = {"attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    expected = run(model, {"input_ids": ids, "position_ids": positions, **spelled_out})
+    assert_same(run(model, {"input_ids": ids}), expected)
+
+
+def test_token_types_and_positions_matter():
+    model, ids = tiny_model(), tiny_batch()["input_ids"]
+    plain = run(model, {"input_ids": ids})[0]
+    for inputs in ({"token_type_ids": torch.ones_like(ids)}, {"position_ids": torch.arange(9).flip(0)[None]}):
+        assert (run(model, {"input_ids": ids, **inputs})[0] - plain).abs().max() > 0.1
+
+
+def test_input_embeddings_stand_in_for_ids(model):
+    batch = tiny_batch(type(model))
+    expected = run(model, batch)
+    embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
+    assert_same(run(model, {"inputs_embeds": embeddings, **batch}), expected)
+
+
+@pytest.mark.parametrize("inputs", [{}, {"input_ids": torch.ones(1, 3).long(), "inputs_embeds": torch.ones(1, 3, 48)}])
+def test_ids_or_embeddings_are_needed_not_both(inputs):
+    with pytest.raises(ValueError, match="Give exactly one of input_ids and inputs_embeds"):
+        tiny_model()(**inputs)
+
+
+def test_longest_input_has_as_many_tokens_as_positions(model_class):
+    tiny_model(model_class)(**tiny_batch(model_class, length=24))
+    with pytest.raises(ValueError, match=r"25 tokens long, but the model has max_position_embeddings=24\. Truncate"):
+        tiny_model(model_class)(**tiny_batch(model_class, length=25))
+
+
+# Losses
+
+
+LABELS = {
+    "MaskedLM": ({}, {"labels": torch.tensor([[5, -100, 7] * 3, [-100] * 8 + [60]])}),
+    "SequenceClassification one label": ({"num_labels": 3}, {"labels": torch.tensor([2, 0])}),
+    "SequenceClassification several labels": ({"num_labels": 3}, {"labels": torch.tensor([[1.0, 0, 1], [0, 0, 1]])}),
+    "SequenceClassification regression": ({"num_labels": 1}, {"labels": torch.tensor([0.7, -2.0])}),
+    "TokenClassification": ({"num_labels": 3}, {"labels": torch.tensor([[0, 1, 2] * 3, [2] * 6 + [-100] * 3])}),
+    "QuestionAnswering": ({}, {"start_positions": torch.tensor([1, 4]), "end_positions": torch.tensor([3, 5])}),
+    "QuestionAnswering outside": (
+        {},
+        {"start_positions": torch.tensor([1, 9]), "end_positions": torch.tensor([3, 12])},
+    ),
+    "MultipleChoice": ({}, {"labels": torch.tensor([2, 0])}),
+}
+
+
+@pytest.mark.parametrize("task", LABELS)
+def test_loss_and_its_gradients_are_berts(task):
+    head = task.split()[0]
+    changes, labels = LABELS[task]
+    bert = randomize(getattr(transformers, f"BertFor{head}")(tiny_bert_config(**changes)))
+    supernet_class = getattr(supershaper_hf, f"SuperShaperFor{head}")
+    supernet = supernet_class.from_bert(bert)
+    batch = tiny_batch(supernet_class)
+    expected, actual = bert(**batch, **labels), supernet(**batch, **labels)
+    assert_same(actual.to_tuple(), expected.to_tuple())
+    expected.loss.backward()
+    actual.loss.backward()
+    assert_same(supernet.get_input_embeddings().weight.grad, bert.get_input_embeddings().weight.grad)
+
+
+def test_sparse_prediction_gives_the_loss_and_logits_of_the_labelled_positions():
+    labels = torch.tensor([[5, -100, 7] * 3, [-100] * 8 + [60]])
+    dense, sparse = tiny_model(), tiny_model(sparse_prediction=True)
+    expected, actual = (model(**tiny_batch(), labels=labels, shape=[8, 0, 36]) for model in (dense, sparse))
+    assert_same(actual.loss, expected.loss)
+    assert_same(actual.logits, expected.logits[labels != -100])
+    assert actual.logits.shape == (7, 61)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_sparse_prediction_can_be_chosen_for_one_call(sparse):
+    labels = torch.tensor([[5, -100, 7] * 3, [-100] * 8 + [60]])
+    model = tiny_model(sparse_prediction=not sparse)
+    logits = model(**tiny_batch(), labels=labels, sparse_prediction=sparse).logits
+    assert logits.shape == ((7, 61) if sparse else (2, 9, 61))
+
+
+def test_sparse_prediction_without_labels_predicts_everywhere():
+    assert tiny_model(sparse_prediction=True)(**tiny_batch()).logits.shape == (2, 9, 61)
+
+
+@pytest.mark.parametrize("shape", [[48, 48, 48], [20, 0, 36]], ids=str)
+def test_supernet_overfits_one_batch(shape):
+    supernet = SuperShaperForMaskedLM(tiny_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+    optimizer = torch.optim.AdamW(supernet.parameters(), lr=3e-3)
+    batch = tiny_batch()
+    for _ in range(60):
+        loss = supernet(**batch, labels=batch["input_ids"], shape=shape).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.1
+
+
+def test_forward_and_backward_run_under_bfloat16_autocast(head_slicing):
+    supernet, batch = tiny_model(head_slicing=head_slicing), tiny_batch()
+    expected = supernet(**batch, labels=batch["input_ids"], shape=[8, 0, 36]).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = supernet(**batch, labels=batch["input_ids"], shape=[8, 0, 36])
+    output.loss.backward()
+    assert output.logits.dtype == torch.bfloat16
+    assert output.loss.item() == pytest.approx(expected.item(), rel=0.02)
+    assert supernet.bert.encoder.layer[0].intermediate.dense.weight.grad.isfinite().all()
+
+
+# Resizing the vocabulary
+
+
+@pytest.mark.parametrize("size", [67, 55])
+@pytest.mark.parametrize("subnet", [False, True], ids=["supernet", "subnet"])
+def test_resized_vocabulary_survives_saving(subnet, size, tmp_path):
+    model = tiny_model().extract_subnet([8, 0, 36]) if subnet else tiny_model()
+    batch = {"input_ids": tiny_batch()["input_ids"].clamp(max=54)}
+    before = run(model, batch)[0]
+    model.resize_token_embeddings(size)
+    model.save_pretrained(tmp_path)
+    loaded = SuperShaperForMaskedLM.from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == size
+    assert loaded.get_output_embeddings().bias.shape == (size,)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert_same(run(loaded, batch)[0][..., :55], before[..., :55])
+    assert_same(run(loaded, batch), run(model, batch), atol=0)
+
+
+def test_supernet_with_resized_vocabulary_is_cut():
+    supernet, batch = tiny_model(), tiny_batch()
+    supernet.resize_token_embeddings(67)
+    subnet = supernet.extract_subnet([8, 0, 36])
+    assert subnet.config.vocab_size == 67
+    assert_same(run(subnet, batch), run(supernet, batch, shape=[8, 0, 36]))
+
+
+# Pipelines
+
+
+def test_fill_mask_pipeline(tokenizer, tmp_path):
+    subnet = tiny_model(vocab_size=len(tokenizer)).extract_subnet([8, 0, 36])
+    subnet.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    guesses = pipeline("fill-mask", model=str(tmp_path), top_k=3)("the cat [MASK] on the mat .")
+    inputs = tokenizer("the cat [MASK] on the mat .", return_tensors="pt")
+    logits = run(subnet, inputs)[0][0, 3]
+    assert [guess["token"] for guess in guesses] == logits.topk(3).indices.tolist()
+    assert [guess["score"] for guess in guesses] == pytest.approx(logits.softmax(-1).topk(3).values.tolist())
+
+
+def test_text_classification_pipeline(tokenizer, tmp_path):
+    labels = {0: "indoors", 1: "outdoors", 2: "elsewhere"}
+    supernet = tiny_model(SuperShaperForSequenceClassification, vocab_size=len(tokenizer), id2label=labels)
+    supernet.extract_subnet([8, 0, 36]).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["the cat sat on the mat .", "a big dog ran under the moon ."]
+    guesses = pipeline("text-classification", model=str(tmp_path))(texts, batch_size=2)
+    for text, guess in zip(texts, guesses):
+        logits = run(supernet, tokenizer(text, return_tensors="pt"), shape=[8, 0, 36])[0][0]
+        assert guess["label"] == labels[logits.argmax().item()]
+        assert guess["score"] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-5)
