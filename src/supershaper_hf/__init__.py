@@ -3,6 +3,8 @@
 Importing the package registers SuperShaper with the Auto classes of transformers.
 """
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -29,14 +31,15 @@ __version__ = "0.1.0"
 
 AutoConfig.register("supershaper", SuperShaperConfig)
 SuperShaperConfig.register_for_auto_class()
-for auto_class, model_class in {
+AUTO_CLASSES: dict[Any, Any] = {
     AutoModel: SuperShaperModel,
     AutoModelForMaskedLM: SuperShaperForMaskedLM,
     AutoModelForSequenceClassification: SuperShaperForSequenceClassification,
     AutoModelForTokenClassification: SuperShaperForTokenClassification,
     AutoModelForQuestionAnswering: SuperShaperForQuestionAnswering,
     AutoModelForMultipleChoice: SuperShaperForMultipleChoice,
-}.items():
+}
+for auto_class, model_class in AUTO_CLASSES.items():
     auto_class.register(SuperShaperConfig, model_class)
     # Saving then copies the modeling files beside the weights, so the folder loads without this package.
     model_class.register_for_auto_class(auto_class.__name__)

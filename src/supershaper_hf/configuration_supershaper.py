@@ -1,4 +1,16 @@
-# Copyright 2026 The supershaper-hf authors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The supershaper-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Configuration of a SuperShaper model: a BERT whose layers each have a hidden size of their own.
 
 One configuration class describes both kinds of model:

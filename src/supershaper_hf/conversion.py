@@ -64,7 +64,7 @@ def from_bert(
     if isinstance(source, (str, Path)):
         check_bert(AutoConfig.from_pretrained(source, **kwargs).to_dict(), str(source))
         bert_class = getattr(transformers, model_class.__name__.replace("SuperShaper", "Bert"))
-        source, info = bert_class.from_pretrained(source, output_loading_info=True, **kwargs)
+        bert, info = bert_class.from_pretrained(source, output_loading_info=True, **kwargs)
         missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     elif not isinstance(source, BertPreTrainedModel):
         raise ValueError(
@@ -73,18 +73,19 @@ def from_bert(
     else:
         if kwargs:
             raise TypeError(f"from_bert: {sorted(kwargs)} only make sense for a checkpoint, not for a model in memory.")
-        check_bert(source.config.to_dict(), type(source).__name__)
+        bert = source
+        check_bert(bert.config.to_dict(), type(bert).__name__)
     bert_only = {"model_type", "is_decoder", "add_cross_attention", "use_cache", "position_embedding_type", "auto_map"}
-    shared = {key: value for key, value in source.config.to_dict().items() if key not in bert_only}
+    shared = {key: value for key, value in bert.config.to_dict().items() if key not in bert_only}
     config = SuperShaperConfig.from_dict({**shared, "width_choices": width_choices, "head_slicing": head_slicing})
-    tensors = source.state_dict()
-    if isinstance(source, BertModel):
+    tensors = bert.state_dict()
+    if isinstance(bert, BertModel):
         tensors = {f"bert.{name}": tensor for name, tensor in tensors.items()}
     # BERT keeps the decoder's bias a second time under this name.
     tensors.pop("cls.predictions.bias", None)
     missing.discard("cls.predictions.bias")
     unexpected.discard("cls.predictions.bias")
-    model = model_class(config).to(source.dtype)
+    model = model_class(config).to(bert.dtype)
     absent, unused = _load(model, tensors)
     absent = {name for name in absent if "_bottleneck." not in name}  # they start as identity
     return _report(model, missing | absent, unexpected | unused, output_loading_info)
@@ -127,16 +128,18 @@ def from_original(
         OSError: If the file is truncated or is no checkpoint of PyTorch.
         ValueError: If a tensor's size does not fit `config`.
     """
-    if isinstance(source, (str, Path)):
+    if isinstance(source, Mapping):
+        state = source
+    else:
         try:
-            source = torch.load(source, map_location="cpu", weights_only=True)
+            state = torch.load(source, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise
         except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
             raise OSError(
                 f"{source} is truncated or is not a state dict saved by torch.save ({error}). Copy the file again."
             ) from error
-    tensors = {_modern_name(name): tensor for name, tensor in source.items()}
+    tensors = {_modern_name(name): tensor for name, tensor in state.items()}
     tensors.pop("bert.embeddings.position_ids", None)  # a constant buffer of old transformers
     model = model_class(config)
     absent, unused = _load(model, tensors)

@@ -5,7 +5,7 @@ Both are sums of terms that involve one layer, or one layer and the kept layer b
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from .configuration_supershaper import SuperShaperConfig
 
 
 class ChainCost(NamedTuple):
-    """A cost that is a sum along the chain embeddings -> layers -> head.
+    """A cost that is a sum along the chain embeddings -> layers -> head. Widths are integers or integer arrays.
 
     Attributes:
         fixed: What every shape costs: embeddings and head.
@@ -23,9 +23,9 @@ class ChainCost(NamedTuple):
     """
 
     fixed: int
-    enter: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    layer: Callable[[np.ndarray], np.ndarray]
-    leave: Callable[[np.ndarray], np.ndarray]
+    enter: Callable[[Any, Any], Any]
+    layer: Callable[[Any], Any]
+    leave: Callable[[Any], Any]
 
 
 def chain_cost(cost: ChainCost, hidden_size: int, shapes: np.ndarray) -> np.ndarray:

@@ -1,4 +1,16 @@
-# Copyright 2026 The supershaper-hf authors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The supershaper-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """The elastic encoder: how a layer is narrowed, how bottlenecks merge, and how a subnet is cut out of its supernet.
 
 A layer works at the width of its input: it uses the first channels of its own parameters. So the shape of a forward

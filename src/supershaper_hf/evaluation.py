@@ -44,7 +44,7 @@ def evaluate_shapes(
         mean = loss / tokens
         records.append(
             {
-                "shape": list(model.config.hidden_sizes if shape is None else model.config.normalize_shape(shape)),
+                "shape": model.config.hidden_sizes if shape is None else model.config.normalize_shape(shape),
                 "loss": mean,
                 "perplexity": math.exp(mean),
                 "accuracy": correct / tokens,

@@ -1,4 +1,16 @@
-# Copyright 2026 The supershaper-hf authors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The supershaper-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """SuperShaper: BERT with elastic hidden sizes, as a supernet and as the subnets cut from it.
 
 One class serves both; the configuration tells them apart. Embeddings, pooler and heads stay at `hidden_size`; the
@@ -188,7 +200,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
             subnet.push_to_hub(repo_id, **push_kwargs)
         return subnet
 
-    def push_to_hub(self, repo_id: str, tokenizer: Any = None, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, tokenizer: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Publish a complete repository, card and code included: see `supershaper_hf.hub.push_to_hub`.
 
         As remote code, without the package, this is the method of every other transformers model.
@@ -268,17 +280,6 @@ class SuperShaperPredictions(nn.Module):
         return self.decoder(self.transform(hidden_states))
 
 
-class SuperShaperMaskedLMHead(nn.Module):
-    """Holds the predictions under BERT's name, `cls.predictions`."""
-
-    def __init__(self, config: SuperShaperConfig):
-        super().__init__()
-        self.predictions = SuperShaperPredictions(config)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.predictions(hidden_states)
-
-
 class SuperShaperForMaskedLM(SuperShaperPreTrainedModel):
     """Masked language modelling, the task of super pre-training. Logits are (batch, length, vocab_size)."""
 
@@ -287,14 +288,14 @@ class SuperShaperForMaskedLM(SuperShaperPreTrainedModel):
     def __init__(self, config: SuperShaperConfig):
         super().__init__(config)
         self.bert = SuperShaperModel(config, add_pooling_layer=False)
-        self.cls = SuperShaperMaskedLMHead(config)
+        self.cls = nn.ModuleDict({"predictions": SuperShaperPredictions(config)})  # named as in BERT
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.cls.predictions.decoder
+        return self.cls["predictions"].decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.cls.predictions.decoder = new_embeddings
+        self.cls["predictions"].decoder = new_embeddings
 
     @can_return_tuple
     def forward(
@@ -319,10 +320,11 @@ class SuperShaperForMaskedLM(SuperShaperPreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state
         sparse = self.config.sparse_prediction if sparse_prediction is None else sparse_prediction
+        # CODEPATH: training and evaluation ask for sparse predictions; published checkpoints predict every position.
         if sparse and labels is not None:
             labelled = labels != IGNORE_INDEX
             hidden_states, labels = hidden_states[labelled], labels[labelled]
-        logits = self.cls(hidden_states)
+        logits = self.cls["predictions"](hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -472,7 +474,10 @@ class SuperShaperForMultipleChoice(SuperShaperPreTrainedModel):
         def fold(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.flatten(0, 1)
 
-        num_choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        num_choices = given.shape[1]
         inputs = map(fold, (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds))
         outputs = self.bert(*inputs, shape=shape, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)

@@ -23,7 +23,7 @@ from .costs import ChainCost, chain_cost, flops_cost, parameter_cost
 
 # Relative widths from the first layer to the last. The hand-crafted ones are the paper's comparisons at 63-65 M
 # parameters; "supershaper" is its published heuristic: first layer at the mean, 2-4 narrow, the top wide.
-PROFILES: dict[str, list[float]] = {
+PROFILES: dict[str, Sequence[float]] = {
     "rectangle": [1] * 12,
     "bottle": [120] * 6 + [600] * 5 + [768],
     "inverted_bottle": [768] + [600] * 5 + [120] * 6,

@@ -83,7 +83,7 @@ def sandwich_step(
         The masked-LM losses on the labels in nats, (shapes,), detached.
     """
     teacher_logits = None
-    losses = []
+    losses: list[torch.Tensor] = []
     for shape in shapes:
         last = len(losses) == len(shapes) - 1
         with nullcontext() if last else accelerator.no_sync(model):
