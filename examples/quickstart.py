@@ -32,12 +32,13 @@ from supershaper_hf.folders import check_output_folder
 from supershaper_hf.hub import save_for_hub
 from supershaper_hf.predictor import ShapePredictor
 from supershaper_hf.report import markdown_table, plot_pareto, text_table
-from supershaper_hf.search import pareto_front
+from supershaper_hf.search import ParetoFront, pareto_front
 from supershaper_hf.shapes import SHAPE_NAMES
 from supershaper_hf.training import SuperPretrainingArguments, super_pretrain
 
 
 BUNDLED_TEXT = Path(__file__).parent / "data" / "presidential_addresses.txt"
+NEAR_BUDGET = 16  # shapes of the predicted front, just below the budget, that are measured in a second round
 COMPARED = ("rectangle", "upper_triangle", "first_layers")  # what the searched shape has to beat
 
 
@@ -46,26 +47,29 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", nargs="+", metavar="FILE", default=[BUNDLED_TEXT], help="UTF-8, one document a line")
     parser.add_argument("--bert", metavar="PATH_OR_ID", help="a BERT checkpoint to start from")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--bert_steps", type=int, default=800, help="steps for BERT, or for a head that --bert lacks")
-    parser.add_argument("--super_steps", type=int, default=800, help="super pre-training steps")
+    parser.add_argument("--bert_steps", type=int, default=700, help="steps for BERT, or for a head that --bert lacks")
+    parser.add_argument("--super_steps", type=int, default=1000, help="super pre-training steps")
     parser.add_argument("--subnet_steps", type=int, default=100, help="steps that train the extracted subnet on")
-    parser.add_argument("--shapes", type=int, default=48, help="random shapes to measure")
+    parser.add_argument("--shapes", type=int, default=48, help="shapes to measure beside hand-crafted ones")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-def prepare_text(
-    args: argparse.Namespace,
-) -> tuple[PreTrainedTokenizerBase, Dataset, list[dict[str, torch.Tensor]]]:
-    """Return tokenizer, training sequences and the masked batches on which everything is measured."""
+Batches = list[dict[str, torch.Tensor]]
+
+
+def prepare_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Dataset, Batches, Batches]:
+    """Return tokenizer, training sequences, and masked batches of two held-out texts: to search on, to report on."""
     length = 64 if args.bert else 32
-    train_text, held_out_text = split_text(load_text(args.text), held_out=0.06, seed=args.seed)
+    train_text, held_out_text = split_text(load_text(args.text), held_out=0.1, seed=args.seed)
+    search_text, report_text = split_text(held_out_text, held_out=0.5, seed=args.seed)
     if args.bert:
         tokenizer = AutoTokenizer.from_pretrained(args.bert)
     else:
         tokenizer = train_tokenizer(train_text["text"], vocab_size=1000, max_length=length)
-    train, held_out = (tokenize(text, tokenizer, length) for text in (train_text, held_out_text))
-    return tokenizer, train, fixed_masks(held_out, tokenizer, batch_size=64, seed=args.seed)
+    train, *held_out = (tokenize(text, tokenizer, length) for text in (train_text, search_text, report_text))
+    search_batches, report_batches = (fixed_masks(text, tokenizer, batch_size=64, seed=args.seed) for text in held_out)
+    return tokenizer, train, search_batches, report_batches
 
 
 def start_bert(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> SuperShaperForMaskedLM:
@@ -130,22 +134,44 @@ def train(
     super_pretrain(supernet, tokenizer, dataset, sandwich, description="2 Supernet")
 
 
-def search(
-    supernet: SuperShaperForMaskedLM, batches: list[dict[str, torch.Tensor]], args: argparse.Namespace
-) -> tuple[list[int], list[dict[str, Any]]]:
-    """Measure shapes, fit the predictor, find the front; return the best shape for the budget, and a table."""
-    space = SearchSpace.from_config(supernet.config)
-    budget = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2
-    sampled = [space.smallest, space.largest, *space.sample(args.shapes, args.seed).tolist()]
-    measured = evaluate_shapes(supernet, batches, sampled, description="3 Measuring shapes")
-    predictor = ShapePredictor.fit(sampled, [record["loss"] for record in measured])
-    predictor.save(args.output_dir / "predictor.json")
-    front = pareto_front(space, predictor, cost="parameters")
-    best = front.best(max_cost=budget)
+def fit_and_search(space: SearchSpace, measured: list[dict[str, Any]]) -> tuple[ShapePredictor, ParetoFront]:
+    predictor = ShapePredictor.fit([record["shape"] for record in measured], [record["loss"] for record in measured])
+    return predictor, pareto_front(space, predictor, cost="parameters")
 
-    shapes = {"searched": best} | {name: space.named_shape(name, budget) for name in SHAPE_NAMES}
-    records = evaluate_shapes(supernet, batches, list(shapes.values()), description="4 Measuring named shapes")
-    rows = [
+
+def search(
+    supernet: SuperShaperForMaskedLM,
+    batches: Batches,
+    named: dict[str, list[int]],
+    budget: int,
+    args: argparse.Namespace,
+) -> tuple[list[int], list[dict[str, Any]], ParetoFront]:
+    """Measure shapes, fit the predictor, find the front, measure its shapes near the budget; return the best one."""
+    space = SearchSpace.from_config(supernet.config)
+    sampled = space.sample(args.shapes - NEAR_BUDGET, args.seed).tolist()
+    whole = [shape for shape in named.values() if all(shape)]  # the predictor knows no dropped layers
+    shapes = [space.smallest, space.largest, *whole, *sampled]
+    measured = evaluate_shapes(supernet, batches, shapes, description="3 Measuring shapes")
+    predictor, front = fit_and_search(space, measured)
+    affordable = front.shapes[front.costs <= budget][-NEAR_BUDGET:].tolist()
+    promising = evaluate_shapes(supernet, batches, affordable, description="4 Measuring the front")
+    predictor, front = fit_and_search(space, measured + promising)
+    predictor.save(args.output_dir / "predictor.json")
+    promising += evaluate_shapes(supernet, batches, [front.best(max_cost=budget)])
+    best = min(promising, key=lambda record: record["loss"])
+    print(
+        f"\nMeasured {len(measured + promising)} shapes; the predictor is off by {predictor.loo_rmse:.3f} nats "
+        f"(leave-one-out).\nThe exact front over {space.size:,} shapes has {len(front)} points. "
+        f"Budget: {budget:,} parameters."
+    )
+    return best["shape"], measured + promising, front
+
+
+def compare(supernet: SuperShaperForMaskedLM, batches: Batches, shapes: dict[str, list[int]]) -> list[dict[str, Any]]:
+    """Measure shapes on text that had no part in the search: one row of the table for each."""
+    space = SearchSpace.from_config(supernet.config)
+    records = evaluate_shapes(supernet, batches, list(shapes.values()), description="5 Comparing")
+    return [
         {
             "name": name,
             "parameters": space.num_parameters(shape),
@@ -154,17 +180,6 @@ def search(
         }
         for (name, shape), record in zip(shapes.items(), records)
     ]
-    points = {row["name"]: (row["parameters"], row["perplexity"]) for row in rows}
-    chosen = points.pop("searched")
-    sizes = [space.num_parameters(record["shape"]) for record in measured]
-    perplexities = [record["perplexity"] for record in measured]
-    plot_pareto(args.output_dir / "pareto.png", front, (sizes, perplexities), points, chosen)
-    print(
-        f"\nMeasured {len(sampled)} shapes; the predictor is off by {predictor.loo_rmse:.4f} nats (leave-one-out). "
-        f"The exact front over {space.size:,} shapes has {len(front)} points.\n"
-        f"Budget: {budget:,} parameters.\n\n{text_table(rows)}\n"
-    )
-    return best, rows
 
 
 def stored_parameters(folder: Path) -> int:
@@ -173,8 +188,20 @@ def stored_parameters(folder: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
+@torch.no_grad()
+def largest_difference(
+    supernet: SuperShaperForMaskedLM, subnet: SuperShaperForMaskedLM, shape: list[int], batches: Batches
+) -> float:
+    """Compare logits of supernet and subnet on a short and on a whole batch (where the supernet merges bottlenecks)."""
+    differences = []
+    for size in (1, 64):
+        inputs = {name: batches[-1][name][:size] for name in ("input_ids", "attention_mask")}
+        differences.append((subnet(**inputs).logits - supernet(**inputs, shape=shape).logits).abs().max().item())
+    return max(differences)
+
+
 FRESH_PROCESS = """
-import importlib.abc, sys, torch
+import importlib.abc, sys
 
 class Absent(importlib.abc.MetaPathFinder):  # as if supershaper_hf were not installed
     def find_spec(self, name, path=None, target=None):
@@ -182,12 +209,10 @@ class Absent(importlib.abc.MetaPathFinder):  # as if supershaper_hf were not ins
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Absent())
-from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers import pipeline
 
 folder, sentence = sys.argv[1:]
-model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-for guess in pipeline("fill-mask", model=model, tokenizer=tokenizer)(sentence, top_k=3):
+for guess in pipeline("fill-mask", model=folder, trust_remote_code=True)(sentence, top_k=3):
     print(f"    {guess['score']:.3f}  {guess['sequence']}")
 """
 
@@ -210,20 +235,26 @@ def main() -> int:
     start, args = time.time(), parse_arguments()
     check_output_folder(args.output_dir).mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
-    tokenizer, dataset, batches = prepare_text(args)
+    tokenizer, dataset, search_batches, report_batches = prepare_text(args)
     supernet = start_bert(args, tokenizer)
     train(supernet, tokenizer, dataset, args)
-    shape, rows = search(supernet, batches, args)
+
+    space = SearchSpace.from_config(supernet.config)
+    budget = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2
+    named = {name: space.named_shape(name, budget) for name in SHAPE_NAMES}
+    shape, measured, front = search(supernet, search_batches, named, budget, args)
+    rows = compare(supernet, report_batches, {"searched": shape} | named)
+    print("\nThe best shape found beside hand-crafted ones, on text that had no part in the search:\n")
+    print(text_table(rows), "\n")
+    plot_pareto(args.output_dir / "pareto.png", space, front, measured, rows)
 
     subnet = supernet.extract_subnet(shape)
-    with torch.no_grad():
-        inputs = {name: batches[-1][name] for name in ("input_ids", "attention_mask")}
-        difference = (subnet(**inputs).logits - supernet(**inputs, shape=shape).logits).abs().max().item()
+    difference = largest_difference(supernet, subnet, shape, report_batches)
     further = SuperPretrainingArguments(
         max_steps=args.subnet_steps, batch_size=16, learning_rate=2e-4, masking_rate=0.3, seed=args.seed
     )
-    super_pretrain(subnet, tokenizer, dataset, further, single_shape=True, description="5 Subnet")
-    (after,) = evaluate_shapes(subnet, batches, [None])
+    super_pretrain(subnet, tokenizer, dataset, further, single_shape=True, description="6 Subnet")
+    (after,) = evaluate_shapes(subnet, report_batches, [None])
     folder = save_for_hub(
         subnet,
         tokenizer,
@@ -236,18 +267,13 @@ def main() -> int:
     )
 
     perplexity = {row["name"]: row["perplexity"] for row in rows}
-    counted, stored = rows[0]["parameters"], stored_parameters(folder)
+    before, counted, stored = perplexity["searched"], rows[0]["parameters"], stored_parameters(folder)
     claims = {
         f"subnet equals supernet: largest difference of a logit {difference:.1e}": difference < 1e-4,
         f"counted parameters {counted:,}, stored {stored:,}": counted == stored,
-        f"continued training: perplexity {perplexity['searched']:.2f} -> {after['perplexity']:.2f}": after["perplexity"]
-        < perplexity["searched"],
+        f"continued training: perplexity {before:.2f} -> {after['perplexity']:.2f}": after["perplexity"] < before,
         "loads without the package": load_without_package(folder, tokenizer),
-    } | {
-        f"searched {perplexity['searched']:.2f} beats {name} {perplexity[name]:.2f}": perplexity["searched"]
-        < perplexity[name]
-        for name in COMPARED
-    }
+    } | {f"searched {before:.2f} beats {name} {perplexity[name]:.2f}": before < perplexity[name] for name in COMPARED}
     print()
     for claim, holds in claims.items():
         print(f"{'yes' if holds else 'NO '}  {claim}")

@@ -1,8 +1,8 @@
 """A small Hugging Face Hub on loopback, for tests that run the real `huggingface_hub` client.
 
-Repositories live in memory. The server answers the calls that `create_repo`, `upload_folder`, `snapshot_download`,
-`model_info` and transformers' `from_pretrained` make, with the status codes and `X-Error-*` headers of
-huggingface.co, so the client raises what a user of the Hub would see:
+Repositories live in memory. The server answers the calls that `create_repo`, `create_branch`, `create_commit`,
+`ModelCard.load`, `verify_repo_checksums` and transformers' `from_pretrained` make, with the status codes and
+`X-Error-*` headers of huggingface.co, so the client raises what a user of the Hub would see:
 
     with HubServer() as server:
         api = HfApi(endpoint=server.endpoint, token=server.token)
@@ -21,22 +21,21 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
 
-LFS_SUFFIXES = (".bin", ".png", ".safetensors")
-LFS_THRESHOLD = 10 * 1024**2  # bytes; the Hub takes larger files through LFS whatever their name
-GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs\n" for suffix in LFS_SUFFIXES).encode()
+
+LFS_SUFFIX = ".safetensors"  # the Hub keeps other binary and large files in LFS too; a model folder has none
 
 
 class HubError(Exception):
     """A refusal: HTTP status, message, further fields of the JSON body.
 
-    The code chooses the client's exception: RepoNotFound, RevisionNotFound, EntryNotFound or GatedRepo.
+    The code chooses the client's exception: RepoNotFound, RevisionNotFound or EntryNotFound.
     """
 
     def __init__(self, status: int, message: str, code: str = "", **fields: Any):
@@ -71,7 +70,6 @@ class Repo:
 
     repo_id: str
     private: bool = False
-    gated: bool = False
     commits: list[Commit] = field(default_factory=list)
     refs: dict[str, Commit] = field(default_factory=dict)
     unverified_objects: dict[str, bytes] = field(default_factory=dict)
@@ -80,10 +78,6 @@ class Repo:
     @property
     def namespace(self) -> str:
         return self.repo_id.split("/")[0]
-
-    @property
-    def pull_requests(self) -> list[str]:
-        return [ref for ref in self.refs if ref.startswith("refs/pr/")]
 
     def at(self, revision: str) -> Commit:
         """The commit that a branch, a pull request or a full commit hash names."""
@@ -122,9 +116,8 @@ class HubServer:
     Attributes:
         tokens: Token -> user name.
         repos: Repository id -> `Repo`.
-        faults: Pending faults; `faults.clear()` ends them.
+        faults: Pending faults.
         corruptions: (repository id, path) -> "flip" or "truncate"; `corruptions.clear()` heals.
-        requests: (method, URL path) of every request so far.
         lock: Held while a request is answered, so that commits do not interleave.
     """
 
@@ -134,7 +127,6 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.faults: list[Fault] = []
         self.corruptions: dict[tuple[str, str], str] = {}
-        self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -172,13 +164,9 @@ class HubServer:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def fail_next(self, method: str, path_substring: str, status: int = 500, times: int = 1) -> None:
-        """Answer the next `times` matching requests with an error.
-
-        The client repeats most requests up to 5 times after a 408, 429 or 5xx, so it takes 6 failures to defeat it.
-        It does not repeat a commit.
-        """
-        self.faults += times * [Fault(method, path_substring, status)]
+    def fail_next(self, method: str, path_substring: str, status: int = 500) -> None:
+        """Answer the next matching request with an error. The real client repeats most requests after a 5xx."""
+        self.faults.append(Fault(method, path_substring, status))
 
     def corrupt(self, repo_id: str, path: str, how: str = "flip") -> None:
         """Serve a file with one bit flipped, or with "truncate" only its first half.
@@ -193,18 +181,11 @@ class HubServer:
 # What the Hub derives from files
 
 
-def is_lfs(path: str, size: int, sample: bytes) -> bool:
-    """Whether the Hub stores a file in LFS: by its name, its size, or because it is binary."""
-    if size == 0:  # the client sends empty files with the commit, whatever their name
-        return False
-    return path.endswith(LFS_SUFFIXES) or size > LFS_THRESHOLD or b"\0" in sample
-
-
 def describe(path: str, content: bytes) -> dict[str, Any]:
     """A file as the Hub lists it, with git's name for it and, in LFS, its SHA-256."""
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
     stored = content
-    if is_lfs(path, len(content), content[:512]):
+    if path.endswith(LFS_SUFFIX):
         oid = hashlib.sha256(content).hexdigest()
         stored = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(content)}\n".encode()
         entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": len(stored)}
@@ -216,27 +197,6 @@ def etag(path: str, content: bytes) -> str:
     """The name of a file in the client's cache, and what it compares to skip an upload."""
     entry = describe(path, content)
     return entry.get("lfs", entry)["oid"]
-
-
-def list_tree(files: dict[str, bytes]) -> list[dict[str, Any]]:
-    """Every file and every folder."""
-    folders = {str(folder) for path in files for folder in PurePosixPath(path).parents} - {"."}
-    entries = [describe(path, content) for path, content in files.items()]
-    entries += [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders]
-    return sorted(entries, key=lambda entry: entry["path"])
-
-
-def is_ignored(path: str, gitignore: str) -> bool:
-    """Whether a .gitignore without negations covers the file or a folder above it."""
-    patterns = [line.strip().strip("/") for line in gitignore.splitlines() if not line.startswith("#")]
-    places = [PurePosixPath(path), *PurePosixPath(path).parents]
-    return any(fnmatch(name, pattern) for place in places for name in (place.name, str(place)) for pattern in patterns)
-
-
-def metadata_block(card: str) -> str:
-    """What stands between the `---` fences that open a model card."""
-    match = re.match(r"---\r?\n(.*?)^---\s*$", card, re.DOTALL | re.MULTILINE)
-    return match[1] if match else ""
 
 
 def damage(content: bytes, how: str | None) -> bytes:
@@ -290,7 +250,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.status, self.answer_headers = 200, {"Content-Type": "application/json"}
         with self.hub.lock:
-            self.hub.requests.append((self.command, self.url.path))
             try:
                 self._meet_fault()
                 answer = self._dispatch()
@@ -324,7 +283,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Print nothing: `HubServer.requests` is the log."""
+        """Print nothing."""
 
     def _flag(self, name: str) -> bool:
         """Whether a query parameter is on: the client writes "1" for some and "true" for others."""
@@ -357,10 +316,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(403, "Authorization error.")
         return repo
 
-    @route("GET", "/api/whoami-v2")
-    def whoami(self) -> Any:
-        return {"type": "user", "name": self._known_user(), "orgs": []}
-
     @route("POST", "/api/repos/create")
     def create_repo(self) -> Any:
         user = self._known_user()
@@ -374,7 +329,9 @@ class _Handler(BaseHTTPRequestHandler):
             # With exist_ok=True the client reads the URL from the refusal.
             raise HubError(409, "You already created this model repo", url=url)
         self.hub.repos[repo_id] = Repo(repo_id, private=payload.get("visibility") == "private")
-        self.hub.repos[repo_id].add_commit("main", {".gitattributes": GIT_ATTRIBUTES}, "initial commit")
+        self.hub.repos[repo_id].add_commit(
+            "main", {".gitattributes": f"*{LFS_SUFFIX} filter=lfs\n".encode()}, "initial commit"
+        )
         return {"url": url, "name": repo_id}
 
     @route("POST", "/api/models/{repo_id}/branch/{branch}")
@@ -387,28 +344,30 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self) -> Any:
-        """Check a card's metadata by the look of its lines: the standard library has no YAML."""
-        lines = metadata_block(json.loads(self.body)["content"]).splitlines()
-        if not any(lines):
+        """Check the metadata between the `---` fences that open a model card."""
+        card = json.loads(self.body)["content"]
+        match = re.match(r"---\n(.+?)^---$", card, re.DOTALL | re.MULTILINE)
+        if match is None:
             return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
-        key_item_or_continuation = re.compile(r"[^\s:]+:(\s|$)|-(\s|$)| +\S|#|$")
-        errors = [{"message": f"Not YAML: {line!r}"} for line in lines if not key_item_or_continuation.match(line)]
-        if errors:
-            raise HubError(400, "Invalid metadata", errors=errors)
+        try:
+            valid = isinstance(yaml.safe_load(match[1]), dict)
+        except yaml.YAMLError:
+            valid = False
+        if not valid:
+            raise HubError(400, "Invalid metadata", errors=[{"message": f"Not a YAML mapping: {match[1]}"}])
         return {"errors": [], "warnings": []}
 
     @route("POST", "/api/models/{repo_id}/preupload/{revision}")
     def preupload(self, repo_id: str, revision: str) -> Any:
         """Tell for each file how to upload it, and the ETag of the file it would replace."""
         present = self._repo(repo_id, write=True).files(revision)
-        payload = json.loads(self.body)
-        gitignore = payload.get("gitIgnore", present.get(".gitignore", b"").decode())
-        for file in payload["files"]:
-            path, sample = file["path"], base64.b64decode(file["sample"])
-            file["uploadMode"] = "lfs" if is_lfs(path, file["size"], sample) else "regular"
-            file["shouldIgnore"] = is_ignored(path, gitignore)
+        files = json.loads(self.body)["files"]
+        for file in files:
+            path = file["path"]
+            file["uploadMode"] = "lfs" if path.endswith(LFS_SUFFIX) else "regular"
+            file["shouldIgnore"] = False
             file["oid"] = etag(path, present[path]) if path in present else None
-        return {"files": payload["files"]}
+        return {"files": files}
 
     @route("POST", "/{repo_id}.git/info/lfs/objects/batch")
     def lfs_batch(self, repo_id: str) -> Any:
@@ -444,15 +403,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Apply operations to a branch or to a new pull request: all of them or none."""
         repo = self._repo(repo_id, write=True)
         parent = repo.at(revision)
-        if revision not in repo.refs:
-            raise HubError(400, f"Not a branch: {revision}")
         header, *operations = [json.loads(line) for line in self.body.splitlines()]
-        if header["value"].get("parentCommit", parent.oid) != parent.oid:
-            raise HubError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(parent.files)  # a copy, so that a bad operation leaves the repository as it was
         for operation in operations:
             self._apply(operation["key"], operation["value"], files, repo.lfs_objects)
-        number = len(repo.pull_requests) + 1
+        number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
         ref = f"refs/pr/{number}" if self._flag("create_pr") else revision
         oid = repo.add_commit(ref, files, header["value"]["summary"], header["value"]["description"])
         url = f"{self.hub.endpoint}/{repo_id}"
@@ -468,10 +423,6 @@ class _Handler(BaseHTTPRequestHandler):
             if value["oid"] not in lfs_objects:
                 raise HubError(400, f"The LFS object of {path} was never uploaded")
             files[path] = lfs_objects[value["oid"]]
-        elif key == "deletedFile":
-            if path not in files:
-                raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-            del files[path]
         else:
             raise HubError(501, f"hub_server.py does not know the commit operation {key!r}")
 
@@ -480,59 +431,31 @@ class _Handler(BaseHTTPRequestHandler):
     def model_info(self, repo_id: str, revision: str = "main") -> Any:
         repo = self._repo(repo_id)
         commit = repo.at(revision)
-        metadata = metadata_block(commit.files.get("README.md", b"").decode())
-        scalars = dict(re.findall(r"^(\w+): *(\S.*)$", metadata, re.MULTILINE))
-        return {
-            "id": repo_id,
-            "sha": commit.oid,
-            "private": repo.private,
-            "gated": "auto" if repo.gated else False,
-            "tags": [],
-            "pipeline_tag": scalars.get("pipeline_tag"),
-            "library_name": scalars.get("library_name"),
-            "siblings": [{"rfilename": path} for path in commit.files],
-        }
+        siblings = [{"rfilename": path} for path in commit.files]
+        return {"id": repo_id, "sha": commit.oid, "private": repo.private, "tags": [], "siblings": siblings}
 
     @route("GET", "/api/models/{repo_id}/tree/{revision}")
     @route("GET", "/api/models/{repo_id}/tree/{revision}/{path}")
     def tree(self, repo_id: str, revision: str, path: str = "") -> Any:
-        """List the files and folders below `path`; what `expand` would add is left out."""
-        prefix = f"{path}/" if path else ""
-        entries = list_tree(self._repo(repo_id).files(revision))
-        entries = [entry for entry in entries if entry["path"].startswith(prefix)]
-        if path and not entries:
+        """List the files below `path`. Folders, and what `expand` would add, are left out."""
+        files = self._repo(repo_id).files(revision)
+        entries = [describe(name, content) for name, content in files.items() if name.startswith(path)]
+        if not entries:
             raise HubError(404, f"{path} does not exist on {revision}", "EntryNotFound")
-        if self._flag("recursive"):
-            return entries
-        return [entry for entry in entries if "/" not in entry["path"].removeprefix(prefix)]
-
-    @route("POST", "/api/models/{repo_id}/paths-info/{revision}")
-    def paths_info(self, repo_id: str, revision: str) -> Any:
-        """Describe the given paths; those that do not exist are left out."""
-        wanted = parse_qs(self.body.decode())["paths"]
-        return [entry for entry in list_tree(self._repo(repo_id).files(revision)) if entry["path"] in wanted]
+        return entries
 
     @route("GET", "/{repo_id}/resolve/{revision}/{path}")
     def resolve(self, repo_id: str, revision: str, path: str) -> bytes:
-        """Serve a file, whole or the range asked for."""
-        repo, user = self._repo(repo_id), self._user()
-        if repo.gated and user != repo.namespace:
-            raise HubError(403 if user else 401, f"Access to model {repo_id} is restricted.", "GatedRepo")
-        commit = repo.at(revision)
+        """Serve a file."""
+        commit = self._repo(repo_id).at(revision)
         self.answer_headers["X-Repo-Commit"] = commit.oid  # also on a 404: the client remembers absent files
         if path not in commit.files:
             raise HubError(404, "Entry not found", "EntryNotFound")
         content = commit.files[path]
         tag = f'"{etag(path, content)}"'
-        self.answer_headers |= {"Content-Type": "application/octet-stream", "ETag": tag, "Accept-Ranges": "bytes"}
-        if is_lfs(path, len(content), content[:512]):
+        self.answer_headers |= {"Content-Type": "application/octet-stream", "ETag": tag}
+        if path.endswith(LFS_SUFFIX):
             self.answer_headers |= {"X-Linked-ETag": tag, "X-Linked-Size": str(len(content))}
         if self.command == "GET":
             content = damage(content, self.hub.corruptions.get((repo_id, path)))
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted is None:
-            return content
-        first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
-        self.status = 206
-        self.answer_headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        return content[first : last + 1]
+        return content

@@ -1,5 +1,6 @@
 """Tables and plots of measured shapes and Pareto fronts."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .search import ParetoFront
+from .shapes import SearchSpace
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -47,30 +49,37 @@ def _cell(value: Any) -> str:
 
 def plot_pareto(
     file: str | Path,
+    space: SearchSpace,
     front: ParetoFront,
-    measured: tuple[Sequence[int], Sequence[float]],
-    named: Mapping[str, tuple[int, float]],
-    chosen: tuple[int, float],
+    measured: Sequence[Mapping[str, Any]],
+    compared: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write a PNG: cost against perplexity of measured shapes, named shapes, the predicted front and the chosen shape.
+    """Write a PNG of parameters against perplexity: measured shapes, the predicted front, and shapes by name.
 
     Args:
         file: Where to write it.
-        front: The predicted front, drawn as a line.
-        measured: Costs and measured perplexities of the shapes the predictor was fitted on.
-        named: Cost and measured perplexity of each hand-crafted shape, by name.
-        chosen: Cost and measured perplexity of the shape found by the search.
+        space: Tells the parameters of a shape.
+        front: The predicted front in parameters, drawn as a line.
+        measured: Records of `evaluate_shapes`.
+        compared: Rows with `name`, `parameters` and `perplexity`; the first one is highlighted.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")  # not pyplot: no screen, no global state
     axes = figure.subplots()
-    axes.scatter(*measured, s=14, color="0.6", label=f"{len(measured[0])} measured shapes")
+    sizes = [space.num_parameters(record["shape"]) for record in measured]
+    perplexities = [record["perplexity"] for record in measured]
+    axes.scatter(sizes, perplexities, s=14, color="0.6", label=f"{len(measured)} measured shapes")
     axes.plot(front.costs, np.exp(front.losses), color="C0", label="predicted Pareto front (exact)")
-    markers = "osv^DPX*p"
-    for (name, point), marker in zip(named.items(), markers):
-        axes.scatter(*point, s=42, marker=marker, facecolor="none", edgecolor="C1", label=name.replace("_", " "))
-    axes.scatter(*chosen, s=140, marker="*", color="C3", zorder=3, label="searched shape, measured")
-    axes.set_xlabel(f"{front.cost_name} of the subnet")
+    chosen, *others = compared
+    for row, marker in zip(others, itertools.cycle("osv^DPX*p")):
+        point, name = (row["parameters"], row["perplexity"]), row["name"].replace("_", " ")
+        axes.scatter(*point, s=42, marker=marker, facecolor="none", edgecolor="C1", label=name)
+    point = (chosen["parameters"], chosen["perplexity"])
+    axes.scatter(*point, s=140, marker="*", color="C3", zorder=3, label=chosen["name"])
+    axes.set_xlabel("parameters of the subnet")
     axes.set_ylabel("perplexity of masked tokens, held-out text")
+    axes.set_yscale("log")  # layers add up in log-perplexity
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
