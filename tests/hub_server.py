@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -62,17 +62,12 @@ class Commit(NamedTuple):
 
 @dataclass
 class Repo:
-    """A model repository.
-
-    `commits` are in order of creation, those of pull requests included. `refs` maps "main", the other branches and
-    "refs/pr/1" and so on to their newest commit.
-    """
+    """A model repository: all commits in order of creation, and the newest of "main", "refs/pr/1" and so on."""
 
     repo_id: str
     private: bool = False
     commits: list[Commit] = field(default_factory=list)
     refs: dict[str, Commit] = field(default_factory=dict)
-    unverified_objects: dict[str, bytes] = field(default_factory=dict)
     lfs_objects: dict[str, bytes] = field(default_factory=dict)
 
     @property
@@ -97,35 +92,24 @@ class Repo:
         return oid
 
 
-class Fault(NamedTuple):
-    """An error that the next matching request gets instead of an answer."""
-
-    method: str
-    path_substring: str
-    status: int
-
-
 class HubServer:
     """A Hub, as a context manager.
 
-    Args:
-        token: A token of `user`. Add others with `server.tokens["hf_b"] = "bob"`. A user may write in the namespace
-            of the same name and open pull requests everywhere.
-        user: Who `token` belongs to.
-
     Attributes:
-        tokens: Token -> user name.
+        token: A token of the user named "user".
+        tokens: Token -> user name. Add others with `server.tokens["hf_b"] = "bob"`. A user may write in the namespace
+            of the same name and open pull requests everywhere.
         repos: Repository id -> `Repo`.
-        faults: Pending faults.
+        faults: (method, part of the URL path, status) of pending faults.
         corruptions: (repository id, path) -> "flip" or "truncate"; `corruptions.clear()` heals.
         lock: Held while a request is answered, so that commits do not interleave.
     """
 
-    def __init__(self, token: str = "hf_valid", user: str = "user"):
-        self.token = token
-        self.tokens = {token: user}
+    def __init__(self):
+        self.token = "hf_valid"
+        self.tokens = {self.token: "user"}
         self.repos: dict[str, Repo] = {}
-        self.faults: list[Fault] = []
+        self.faults: list[tuple[str, str, int]] = []
         self.corruptions: dict[tuple[str, str], str] = {}
         self.lock = threading.Lock()
 
@@ -147,17 +131,13 @@ class HubServer:
         return f"http://127.0.0.1:{self._http.server_port}"
 
     def environment(self, cache_dir: str | Path) -> dict[str, str]:
-        """Variables that point a subprocess at this server, to be laid over `os.environ`.
-
-        Set `HF_TOKEN` to another token, or to "" for an anonymous client.
-        """
+        """Variables that point a subprocess at this server, to be laid over `os.environ`."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(cache_dir),
             "HF_HUB_CACHE": str(Path(cache_dir) / "hub"),  # an inherited one would win over HF_HOME
             "HF_TOKEN": self.token,
             "HF_HUB_OFFLINE": "0",  # the test suite itself may be offline
-            "TRANSFORMERS_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -166,15 +146,13 @@ class HubServer:
 
     def fail_next(self, method: str, path_substring: str, status: int = 500) -> None:
         """Answer the next matching request with an error. The real client repeats most requests after a 5xx."""
-        self.faults.append(Fault(method, path_substring, status))
+        self.faults.append((method, path_substring, status))
 
-    def corrupt(self, repo_id: str, path: str, how: str = "flip") -> None:
+    def corrupt(self, repo_id: str, path: str, how: Literal["flip", "truncate"]) -> None:
         """Serve a file with one bit flipped, or with "truncate" only its first half.
 
         The ETag and the size that a HEAD request announces stay those of the intact file.
         """
-        if how not in ("flip", "truncate"):
-            raise ValueError(f"how={how!r} is not known: use 'flip' or 'truncate'.")
         self.corruptions[repo_id, path] = how
 
 
@@ -251,7 +229,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.status, self.answer_headers = 200, {"Content-Type": "application/json"}
         with self.hub.lock:
             try:
-                self._meet_fault()
                 answer = self._dispatch()
             except HubError as error:
                 self.status, answer = error.status, error.payload
@@ -260,13 +237,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle  # noqa: N815, the base class calls them so
 
-    def _meet_fault(self) -> None:
-        for fault in self.hub.faults:
-            if fault.method == self.command and fault.path_substring in self.url.path:
-                self.hub.faults.remove(fault)
-                raise HubError(fault.status, "Failure injected by the test.")
-
     def _dispatch(self) -> Any:
+        for fault in self.hub.faults:
+            method, path_substring, status = fault
+            if method == self.command and path_substring in self.url.path:
+                self.hub.faults.remove(fault)
+                raise HubError(status, "Failure injected by the test.")
         method = "GET" if self.command == "HEAD" else self.command
         for route_method, pattern, endpoint in ROUTES:
             match = pattern.fullmatch(self.url.path)
@@ -283,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Print nothing."""
+        """Keep the tests' output clean."""
 
     def _flag(self, name: str) -> bool:
         """Whether a query parameter is on: the client writes "1" for some and "true" for others."""
@@ -295,12 +271,6 @@ class _Handler(BaseHTTPRequestHandler):
         if token and token not in self.hub.tokens:
             raise HubError(401, "Invalid credentials in Authorization header")
         return self.hub.tokens.get(token)
-
-    def _known_user(self) -> str:
-        user = self._user()
-        if user is None:
-            raise HubError(401, "Invalid username or password.")
-        return user
 
     def _repo(self, repo_id: str, write: bool = False) -> Repo:
         """The repository, if whoever asks may read it, or write to it."""
@@ -318,7 +288,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("POST", "/api/repos/create")
     def create_repo(self) -> Any:
-        user = self._known_user()
+        user = self._user()
+        if user is None:
+            raise HubError(401, "Invalid username or password.")
         payload = json.loads(self.body)
         namespace = payload["organization"] or user
         if namespace != user:
@@ -328,10 +300,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repo_id in self.hub.repos:
             # With exist_ok=True the client reads the URL from the refusal.
             raise HubError(409, "You already created this model repo", url=url)
-        self.hub.repos[repo_id] = Repo(repo_id, private=payload.get("visibility") == "private")
-        self.hub.repos[repo_id].add_commit(
-            "main", {".gitattributes": f"*{LFS_SUFFIX} filter=lfs\n".encode()}, "initial commit"
-        )
+        repo = self.hub.repos[repo_id] = Repo(repo_id, private=payload.get("visibility") == "private")
+        repo.add_commit("main", {".gitattributes": f"*{LFS_SUFFIX} filter=lfs\n".encode()}, "initial commit")
         return {"url": url, "name": repo_id}
 
     @route("POST", "/api/models/{repo_id}/branch/{branch}")
@@ -350,29 +320,25 @@ class _Handler(BaseHTTPRequestHandler):
         if match is None:
             return {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
         try:
-            valid = isinstance(yaml.safe_load(match[1]), dict)
-        except yaml.YAMLError:
-            valid = False
-        if not valid:
-            raise HubError(400, "Invalid metadata", errors=[{"message": f"Not a YAML mapping: {match[1]}"}])
+            yaml.safe_load(match[1])
+        except yaml.YAMLError as error:
+            raise HubError(400, "Invalid metadata", errors=[{"message": str(error)}]) from error
         return {"errors": [], "warnings": []}
 
     @route("POST", "/api/models/{repo_id}/preupload/{revision}")
     def preupload(self, repo_id: str, revision: str) -> Any:
         """Tell for each file how to upload it, and the ETag of the file it would replace."""
         present = self._repo(repo_id, write=True).files(revision)
-        files = json.loads(self.body)["files"]
-        for file in files:
-            path = file["path"]
-            file["uploadMode"] = "lfs" if path.endswith(LFS_SUFFIX) else "regular"
-            file["shouldIgnore"] = False
-            file["oid"] = etag(path, present[path]) if path in present else None
-        return {"files": files}
+        answer = []
+        for path in (file["path"] for file in json.loads(self.body)["files"]):
+            mode = "lfs" if path.endswith(LFS_SUFFIX) else "regular"
+            oid = etag(path, present[path]) if path in present else None
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return {"files": answer}
 
     @route("POST", "/{repo_id}.git/info/lfs/objects/batch")
     def lfs_batch(self, repo_id: str) -> Any:
         """Give upload instructions for the LFS objects that the repository does not have yet."""
-        self._known_user()
         repo = self._repo(repo_id)
         objects = json.loads(self.body)["objects"]
         for wanted in objects:
@@ -384,29 +350,33 @@ class _Handler(BaseHTTPRequestHandler):
     @route("PUT", "/lfs/{repo_id}/{oid}")
     def lfs_put(self, repo_id: str, oid: str) -> Any:
         """Take an object's bytes, without a token: on the Hub this is a signed storage URL."""
-        self.hub.repos[repo_id].unverified_objects[oid] = self.body
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            raise HubError(400, f"LFS object {oid} does not have the announced SHA-256.")
+        self.hub.repos[repo_id].lfs_objects[oid] = self.body
         return {}
 
     @route("POST", "/lfs/{repo_id}/{oid}/verify")
     def lfs_verify(self, repo_id: str, oid: str) -> Any:
-        """Accept an uploaded object if its length and SHA-256 are the announced ones."""
-        self._known_user()
-        repo = self._repo(repo_id)
-        content = repo.unverified_objects.pop(oid, b"")
-        if len(content) != json.loads(self.body)["size"] or hashlib.sha256(content).hexdigest() != oid:
-            raise HubError(400, f"LFS object {oid} does not have the announced size and SHA-256.")
-        repo.lfs_objects[oid] = content
+        """Confirm that an object arrived whole."""
+        content = self._repo(repo_id).lfs_objects.get(oid, b"")
+        if len(content) != json.loads(self.body)["size"]:
+            raise HubError(400, f"LFS object {oid} does not have the announced size.")
         return {}
 
     @route("POST", "/api/models/{repo_id}/commit/{revision}")
     def commit(self, repo_id: str, revision: str) -> Any:
         """Apply operations to a branch or to a new pull request: all of them or none."""
         repo = self._repo(repo_id, write=True)
-        parent = repo.at(revision)
         header, *operations = [json.loads(line) for line in self.body.splitlines()]
-        files = dict(parent.files)  # a copy, so that a bad operation leaves the repository as it was
+        files = dict(repo.files(revision))  # a copy, so that a bad operation leaves the repository as it was
         for operation in operations:
-            self._apply(operation["key"], operation["value"], files, repo.lfs_objects)
+            kind, value = operation["key"], operation["value"]
+            if kind == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile" and value["oid"] in repo.lfs_objects:
+                files[value["path"]] = repo.lfs_objects[value["oid"]]
+            else:
+                raise HubError(400, f"Not an operation, or its LFS object was never uploaded: {operation}")
         number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
         ref = f"refs/pr/{number}" if self._flag("create_pr") else revision
         oid = repo.add_commit(ref, files, header["value"]["summary"], header["value"]["description"])
@@ -414,25 +384,11 @@ class _Handler(BaseHTTPRequestHandler):
         # The client reads the last one only if it asked for a pull request.
         return {"commitOid": oid, "commitUrl": f"{url}/commit/{oid}", "pullRequestUrl": f"{url}/discussions/{number}"}
 
-    def _apply(self, key: str, value: dict[str, Any], files: dict[str, bytes], lfs_objects: dict[str, bytes]) -> None:
-        """Change `files` in place as one line of a commit says."""
-        path = value["path"]
-        if key == "file":
-            files[path] = base64.b64decode(value["content"])
-        elif key == "lfsFile":
-            if value["oid"] not in lfs_objects:
-                raise HubError(400, f"The LFS object of {path} was never uploaded")
-            files[path] = lfs_objects[value["oid"]]
-        else:
-            raise HubError(501, f"hub_server.py does not know the commit operation {key!r}")
-
     @route("GET", "/api/models/{repo_id}")
     @route("GET", "/api/models/{repo_id}/revision/{revision}")
     def model_info(self, repo_id: str, revision: str = "main") -> Any:
-        repo = self._repo(repo_id)
-        commit = repo.at(revision)
-        siblings = [{"rfilename": path} for path in commit.files]
-        return {"id": repo_id, "sha": commit.oid, "private": repo.private, "tags": [], "siblings": siblings}
+        commit = self._repo(repo_id).at(revision)
+        return {"id": repo_id, "sha": commit.oid, "tags": [], "siblings": [{"rfilename": p} for p in commit.files]}
 
     @route("GET", "/api/models/{repo_id}/tree/{revision}")
     @route("GET", "/api/models/{repo_id}/tree/{revision}/{path}")

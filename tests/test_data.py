@@ -126,6 +126,12 @@ def test_trained_tokenizer_survives_saving(tmp_path):
     assert loaded.model_max_length == 16
 
 
+def test_training_a_tokenizer_twice_gives_the_same_numbers():
+    text = random_documents(20)["text"]
+    vocabularies = [train_tokenizer(text, vocab_size=40, max_length=16).get_vocab() for _ in range(5)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+
+
 def test_tokenizer_larger_than_the_embeddings_is_refused(tokenizer):
     check_vocabulary(tokenizer, tiny_config(vocab_size=len(tokenizer)))
     with pytest.raises(ValueError, match=r"The tokenizer has 20 tokens, but the model has vocab_size=19: tokens from 19"):

@@ -250,7 +250,10 @@ def test_two_shapes_before_one_backward_give_the_sum_of_their_gradients(head_sli
 def test_gradient_checkpointing_changes_no_gradient(head_slicing, use_reentrant):
     supernet = tiny_model(head_slicing=head_slicing).train()
     expected = gradients(supernet, [8, 20, 36], [36, 0, 8])
-    supernet.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    # Renamed in transformers 5.2x; the old name is deprecated in the newest and the only one in the oldest supported.
+    newest = hasattr(supernet, "activation_checkpointing_enable")
+    enable = supernet.activation_checkpointing_enable if newest else supernet.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
     with mock.patch.object(
         SuperShaperAttention, "forward", autospec=True, side_effect=SuperShaperAttention.forward
     ) as forward:

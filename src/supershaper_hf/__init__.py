@@ -16,6 +16,8 @@ from transformers import (
 )
 
 from .configuration_supershaper import SuperShaperConfig
+from .evaluation import evaluate_shapes
+from .hub import push_to_hub, save_for_hub
 from .modeling_supershaper import (
     SuperShaperForMaskedLM,
     SuperShaperForMultipleChoice,
@@ -24,6 +26,8 @@ from .modeling_supershaper import (
     SuperShaperForTokenClassification,
     SuperShaperModel,
 )
+from .predictor import ShapePredictor
+from .search import ParetoFront, pareto_front
 from .shapes import SearchSpace
 
 
@@ -45,7 +49,9 @@ for auto_class, model_class in AUTO_CLASSES.items():
     model_class.register_for_auto_class(auto_class.__name__)
 
 __all__ = [
+    "ParetoFront",
     "SearchSpace",
+    "ShapePredictor",
     "SuperShaperConfig",
     "SuperShaperForMaskedLM",
     "SuperShaperForMultipleChoice",
@@ -53,4 +59,8 @@ __all__ = [
     "SuperShaperForSequenceClassification",
     "SuperShaperForTokenClassification",
     "SuperShaperModel",
+    "evaluate_shapes",
+    "pareto_front",
+    "push_to_hub",
+    "save_for_hub",
 ]

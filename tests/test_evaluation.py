@@ -1,0 +1,115 @@
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_data import random_documents
+
+from supershaper_hf.data import fixed_masks, tokenize
+from supershaper_hf.evaluation import evaluate_shapes
+from supershaper_hf.modeling_supershaper import IGNORE_INDEX
+
+
+SHAPES = [[48, 48, 48], [8, 20, 36], [36, 0, 8]]
+
+
+@pytest.fixture
+def batches(tokenizer):
+    """Masked batches of unequal size: 5 sequences each, the last of 1."""
+    sequences = tokenize(random_documents(4), tokenizer, max_length=12)
+    return fixed_masks(sequences.select(range(16)), tokenizer, batch_size=5, masking_rate=0.4)
+
+
+@torch.no_grad()
+def by_hand(model, batches, shape):
+    """Loss and accuracy over all labelled tokens, from dense predictions of one sequence at a time."""
+    log_probabilities, hits = [], []
+    for batch in batches:
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            logits = model(ids[None], mask[None], shape=shape).logits[0]
+            for position in range(len(labels)):
+                if labels[position] != IGNORE_INDEX:
+                    log_probabilities.append(logits[position].log_softmax(-1)[labels[position]].item())
+                    hits.append(logits[position].argmax() == labels[position])
+    return -sum(log_probabilities) / len(log_probabilities), sum(hits).item() / len(hits)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_and_accuracy_are_means_over_all_labelled_tokens(batches, shape):
+    model = tiny_model()
+    loss, accuracy = by_hand(model, batches, shape)
+    (record,) = evaluate_shapes(model, batches, [shape])
+    assert record["loss"] == pytest.approx(loss, abs=1e-5)
+    assert record["accuracy"] == pytest.approx(accuracy)
+
+
+def test_accuracy_of_a_model_that_knows_one_word(batches):
+    model, word = tiny_model(), int(batches[0]["labels"].max())
+    with torch.no_grad():
+        model.cls["predictions"].decoder.bias[word] = 100.0
+    labels = torch.cat([batch["labels"].flatten() for batch in batches])
+    (record,) = evaluate_shapes(model, batches, [None])
+    assert 0 < record["accuracy"] < 1
+    assert record["accuracy"] == pytest.approx(((labels == word).sum() / (labels != IGNORE_INDEX).sum()).item())
+
+
+def test_perplexity_is_the_exponential_of_the_loss(batches):
+    for record in evaluate_shapes(tiny_model(), batches, SHAPES):
+        assert record["perplexity"] == math.exp(record["loss"])
+
+
+def test_two_evaluations_are_identical(batches):
+    model = tiny_model()
+    assert evaluate_shapes(model, batches, SHAPES) == evaluate_shapes(model, batches, SHAPES)
+
+
+def test_every_shape_sees_the_same_masks(batches):
+    """A shape's record does not depend on its place in the list, nor on what was measured before it."""
+    model = tiny_model()
+    together = evaluate_shapes(model, batches, SHAPES)
+    alone = [evaluate_shapes(model, batches, [shape])[0] for shape in reversed(SHAPES)]
+    assert together == alone[::-1]
+
+
+def test_records_keep_the_order_of_the_shapes(batches):
+    records = evaluate_shapes(tiny_model(), batches, [*SHAPES, None])
+    assert [record["shape"] for record in records] == [*SHAPES, [48, 48, 48]]
+    assert records[0] == records[-1]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_supernet_at_a_shape_equals_the_subnet(batches, shape):
+    model = tiny_model()
+    (of_supernet,) = evaluate_shapes(model, batches, [shape])
+    (of_subnet,) = evaluate_shapes(model.extract_subnet(shape), batches, [None])
+    assert of_subnet["shape"] == [width for width in shape if width]
+    assert of_subnet["loss"] == pytest.approx(of_supernet["loss"], abs=1e-5)
+    assert of_subnet["accuracy"] == of_supernet["accuracy"]
+
+
+def test_dropout_is_off_while_measuring(batches):
+    model = tiny_model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    measured = evaluate_shapes(model, batches, SHAPES)
+    assert evaluate_shapes(model.train(), batches, SHAPES) == measured
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_training_mode_is_left_as_it_was(batches, training):
+    model = tiny_model().train(training)
+    evaluate_shapes(model, batches, SHAPES)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_weights_and_batches_are_left_as_they_were(batches):
+    model = tiny_model()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs = [{name: tensor.clone() for name, tensor in batch.items()} for batch in batches]
+    evaluate_shapes(model, batches, SHAPES)
+    torch.testing.assert_close(model.state_dict(), weights, atol=0, rtol=0)
+    torch.testing.assert_close(batches, inputs, atol=0, rtol=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_wrong_shape_is_refused(batches):
+    with pytest.raises(ValueError, match="width 40 of layer 1 is not one of the width choices"):
+        evaluate_shapes(tiny_model(), batches, [[8, 40, 36]])
