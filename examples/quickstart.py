@@ -206,7 +206,7 @@ import importlib.abc, sys
 class Absent(importlib.abc.MetaPathFinder):  # as if supershaper_hf were not installed
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "supershaper_hf":
-            raise ModuleNotFoundError(name)
+            raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Absent())
 from transformers import pipeline

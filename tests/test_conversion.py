@@ -432,7 +432,9 @@ def test_subnet_folder_is_refused(source, tmp_path):
 
 def test_folder_without_weights_is_refused(source, tmp_path):
     (source / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"needs model\.safetensors, or model\.safetensors\.index\.json and its shards"):
+    with pytest.raises(
+        FileNotFoundError, match=r"needs model\.safetensors, or model\.safetensors\.index\.json and its shards"
+    ):
         extract_from_folder(source, [8, 0, 36], tmp_path / "subnet")
 
 

@@ -39,6 +39,12 @@ def test_every_line_with_text_is_a_document(tmp_path):
     assert load_text([first, str(second)])["text"] == documents
 
 
+def test_only_line_breaks_end_a_document(tmp_path):
+    document = "One\u2028document\x0cof\x85four\x1dlines."
+    (tmp_path / "text.txt").write_bytes(f"{document}\r\nAnother.".encode())
+    assert load_text(tmp_path / "text.txt")["text"] == [document, "Another."]
+
+
 @pytest.mark.parametrize("as_given", [str, lambda path: path, lambda path: [path]], ids=["str", "Path", "list"])
 def test_one_file_may_be_given_bare(as_given, tmp_path):
     (tmp_path / "text.txt").write_text("One document.\n", encoding="utf-8")
@@ -94,6 +100,11 @@ def test_at_least_one_document_is_held_out():
     assert (len(train), len(held_out)) == (2, 1)
 
 
+def test_at_least_one_document_is_left_to_train_on():
+    train, held_out = split_text(random_documents(3), held_out=0.99, seed=0)
+    assert (len(train), len(held_out)) == (1, 2)
+
+
 def test_one_document_cannot_be_split():
     with pytest.raises(ValueError, match=r"The text has 1 document\(s\), but at least 2 are needed"):
         split_text(random_documents(1), held_out=0.5, seed=0)
@@ -134,14 +145,16 @@ def test_training_a_tokenizer_twice_gives_the_same_numbers():
 
 def test_tokenizer_larger_than_the_embeddings_is_refused(tokenizer):
     check_vocabulary(tokenizer, tiny_config(vocab_size=len(tokenizer)))
-    with pytest.raises(ValueError, match=r"The tokenizer has 20 tokens, but the model has vocab_size=19: tokens from 19"):
+    with pytest.raises(
+        ValueError, match=r"The tokenizer has 20 tokens, but the model has vocab_size=19: tokens from 19"
+    ):
         check_vocabulary(tokenizer, tiny_config(vocab_size=len(tokenizer) - 1))
 
 
 def test_tokenizer_without_mask_token_is_refused(tokenizer):
     tokenizer.mask_token = None
     with pytest.raises(ValueError, match="The tokenizer has no mask token"):
-        check_vocabulary(tokenizer, tiny_config())
+        masking_collator(tokenizer)
 
 
 # Cutting into sequences

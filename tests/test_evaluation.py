@@ -110,6 +110,18 @@ def test_weights_and_batches_are_left_as_they_were(batches):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_batches_without_labels_do_not_count(batches):
+    model = tiny_model()
+    unlabelled = batches[0] | {"labels": torch.full_like(batches[0]["labels"], IGNORE_INDEX)}
+    assert evaluate_shapes(model, [unlabelled, *batches], SHAPES) == evaluate_shapes(model, batches, SHAPES)
+
+
+def test_text_without_labels_is_refused(batches):
+    unlabelled = batches[0] | {"labels": torch.full_like(batches[0]["labels"], IGNORE_INDEX)}
+    with pytest.raises(ValueError, match="No token of the batches is labelled"):
+        evaluate_shapes(tiny_model(), [unlabelled], SHAPES)
+
+
 def test_wrong_shape_is_refused(batches):
     with pytest.raises(ValueError, match="width 40 of layer 1 is not one of the width choices"):
         evaluate_shapes(tiny_model(), batches, [[8, 40, 36]])

@@ -234,6 +234,16 @@ def test_push_is_one_commit_of_the_folder(folder, server):
     assert not server.repos["user/name"].private
 
 
+def test_folders_inside_the_folder_are_published_too(folder, server):
+    (folder / "measured").mkdir()
+    (folder / "measured" / "README.md").write_text("Loss by shape.\n")
+    push_folder(folder, "user/name")
+    assert files(server) == contents(folder)
+    (folder / "measured" / "README.md").write_text("Loss and accuracy by shape.\n")
+    push_folder(folder, "user/name")  # keeps the card, not every file of that name
+    assert files(server) == contents(folder)
+
+
 def test_pushing_the_same_again_adds_no_commit(folder, server):
     push_folder(folder, "user/name")
     push_folder(folder, "user/name")
@@ -389,7 +399,7 @@ def assert_push_succeeds(server, folder):
 def test_failing_hub_publishes_nothing(method, path, folder, server):
     server.fail_next(method, path, status=500)
     message = (
-        r"(?s)Uploading to 'user/name' failed with status 500: .*[^.]\. Nothing was published: .* Run the same call"
+        r"(?s)Uploading to 'user/name' failed with status 500: .*[^.]\. A commit is .* complete or unchanged\. Run the"
     )
     with nothing_published(server, folder, ConnectionError, message):
         push_folder(folder, "user/name")
@@ -462,7 +472,7 @@ def test_somebody_elses_name(taken, folder, server):
 def test_failed_push_of_a_model_leaves_no_temporary_folder(subnet, server, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     server.fail_next("POST", "/commit/", status=500)
-    with pytest.raises(ConnectionError, match="Nothing was published") as error:
+    with pytest.raises(ConnectionError, match="complete or unchanged") as error:
         push_to_hub(subnet, None, "user/name")
     assert list(tmp_path.iterdir()) == []
     assert str(tmp_path) not in str(error.value)  # what is gone cannot be promised to be intact
@@ -544,7 +554,7 @@ else:
     class Blocker:
         def find_spec(self, name, path=None, target=None):
             if name.partition(".")[0] == "supershaper_hf":
-                raise ModuleNotFoundError(f"No module named {name!r}")
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     sys.meta_path.insert(0, Blocker())
 

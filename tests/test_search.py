@@ -161,9 +161,7 @@ def test_unknown_cost_is_refused():
         pareto_front(SPACE, FALLING, cost="latency")
 
 
-@pytest.mark.parametrize(
-    ("choices", "layers"), [([8, 20, 48], 3), ([8, 20, 36, 44], 3), ([8, 20, 36, 48], 2)], ids=str
-)
+@pytest.mark.parametrize(("choices", "layers"), [([8, 20, 48], 3), ([8, 20, 36, 44], 3), ([8, 20, 36, 48], 2)], ids=str)
 def test_predictor_of_another_space_is_refused(choices, layers):
     predictor = ShapePredictor(choices, 3.0, np.zeros((layers, len(choices))), loo_rmse=0.0)
     message = f"fitted on {layers} layers with the widths {choices}, but the search space has 3 layers with the widths"

@@ -70,15 +70,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: SuperShaperConfig) -> None:
-    """Raise a ValueError unless every token of `tokenizer` has an embedding and there is a mask token."""
+    """Raise a ValueError unless every token of `tokenizer` has an embedding."""
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens, but the model has vocab_size={config.vocab_size}: tokens from "
             f"{config.vocab_size} on have no embedding. Use the tokenizer the model was trained with, or call "
             f"model.resize_token_embeddings({len(tokenizer)}) and train."
         )
-    if tokenizer.mask_token_id is None:
-        raise ValueError("The tokenizer has no mask token: masked language modelling needs one ([MASK] in BERT).")
 
 
 def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -113,7 +111,13 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: i
 def masking_collator(
     tokenizer: PreTrainedTokenizerBase, masking_rate: float = MASKING_RATE, seed: int | None = None
 ) -> DataCollatorForLanguageModeling:
-    """Return BERT's dynamic masking: of the chosen tokens 80 % become [MASK], 10 % another token, 10 % stay."""
+    """Return BERT's dynamic masking: of the chosen tokens 80 % become [MASK], 10 % another token, 10 % stay.
+
+    Raises:
+        ValueError: If the tokenizer has no mask token.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ValueError("The tokenizer has no mask token: masked language modelling needs one ([MASK] in BERT).")
     return DataCollatorForLanguageModeling(tokenizer, mlm_probability=masking_rate, seed=seed)
 
 

@@ -28,7 +28,13 @@ def evaluate_shapes(
     Returns:
         One record per shape: `shape`, `loss` in nats per labelled token, `perplexity`, `accuracy` (share of labelled
         tokens predicted exactly).
+
+    Raises:
+        ValueError: If no token is labelled, or a shape is not allowed.
     """
+    batches = [batch for batch in batches if (batch["labels"] != IGNORE_INDEX).any()]
+    if not batches:
+        raise ValueError("No token of the batches is labelled. Use more text, or a higher masking rate.")
     was_training = model.training
     model.eval()
     records = []

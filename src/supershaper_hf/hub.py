@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 from transformers import PreTrainedTokenizerBase
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .data import check_vocabulary
 from .folders import write_folder
@@ -35,6 +36,7 @@ def model_card(
     model: SuperShaperPreTrainedModel,
     repo_id: str,
     *,
+    with_tokenizer: bool = True,
     license: str | None = None,
     language: str | None = None,
     base_model: str | None = None,
@@ -49,6 +51,7 @@ def model_card(
     Args:
         model: The model to describe; parameters are counted, not declared.
         repo_id: The name used in the card's code examples.
+        with_tokenizer: Whether the repository has a tokenizer for the examples to load.
         license: Licence identifier of the Hub, such as `"apache-2.0"`. None is claimed by default.
         language: Language code, such as `"en"`.
         base_model: Hub id of the model the weights started from.
@@ -90,7 +93,8 @@ def model_card(
         max_length=config.max_position_embeddings,
         middle_budget=middle_budget(model) if elastic else None,
         base_model=base_model,
-        pipeline_tag=tag,
+        with_tokenizer=with_tokenizer,
+        pipeline=tag if with_tokenizer and tag in PIPELINE_REGISTRY.get_supported_tasks() else None,
         training=training,
         evaluation=evaluation,
         limits=limits,
@@ -98,10 +102,11 @@ def model_card(
 
 
 def middle_budget(model: SuperShaperPreTrainedModel) -> int:
-    """Return a parameter budget in the middle of a supernet's range, rounded, for the example in its card."""
+    """Return a parameter budget in the middle of a supernet's range, rounded up, for the example in its card."""
     space = SearchSpace.from_config(model.config)
     middle = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2
-    return round(middle, 2 - len(str(middle)))
+    digit = 10 ** (len(str(middle)) - 2)
+    return -(-middle // digit) * digit
 
 
 def save_for_hub(
@@ -119,7 +124,7 @@ def save_for_hub(
         model: A supernet or subnet, any head.
         tokenizer: Saved beside it; `None` leaves it out.
         folder: A folder that does not exist or is empty.
-        repo_id: The name used in the card's examples; the folder's name by default.
+        repo_id: The name used in the card's examples; by default the folder's name. Give it before `push_folder`.
         max_shard_size: Largest weight file.
         **card: The sections and metadata of `model_card`.
 
@@ -135,7 +140,7 @@ def save_for_hub(
     """
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
-    readme = model_card(model, repo_id or Path(folder).name, **card)
+    readme = model_card(model, repo_id or Path(folder).name, with_tokenizer=tokenizer is not None, **card)
 
     def write(partial: Path) -> None:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
@@ -175,12 +180,15 @@ def push_folder(
         The address of the commit, or of the pull request.
 
     Raises:
+        FileNotFoundError: If `folder` holds no model.
         PermissionError: If there is no token, or it may not write there.
-        ConnectionError: If the Hub cannot be reached or fails. Nothing was published; run the same call again.
+        ConnectionError: If the Hub cannot be reached or fails. The repository is complete or unchanged.
     """
     folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json. Write it with save_for_hub(model, tokenizer, folder).")
     api = HfApi(library_name="supershaper-hf", token=token)
-    with explain_failure(repo_id, folder):
+    with explain_failure(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -191,7 +199,7 @@ def push_folder(
             operations=[
                 CommitOperationAdd(path.relative_to(folder).as_posix(), path)
                 for path in sorted(folder.rglob("*"))
-                if path.is_file() and not (keep_card and path.name == "README.md")
+                if path.is_file() and not (keep_card and path == folder / "README.md")
             ],
             commit_message=commit_message,
             commit_description=commit_description,
@@ -239,25 +247,26 @@ def push_to_hub(
 
 
 @contextmanager
-def explain_failure(repo_id: str, folder: Path) -> Iterator[None]:
+def explain_failure(repo_id: str) -> Iterator[None]:
     """Turn what the Hub's client raises into a message that says what happened and what to do."""
-    unchanged = f"Nothing was published and {folder} is intact"
     try:
         yield
-    except (HfHubHTTPError, RuntimeError, OSError) as error:
-        cause: Any = error.__cause__ if isinstance(error, RuntimeError) else error
+    except (HTTPError, OSError, RuntimeError) as error:  # HTTPError: also a connection that failed
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # a RuntimeError wraps LFS uploads
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        if status == 401 or (isinstance(error, RepositoryNotFoundError) and status != 404):
+        if status == 401 or isinstance(error, LocalTokenNotFoundError):
             raise PermissionError(
                 f"The Hub did not accept the token for {repo_id!r} (401): it is missing, expired or mistyped. Log in "
-                f"with `hf auth login` or pass token=... with the role 'write'. {unchanged}."
+                "with `hf auth login` or pass token=... with the role 'write'. Nothing was published."
             ) from error
         if status == 403:
             raise PermissionError(
                 f"This token may not write to {repo_id!r} (403): the name belongs to someone else, or the token has "
-                f"only the role 'read'. Choose a repo_id in your own namespace or another token. {unchanged}."
+                "only the role 'read'. Choose a repo_id in your own namespace or another token. Nothing was published."
             ) from error
+        passing = status is None or status >= 500
         raise ConnectionError(
-            f"Uploading to {repo_id!r} failed{f' with status {status}' if status else ''}: {error}. {unchanged}: a "
-            "commit is applied whole or not at all. Run the same call again."
+            f"Uploading to {repo_id!r} failed{f' with status {status}' if status else ''}: {str(error).rstrip('.')}. "
+            "A commit is applied whole or not at all, so the repository is complete or unchanged."
+            f"{' Run the same call again.' * passing}"
         ) from error

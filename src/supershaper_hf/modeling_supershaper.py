@@ -135,8 +135,8 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(
-                f"The weights of {pretrained_model_name_or_path!r} are damaged or cut short ({error}). Copy the file "
-                "again; if it came from the Hub, pass force_download=True once."
+                f"The weights of {str(pretrained_model_name_or_path)!r} are damaged or cut short ({error}). Copy the "
+                "file again; if it came from the Hub, pass force_download=True once."
             ) from error
 
     @classmethod
@@ -207,7 +207,11 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
         """
         try:
             from supershaper_hf.hub import push_to_hub
-        except ImportError:
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] != "supershaper_hf":
+                raise
+            if tokenizer is not None:
+                raise TypeError("Without the package, publish the tokenizer with tokenizer.push_to_hub.") from error
             return super().push_to_hub(repo_id, **kwargs)
         return push_to_hub(self, tokenizer, repo_id, **kwargs)
 
