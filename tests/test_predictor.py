@@ -74,6 +74,21 @@ def test_unmeasured_width_of_a_layer_lies_between_its_neighbours():
     assert middle == pytest.approx((low + high) / 2, abs=1e-3)
 
 
+def test_unmeasured_width_is_nearer_to_the_neighbour_that_is_nearer():
+    """The random walk takes steps in proportion to the distance: 16 lies a sixth of the way from 12 to 36."""
+    shapes = [[a, b] for a in (12, 16, 36) for b in (12, 36)]
+    predictor = ShapePredictor.fit(shapes, [5 - a / 360 - b / 18 for a, b in shapes])
+    low, middle, high = predictor.predict([[12, 12], [12, 16], [12, 36]])
+    assert middle == pytest.approx(low + (high - low) / 6, abs=1e-3)
+
+
+def test_trend_with_the_mean_width_is_found_from_few_shapes():
+    """It is not shrunk, so widths that were seldom measured follow it."""
+    shapes, unseen = (random_shapes(n, 12, PAPER_CHOICES, seed=n) for n in (10, 100))
+    predictor = ShapePredictor.fit(shapes, 4 - shapes.mean(axis=1) / 300)
+    np.testing.assert_allclose(predictor.predict(unseen), 4 - unseen.mean(axis=1) / 300, atol=1e-6)
+
+
 def test_adding_a_constant_to_the_losses_moves_only_the_intercept(noisy):
     predictor, shapes, losses = noisy
     moved = ShapePredictor.fit(shapes, losses + 3)

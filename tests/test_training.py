@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import assert_same, run, tiny_batch, tiny_config, tiny_model
-from test_data import random_documents
+from test_data import original_tokens, random_documents
 
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM
 from supershaper_hf import training as training_module
@@ -293,6 +293,13 @@ def test_masks_are_drawn_anew_in_every_round(tokenizer, dataset, steps):
     assert not torch.equal(labels[1], labels[2])
 
 
+def test_every_round_reads_all_sequences_in_an_order_of_its_own(tokenizer, dataset, steps):
+    pretrain(tokenizer, dataset, max_steps=2, batch_size=len(dataset))
+    first, second = (original_tokens(step["batch"]).tolist() for step in steps)
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
 def test_masking_rate_reaches_the_batches(tokenizer, dataset, steps):
     pretrain(tokenizer, dataset, max_steps=1, masking_rate=1.0)
     batch = steps[0]["batch"]
@@ -302,6 +309,11 @@ def test_masking_rate_reaches_the_batches(tokenizer, dataset, steps):
 def test_fewer_sequences_than_a_batch_are_trained_on(tokenizer, dataset, steps):
     pretrain(tokenizer, dataset.select(range(3)), batch_size=8)
     assert [len(step["batch"]["input_ids"]) for step in steps] == [3, 3, 3]
+
+
+def test_no_gradients_are_left(tokenizer, dataset):
+    model, _ = pretrain(tokenizer, dataset)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_gradients_are_clipped(tokenizer, dataset, monkeypatch):

@@ -66,7 +66,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
     """Train an uncased WordPiece tokenizer like BERT's on `texts`."""
     trained = BertWordPieceTokenizer(lowercase=True)
     trained.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
-    return BertTokenizer(vocab=trained.get_vocab(), do_lower_case=True, model_max_length=max_length)
+    # The trainer numbers tokens in another order in every process; the same text must give the same model.
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokens = [*special, *sorted(set(trained.get_vocab()) - set(special))]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=max_length)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: SuperShaperConfig) -> None:
