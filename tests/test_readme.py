@@ -19,12 +19,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, fl
 @pytest.fixture
 def hub_environment(tmp_path, tokenizer):
     """A Hub on loopback that holds a tiny BERT under the name the README uses."""
-    with HubServer(user="google-bert") as server:
-        server.tokens["hf_reader"] = "your-name"
+    with HubServer() as server:
+        server.tokens |= {"hf_google": "google-bert", "hf_reader": "your-name"}
         folder = tmp_path / "bert"
         BertForMaskedLM(tiny_bert_config(vocab_size=len(tokenizer))).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        environment = server.environment(tmp_path / "cache")
+        environment = server.environment(tmp_path / "cache") | {"HF_TOKEN": "hf_google"}
         upload = "import sys; from huggingface_hub import HfApi; api = HfApi(); name = 'google-bert/bert-base-cased'; "
         upload += "api.create_repo(name); api.upload_folder(repo_id=name, folder_path=sys.argv[1])"
         run([sys.executable, "-c", upload, str(folder)], environment, tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tokenizers import BertWordPieceTokenizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import BertTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from .configuration_supershaper import SuperShaperConfig
@@ -35,7 +36,7 @@ def load_text(files: str | Path | Sequence[str | Path]) -> Dataset:
         if not path.is_file():
             raise FileNotFoundError(f"Text file {path} does not exist or is not a file.")
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}. Convert it, "
@@ -58,19 +59,20 @@ def split_text(dataset: Dataset, held_out: float, seed: int) -> tuple[Dataset, D
         raise ValueError(f"The text has {len(dataset)} document(s), but at least 2 are needed: one to hold out.")
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)
-    cut = max(1, round(held_out * len(dataset)))
+    cut = min(max(1, round(held_out * len(dataset))), len(dataset) - 1)
     return dataset.select(sorted(order[cut:])), dataset.select(sorted(order[:cut]))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
     """Train an uncased WordPiece tokenizer like BERT's on `texts`."""
+    texts = list(texts)
     trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
-    # The trainer numbers tokens in another order in every process; the same text must give the same model.
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokens = [*special, *sorted(set(trained.get_vocab()) - set(special))]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=max_length)
+    # The trainer numbers continuation characters in random order and breaks ties by number: number them here instead.
+    words = BertPreTokenizer().pre_tokenize_str(trained.normalize("\n".join(texts)))
+    characters = sorted({character for word, _ in words for character in word[1:]})
+    first = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"##{character}" for character in characters)]
+    trained.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=first, show_progress=False)
+    return BertTokenizer(vocab=trained.get_vocab(), do_lower_case=True, model_max_length=max_length)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: SuperShaperConfig) -> None:

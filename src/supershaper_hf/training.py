@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -55,6 +55,9 @@ class SuperPretrainingArguments:
         for name in ("masking_rate", "distillation_weight", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1.")
+        for name in ("masking_rate", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         if self.random_shapes < 0:
             raise ValueError(f"random_shapes={self.random_shapes} must be 0 or more.")
         if self.mixed_precision not in ("no", "bf16", "fp16"):
@@ -125,24 +128,23 @@ def super_pretrain(
     check_vocabulary(tokenizer, model.config)
     space = None if single_shape else SearchSpace.from_config(model.config)
     set_seed(args.seed)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
-    )
+    # The text is read in rounds without end: a round's last micro-batch is no reason to step early.
+    accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, gradient_accumulation_plugin=accumulation)
     loader = DataLoader(
         dataset,
         batch_size=args.batch_size,
         shuffle=True,
-        drop_last=len(dataset) >= args.batch_size,
+        drop_last=len(dataset) >= args.batch_size * accelerator.num_processes,
         collate_fn=masking_collator(tokenizer, args.masking_rate),
     )
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate)
     # The prepared scheduler is stepped once per process for each optimiser step.
-    steps = args.max_steps * accelerator.num_processes
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=math.ceil(args.warmup_ratio * steps),
-        num_training_steps=steps,
+        num_warmup_steps=math.ceil(args.warmup_ratio * args.max_steps) * accelerator.num_processes,
+        num_training_steps=args.max_steps * accelerator.num_processes,
     )
     wrapped, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     model.train()
@@ -154,16 +156,18 @@ def super_pretrain(
             losses = sandwich_step(accelerator, wrapped, batch, shapes, args.distillation_weight, args.temperature)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
+            learning_rate = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            history.append({"loss": losses.tolist(), "learning_rate": scheduler.get_last_lr()[0]})
+            history.append({"step": len(history) + 1, "loss": losses.tolist(), "learning_rate": learning_rate})
             progress.set_postfix(loss=f"{losses[0].item():.2f}", refresh=False)
             progress.update()
         if len(history) == args.max_steps:
             break
     progress.close()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)  # mixed precision had replaced model.forward
     model.eval()
     return history
 
