@@ -52,7 +52,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--subnet_steps", type=int, default=100, help="steps that train the extracted subnet on")
     parser.add_argument("--shapes", type=int, default=48, help="shapes to measure beside hand-crafted ones")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.shapes < NEAR_BUDGET:
+        parser.error(f"--shapes={args.shapes} must be at least {NEAR_BUDGET}.")
+    return args
 
 
 Batches = list[dict[str, torch.Tensor]]
@@ -111,8 +114,10 @@ def look_at_neighbours(bert: BertForMaskedLM, layers: int = 2, sharpness: float 
     embeddings.copy_(0.1 * positions)
     head_size = width // bert.config.num_attention_heads
     for head, offset in enumerate((-1, 1, -2, 2)):
-        # Sinusoids are shifted by a linear map: positions[i] @ shift == positions[i + offset].
-        shift = torch.linalg.lstsq(positions[2:-2], positions[2 + offset : length - 2 + offset]).solution
+        # A shift by `offset` rotates each pair of sine and cosine: positions[i] @ shift == positions[i + offset].
+        sine, cosine = (offset * angles[1]).sin(), (offset * angles[1]).cos()
+        turns = torch.stack([torch.stack([cosine, sine], -1), torch.stack([-sine, cosine], -1)], dim=-1)
+        shift = torch.block_diag(*turns)
         rows = slice(head * head_size, (head + 1) * head_size)
         for layer in bert.bert.encoder.layer[:layers]:
             layer.attention.self.query.weight[rows] = sharpness * shift.T[:head_size]
@@ -195,7 +200,7 @@ def largest_difference(
     """Compare logits of supernet and subnet on a short and on a whole batch (where the supernet merges bottlenecks)."""
     differences = []
     for size in (1, 64):
-        inputs = {name: batches[-1][name][:size] for name in ("input_ids", "attention_mask")}
+        inputs = {name: batches[-1][name][:size].to(supernet.device) for name in ("input_ids", "attention_mask")}
         differences.append((subnet(**inputs).logits - supernet(**inputs, shape=shape).logits).abs().max().item())
     return max(differences)
 

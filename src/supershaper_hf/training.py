@@ -120,7 +120,8 @@ def super_pretrain(
         description: Label of the progress bar.
 
     Returns:
-        One record per step: `step`, `loss` of each trained shape in nats, `learning_rate`.
+        One record per step: `step`, `loss` of each trained shape in nats (this process, last micro-batch),
+        `learning_rate`.
 
     Raises:
         ValueError: If tokenizer and vocabulary disagree, or `model` is a subnet and `single_shape` is not set.
