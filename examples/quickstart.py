@@ -105,7 +105,7 @@ def look_at_neighbours(bert: BertForMaskedLM, layers: int = 2, sharpness: float 
     """Start with sinusoidal positions and, in the first layers, heads that look 1 or 2 tokens to the left or right.
 
     From random positions a BERT takes far longer than a quickstart to find out which tokens are its neighbours: 2,000
-    steps of this one stayed at the frequencies of single tokens.
+    steps of this one learned little beyond the frequencies of single tokens (docs/decisions.md).
     """
     embeddings = bert.bert.embeddings.position_embeddings.weight
     length, width = embeddings.shape
