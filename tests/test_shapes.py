@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from conftest import tiny_config
 
 from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperForMaskedLM
 from supershaper_hf.modeling_supershaper import empty_model
-from supershaper_hf.shapes import PROFILES, SHAPE_NAMES
+from supershaper_hf.shapes import DISTRIBUTIONS, PROFILES, SHAPE_NAMES
 
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "params_golden.json").read_text())
@@ -113,22 +114,57 @@ def test_space_of_a_subnet_is_refused():
 # Sampling
 
 
-def test_same_seed_draws_the_same_shapes():
-    assert np.array_equal(TINY.sample(20, seed=3), TINY.sample(20, seed=3))
-    assert np.array_equal(TINY.sample(20, seed=(3, 1)), TINY.sample(20, seed=(3, 1)))
+@pytest.fixture(params=DISTRIBUTIONS)
+def distribution(request):
+    return request.param
 
 
-def test_every_seed_and_step_draws_its_own_shapes():
+def budget_positions(space, shapes):
+    """Where the parameters of each shape lie between the smallest subnet (0) and the largest (1)."""
+    smallest, largest = space.num_parameters(space.smallest), space.num_parameters(space.largest)
+    return (space.num_parameters(shapes) - smallest) / (largest - smallest)
+
+
+def distance_from_uniform(positions):
+    """Kolmogorov-Smirnov: largest gap between the empirical distribution function and that of uniform numbers."""
+    ordered, steps = np.sort(positions), np.arange(len(positions) + 1) / len(positions)
+    return max(np.abs(ordered - steps[1:]).max(), np.abs(ordered - steps[:-1]).max())
+
+
+def test_uniform_draws_are_those_of_earlier_versions():
+    for seed in (3, (3, 1)):
+        expected = np.random.default_rng(seed).choice(TINY.width_choices, size=(20, 3))
+        assert np.array_equal(TINY.sample(20, seed), expected)
+        assert np.array_equal(TINY.sample(20, seed, "uniform", 0.0), expected)
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
+def test_draws_depend_on_the_seed_alone(distribution, drop_rate):
+    first = TINY.sample(20, (3, 1), distribution, drop_rate)
+    np.random.seed(7)
+    TINY.sample(5, (3, 2), distribution, drop_rate)
+    assert np.array_equal(TINY.sample(20, (3, 1), distribution, drop_rate), first)
+    assert np.array_equal(SearchSpace(tiny_config()).sample(20, [3, 1], distribution, drop_rate), first)
+
+
+def test_every_seed_and_step_draws_its_own_shapes(distribution):
     seeds = [(seed, step) for seed in range(3) for step in range(3)]
-    assert len({tuple(TINY.sample(20, seed=seed).ravel()) for seed in seeds}) == 9
+    assert len({tuple(TINY.sample(20, seed, distribution).ravel()) for seed in seeds}) == 9
 
 
-def test_sampled_shapes_are_allowed():
-    shapes = SIX_LAYERS.sample(50, seed=0)
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
+def test_sampled_shapes_are_allowed(distribution, drop_rate):
+    shapes = SIX_LAYERS.sample(50, 0, distribution, drop_rate)
     assert shapes.shape == (50, 6)
     assert np.issubdtype(shapes.dtype, np.integer)
     for shape in shapes:
         SIX_LAYERS.validate(shape)
+    assert SIX_LAYERS.sample(0, 0, distribution, drop_rate).shape == (0, 6)
+
+
+def test_space_of_one_shape_can_be_sampled(distribution):
+    space = SearchSpace(tiny_config(width_choices=[48]))
+    assert space.sample(2, 0, distribution).tolist() == [[48, 48, 48]] * 2
 
 
 def test_every_layer_draws_every_width_equally_often():
@@ -137,9 +173,108 @@ def test_every_layer_draws_every_width_equally_often():
         assert np.abs((shapes == width).mean(axis=0) - 1 / 4).max() < 0.02
 
 
-def test_layers_are_drawn_independently():
-    correlations = np.corrcoef(TINY.sample(8000, seed=0).T)
+@pytest.mark.parametrize("name", ["uniform", "parameters"])
+def test_layers_are_drawn_independently(name):
+    correlations = np.corrcoef(TINY.sample(8000, 0, name).T)
     assert np.abs(correlations - np.eye(3)).max() < 0.05
+
+
+def test_parameters_draws_widths_in_proportion_to_their_layers_parameters():
+    subnet = empty_model(SuperShaperForMaskedLM, tiny_config(num_hidden_layers=4).subnet_config(TINY.width_choices))
+    sizes = np.array(
+        [sum(parameter.numel() for parameter in layer.parameters()) for layer in subnet.bert.encoder.layer]
+    )
+    shapes = TINY.sample(8000, 0, "parameters")
+    for width, odds in zip(TINY.width_choices, sizes / sizes.sum()):
+        assert np.abs((shapes == width).mean(axis=0) - odds).max() < 0.02
+
+
+# The tiny space has 34 sizes: jumping in the middle between neighbours, its distance is 0.065 at best.
+@pytest.mark.parametrize(
+    ("space", "bound"), [(PAPER, 0.02), (SIX_LAYERS, 0.02), (TINY, 0.08)], ids=["paper", "six layers", "tiny"]
+)
+def test_budget_draws_subnets_of_every_size_equally_often(space, bound):
+    assert distance_from_uniform(budget_positions(space, space.sample(4000, 0, "budget"))) < bound
+    assert distance_from_uniform(budget_positions(space, space.sample(4000, 0, "uniform"))) > 2 * bound
+
+
+def test_budget_draws_one_at_a_time_are_spread_as_well():
+    shapes = np.concatenate([PAPER.sample(1, (0, step), "budget") for step in range(1000)])
+    assert distance_from_uniform(budget_positions(PAPER, shapes)) < 0.04
+
+
+def test_budget_draws_one_shape_from_each_slice_in_random_order():
+    positions = budget_positions(PAPER, PAPER.sample(20, 0, "budget"))
+    middles = (np.arange(20) + 0.5) / 20
+    assert np.abs(np.sort(positions) - middles).max() < 1.6 / 20
+    assert abs(np.corrcoef(positions, middles)[0, 1]) < 0.6
+
+
+def test_budget_reaches_both_ends_and_keeps_layers_diverse():
+    shapes = PAPER.sample(4000, 0, "budget")
+    positions = budget_positions(PAPER, shapes)
+    assert positions.min() < 0.01
+    assert positions.max() > 0.99
+    for width in PAPER.width_choices:
+        assert (shapes == width).mean(axis=0).min() > 0.05
+    middle = shapes[np.abs(positions - 0.5) < 0.1]
+    distinct = [len(set(shape)) for shape in middle.tolist()]
+    assert np.mean(distinct) > 4.5
+
+
+@pytest.mark.parametrize("space", [TINY, SIX_LAYERS], ids=["tiny", "six layers"])
+def test_budget_treats_all_layers_alike(space):
+    shapes = space.sample(4000, 0, "budget")
+    for width in space.width_choices:
+        assert np.ptp((shapes == width).mean(axis=0)) < 0.05
+
+
+def test_one_shape_is_drawn_in_under_three_milliseconds(distribution):
+    def seconds(step):
+        start = time.perf_counter()
+        PAPER.sample(1, (0, step), distribution, 0.1)
+        return time.perf_counter() - start
+
+    assert min(seconds(step) for step in range(20)) < 0.003
+
+
+def test_dropping_leaves_the_other_layers_as_drawn(distribution):
+    whole, thinned = TINY.sample(4000, 0, distribution), TINY.sample(4000, 0, distribution, 0.3)
+    assert np.array_equal(thinned, np.where(thinned > 0, whole, 0))
+    dropped = thinned == 0
+    # Of three layers all are dropped with probability .3 ** 3, and then one of them is kept.
+    assert np.abs(dropped.mean(axis=0) - (0.3 - 0.3**3 / 3)).max() < 0.02
+    assert len({tuple(row) for row in dropped.tolist()}) == 7
+
+
+def test_layers_are_dropped_independently():
+    correlations = np.corrcoef((SIX_LAYERS.sample(8000, 0, drop_rate=0.2) == 0).T)
+    assert np.abs(correlations - np.eye(6)).max() < 0.04
+
+
+def test_one_random_layer_survives_when_all_would_be_dropped(distribution):
+    kept = TINY.sample(3000, 0, distribution, 0.999) > 0
+    assert kept.any(axis=1).all()
+    assert np.abs(kept.mean(axis=0) - 1 / 3).max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": -1}, "n=-1 shapes cannot be drawn. Allowed: 0 or more."),
+        (
+            {"distribution": "normal"},
+            "Unknown distribution='normal'. Allowed: 'uniform', 'parameters', 'budget'.",
+        ),
+        ({"drop_rate": -0.1}, "drop_rate=-0.1 must be at least 0 and below 1"),
+        ({"drop_rate": 1}, "drop_rate=1 must be at least 0 and below 1"),
+        ({"drop_rate": float("nan")}, "drop_rate=nan must be at least 0 and below 1"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_of_sample_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TINY.sample(**{"n": 3, "seed": 0, **arguments})
 
 
 # Named shapes

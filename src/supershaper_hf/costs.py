@@ -4,7 +4,7 @@ Both are sums of terms that involve one layer, or one layer and the kept layer b
 `chain_cost` adds them up for every row of an array of shapes, and `search.py` minimises over the same terms exactly.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,3 +69,24 @@ def flops_cost(config: SuperShaperConfig, sequence_length: int) -> ChainCost:
         layer=lambda width: 2 * length * (4 * width * width + 2 * ffn * width) + 4 * length * length * width,
         leave=lambda width: 2 * length * width * full,
     )
+
+
+def training_flops(
+    config: SuperShaperConfig, shapes: Sequence[Sequence[int]], sequences: int, length: int, labelled: int
+) -> int:
+    """Count the operations of training on one batch at each of `shapes`, forward and backward.
+
+    The backward pass of a matrix product is two products of the same size. The masked-LM head runs on the labelled
+    positions only. An outside teacher is not counted.
+
+    Args:
+        config: Of the supernet or subnet.
+        shapes: The shapes trained on the batch, one hidden size per layer each.
+        sequences: Sequences in the batch.
+        length: Tokens of each, padding included.
+        labelled: Labelled tokens in the batch.
+    """
+    full, cost = config.hidden_size, flops_cost(config, length)
+    encoder = chain_cost(cost._replace(fixed=0), full, np.array(shapes)).sum()
+    head = len(shapes) * 2 * labelled * full * (full + config.vocab_size)
+    return 3 * int(sequences * encoder + head)

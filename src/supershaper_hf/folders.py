@@ -17,16 +17,23 @@ def check_output_folder(folder: str | Path) -> Path:
     return folder
 
 
-def write_folder(folder: str | Path, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a temporary folder beside `folder`, then rename it: a crash leaves no half-written `folder`."""
-    folder = check_output_folder(folder)
+def write_folder(folder: str | Path, write: Callable[[Path], None], replace: bool = False) -> Path:
+    """Let `write` fill a temporary folder beside `folder`, then rename it: a crash leaves no half-written `folder`.
+
+    With `replace`, a folder that is already there gives way to the new one once that is complete.
+    """
+    folder = Path(folder) if replace else check_output_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         write(partial)
+        if replace and folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.replace(old)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return folder

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 from transformers import PreTrainedTokenizerBase
@@ -116,6 +117,8 @@ def save_for_hub(
     *,
     repo_id: str | None = None,
     max_shard_size: int | str = "5GB",
+    state_dict: dict[str, torch.Tensor] | None = None,
+    replace: bool = False,
     **card: Any,
 ) -> Path:
     """Write everything a Hub repository needs into `folder`, which appears complete or not at all.
@@ -126,6 +129,8 @@ def save_for_hub(
         folder: A folder that does not exist or is empty.
         repo_id: The name used in the card's examples; by default the folder's name. Give it before `push_folder`.
         max_shard_size: Largest weight file.
+        state_dict: The weights, where `model` itself holds only this process's share of them.
+        replace: Whether a folder that is already there gives way to the new one.
         **card: The sections and metadata of `model_card`.
 
     Returns:
@@ -143,12 +148,12 @@ def save_for_hub(
     readme = model_card(model, repo_id or Path(folder).name, with_tokenizer=tokenizer is not None, **card)
 
     def write(partial: Path) -> None:
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        model.save_pretrained(partial, max_shard_size=max_shard_size, state_dict=state_dict)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         readme.save(partial / "README.md")
 
-    return write_folder(folder, write)
+    return write_folder(folder, write, replace)
 
 
 def push_folder(

@@ -84,3 +84,22 @@ def plot_pareto(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(file, dpi=130)
+
+
+def plot_evaluations(file: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write a PNG of loss over training steps, one line for each evaluated shape.
+
+    Args:
+        file: Where to write it.
+        records: Those of a training run; the ones with `evaluation` are used.
+    """
+    evaluations = [record for record in records if "evaluation" in record]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name in evaluations[-1]["evaluation"]:
+        points = [(record["step"], record["evaluation"][name]["loss"]) for record in evaluations]
+        axes.plot(*zip(*points), marker=".", label=name)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss on held-out text (nats per masked token)")
+    axes.legend()
+    figure.savefig(file, dpi=120)

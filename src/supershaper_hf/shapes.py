@@ -35,6 +35,9 @@ PROFILES: dict[str, Sequence[float]] = {
 }
 SHAPE_NAMES = [*PROFILES, "first_layers"]
 
+DISTRIBUTIONS = ("uniform", "parameters", "budget")
+CANDIDATES = 8  # shapes drawn for each budget, of which the nearest is kept; 1 is visibly uneven, 32 hardly better
+
 
 @dataclass(frozen=True)
 class SearchSpace:
@@ -86,12 +89,87 @@ class SearchSpace:
         """Return `shape` as a list of Python integers, or raise: see `SuperShaperConfig.normalize_shape`."""
         return self.config.normalize_shape(shape)
 
-    def sample(self, n: int, seed: int | Sequence[int]) -> np.ndarray:
-        """Draw `n` shapes, each layer's width uniform over the choices: an integer array (n, layers).
+    def sample(
+        self, n: int, seed: int | Sequence[int], distribution: str = "uniform", drop_rate: float = 0.0
+    ) -> np.ndarray:
+        """Draw `n` shapes, an integer array (n, layers), from `seed` alone.
 
         The same seed gives the same shapes everywhere; `seed=(seed, step)` gives each training step its own.
+
+        Args:
+            n: Number of shapes.
+            seed: A non-negative integer, or a sequence of them.
+            distribution: `"uniform"`: each layer's width uniform over the choices, as in the paper.
+                `"parameters"`: in proportion to the parameters of a layer of that width, so wide layers are seen more
+                often. `"budget"`: uniform over the number of parameters of the subnet, from the smallest to the
+                largest, so that small and large subnets are seen equally often; under the other two, sums over many
+                layers crowd in the middle. The range is cut into `n` equal slices, and one shape is drawn near a
+                random point of each, in random order.
+            drop_rate: Probability of each layer to be dropped after its width is drawn. A shape that would lose every
+                layer keeps one, drawn at random. Budgets are met before dropping.
+
+        Raises:
+            ValueError: If `n` is negative, the distribution unknown, or the rate outside [0, 1).
+
+        Example:
+            >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=4)
+            >>> SearchSpace(config).sample(2, seed=(0, 1), distribution="budget", drop_rate=0.25)
+            array([[24, 40,  0, 24],
+                   [ 0, 96, 80, 96]])
         """
-        return np.random.default_rng(seed).choice(self.width_choices, size=(n, self.num_layers))
+        if n < 0:
+            raise ValueError(f"n={n} shapes cannot be drawn. Allowed: 0 or more.")
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(f"Unknown distribution={distribution!r}. Allowed: {', '.join(map(repr, DISTRIBUTIONS))}.")
+        if not 0 <= drop_rate < 1:
+            raise ValueError(
+                f"drop_rate={drop_rate} must be at least 0 and below 1: the probability of each layer to be dropped. "
+                "Use 0 to drop none."
+            )
+        random = np.random.default_rng(seed)
+        if distribution == "budget":
+            shapes = self._sample_budgets(n, random)
+        else:
+            sizes = parameter_cost(self.config).layer(np.array(self.width_choices))
+            odds = None if distribution == "uniform" else sizes / sizes.sum()
+            shapes = random.choice(self.width_choices, size=(n, self.num_layers), p=odds)
+        if drop_rate:
+            dropped = random.random(shapes.shape) < drop_rate
+            survivor = random.integers(self.num_layers, size=n)
+            emptied = dropped.all(axis=1)
+            dropped[emptied, survivor[emptied]] = False
+            shapes[dropped] = 0
+        return shapes
+
+    def _sample_budgets(self, n: int, random: np.random.Generator) -> np.ndarray:
+        """Draw one shape near each of `n` numbers of parameters that are spread evenly over the space's range.
+
+        Widths are drawn independently from p(w) ~ exp(tilt * cost(w)), the distribution of largest entropy for its mean
+        cost, so layers stay as diverse as the budget allows. The mean number of parameters rises with the tilt: a table
+        of both tells the tilt of each budget. Single draws scatter around the mean, so the nearest of a few is kept.
+        """
+        smallest, largest = self.num_parameters(self.smallest), self.num_parameters(self.largest)
+        budgets = smallest + (largest - smallest) * (random.permutation(n) + random.random(n)) / n
+
+        full, layers, choices = self.config.hidden_size, self.num_layers, np.array(self.width_choices)
+        cost = parameter_cost(self.config)
+        # Mean parameters of widths drawn from p: fixed + p . alone + p . paired . p
+        alone = cost.enter(full, choices) + layers * cost.layer(choices) + cost.leave(choices)
+        paired = (layers - 1) * cost.enter(choices[:, None], choices)
+
+        def odds(tilts: np.ndarray) -> np.ndarray:
+            exponents = np.outer(tilts, cost.layer(choices) / cost.layer(full))
+            odds = np.exp(exponents - exponents.max(axis=1, keepdims=True))
+            return odds / odds.sum(axis=1, keepdims=True)
+
+        tilts = np.sinh(np.linspace(-7, 7, 141))  # from all at the smallest width (-548) over uniform to the largest
+        table = odds(tilts)
+        means = cost.fixed + table @ alone + ((table @ paired) * table).sum(axis=1)
+        bounds = odds(np.interp(budgets, means, tilts)).cumsum(axis=1)[:, None, None, :-1]
+        picks = (random.random((n, CANDIDATES, layers, 1)) > bounds).sum(axis=-1)
+        candidates = choices[picks]  # (n, CANDIDATES, layers)
+        counts = chain_cost(cost, full, candidates.reshape(-1, layers)).reshape(n, CANDIDATES)
+        return candidates[np.arange(n), np.abs(counts - budgets[:, None]).argmin(axis=1)]
 
     @overload
     def num_parameters(self, shapes: Sequence[int]) -> int: ...
