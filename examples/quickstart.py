@@ -26,7 +26,9 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM
-from supershaper_hf.data import check_vocabulary, fixed_masks, load_text, split_text, tokenize, train_tokenizer
+from supershaper_hf.arguments import SuperPretrainingArguments
+from supershaper_hf.batches import fixed_masks
+from supershaper_hf.data import check_vocabulary, load_text, split_text, tokenize, train_tokenizer
 from supershaper_hf.evaluation import evaluate_shapes
 from supershaper_hf.folders import check_output_folder
 from supershaper_hf.hub import save_for_hub
@@ -34,7 +36,7 @@ from supershaper_hf.predictor import ShapePredictor
 from supershaper_hf.report import markdown_table, plot_pareto, text_table
 from supershaper_hf.search import ParetoFront, pareto_front
 from supershaper_hf.shapes import SHAPE_NAMES
-from supershaper_hf.training import SuperPretrainingArguments, super_pretrain
+from supershaper_hf.training import super_pretrain
 
 
 BUNDLED_TEXT = Path(__file__).parent / "data" / "presidential_addresses.txt"
@@ -132,8 +134,8 @@ def train(
     common: dict[str, Any] = {"batch_size": 16, "masking_rate": 0.3, "seed": args.seed}
     head_missing = not all(parameter.requires_grad for parameter in supernet.parameters())
     if not args.bert or head_missing:
-        plain = SuperPretrainingArguments(max_steps=args.bert_steps, learning_rate=rate, **common)
-        super_pretrain(supernet, tokenizer, dataset, plain, single_shape=True, description="1 BERT")
+        plain = SuperPretrainingArguments(max_steps=args.bert_steps, learning_rate=rate, sampling="fixed", **common)
+        super_pretrain(supernet, tokenizer, dataset, plain, description="1 BERT")
     supernet.requires_grad_(True)
     sandwich = SuperPretrainingArguments(max_steps=args.super_steps, learning_rate=rate, **common)
     super_pretrain(supernet, tokenizer, dataset, sandwich, description="2 Supernet")
@@ -256,9 +258,14 @@ def main() -> int:
     subnet = supernet.extract_subnet(shape)
     difference = largest_difference(supernet, subnet, shape, report_batches)
     further = SuperPretrainingArguments(
-        max_steps=args.subnet_steps, batch_size=16, learning_rate=2e-4, masking_rate=0.3, seed=args.seed
+        max_steps=args.subnet_steps,
+        batch_size=16,
+        learning_rate=2e-4,
+        sampling="fixed",
+        masking_rate=0.3,
+        seed=args.seed,
     )
-    super_pretrain(subnet, tokenizer, dataset, further, single_shape=True, description="6 Subnet")
+    super_pretrain(subnet, tokenizer, dataset, further, description="6 Subnet")
     (after,) = evaluate_shapes(subnet, report_batches, [None])
     folder = save_for_hub(
         subnet,

@@ -124,13 +124,17 @@ def load_data(
         return train if script.streaming else sequences(train), batches
 
 
-def match_compute(summary_file: str, config: SuperShaperConfig, args: SuperPretrainingArguments) -> int:
-    """Return the number of steps at which training `args.shape` costs as many FLOPs as the summarised run."""
+def match_compute(summary_file: str, config: SuperShaperConfig, args: SuperPretrainingArguments, processes: int) -> int:
+    """Return the number of steps at which training `args.shape` costs as many FLOPs as the summarised run.
+
+    The text is taken to be alike: as long and as densely labelled as the other run's sequences were on average.
+    """
     summary = json.loads(Path(summary_file).read_text())
-    steps, sequences = summary["step"], summary["sequences"]
+    length = round(summary["padded_tokens"] / summary["sequences"])
+    sequences = args.batch_size * args.gradient_accumulation_steps * processes
+    labelled = round(sequences * summary["labelled"] / summary["sequences"])
     shape = args.shape or config.hidden_sizes
-    length, labelled = round(summary["padded_tokens"] / sequences), round(summary["labelled"] / steps)
-    return round(summary["flops"] / training_flops(config, [shape], round(sequences / steps), length, labelled))
+    return round(summary["flops"] / training_flops(config, [shape], sequences, length, labelled))
 
 
 def prepare(
@@ -167,12 +171,15 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(script.tokenizer or script.bert or script.model)
     dataset, eval_batches = load_data(script, args, tokenizer, accelerator)
     if script.match_compute:
-        args.max_steps = match_compute(script.match_compute, model.config, args)
+        args.max_steps = match_compute(script.match_compute, model.config, args, accelerator.num_processes)
     if not list_checkpoints(args.output_dir):
         prepare(model, tokenizer, dataset, script, args)
     teacher = (
         OutsideTeacher(AutoModel.from_pretrained(script.teacher), script.teacher_layer) if script.teacher else None
     )
+    card = {"repo_id": script.push_to_hub} if script.push_to_hub else {}
+    if script.bert and not Path(script.bert).exists():
+        card["base_model"] = script.bert
     summary = super_pretrain(
         model,
         tokenizer,
@@ -180,7 +187,7 @@ def main() -> int:
         args,
         eval_batches=eval_batches,
         teacher=teacher,
-        card={"base_model": script.bert} if script.bert and not Path(script.bert).exists() else {},
+        card=card,
     )
     if not accelerator.is_main_process:
         return 0

@@ -405,8 +405,10 @@ def test_two_iterators_do_not_disturb_each_other(files, tokenizer):
     expected = take(batches, 20)
     first, second = batches.iterate(), batches.iterate(expected[9][1])
     for index in range(10):
-        assert_equal(next(first)[0], expected[index][0])
-        assert_equal(next(second)[0], expected[10 + index][0])
+        for iterator, (batch, state) in ((first, expected[index]), (second, expected[10 + index])):
+            found, found_state = next(iterator)
+            assert_equal(found, batch)
+            assert found_state == state
 
 
 # Refusals

@@ -234,6 +234,14 @@ def test_broken_line_of_json_is_named_by_its_number(tmp_path, streaming):
         read(file, streaming)
 
 
+def test_columns_that_come_late_are_refused_by_name(tmp_path, streaming):
+    file = write(tmp_path / "text.jsonl", ["x" * 1_000_000] * 12)
+    with file.open("a") as stream:
+        stream.write('{"number": 1, "text": "short", "late": 1}\n')
+    with pytest.raises(ValueError, match=rf"Some rows of {re.escape(str(file))} have other columns .*'late'"):
+        read(file, streaming)
+
+
 def test_broken_parquet_is_refused_by_name(tmp_path, streaming):
     file = write(tmp_path / "text.parquet", ["one"] * 7)
     file.write_bytes(file.read_bytes()[:-3])

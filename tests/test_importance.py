@@ -66,9 +66,8 @@ def test_full_supernet_computes_the_same(head_class, head_slicing):
     reorder_channels(model, labelled_batches(head_class))
     assert_same(run(model, batch), before)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, old[name])}
-    in_place = {"bert.encoder.output_bottleneck.0.bias", "bert.encoder.output_bottleneck.1.bias"}
-    in_place |= {"bert.encoder.output_bottleneck.2.bias"}
-    assert moved == {name for name in old if ".encoder." in name} - in_place
+    at_full_width = {f"bert.encoder.output_bottleneck.{index}.bias" for index in range(3)}
+    assert moved == {name for name in old if ".encoder." in name} - at_full_width
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -118,9 +117,9 @@ def test_gradients_are_those_of_real_gates(head_class, head_slicing):
     actual = gate_gradients(model, batch)
     sizes = {"hidden": 48, "query_key": 48, "key": 48, "value": 48, "heads": 4, "neurons": 80}
     gates = [{name: torch.ones(size, requires_grad=True) for name, size in sizes.items()} for _ in range(3)]
-    encoder = model.base_model.encoder
-    for entry, layer, gate in zip(encoder.input_bottleneck, encoder.layer, gates):
-        for module in (entry, layer.attention.output.LayerNorm, layer.output.LayerNorm):
+    for layer, gate in zip(model.base_model.encoder.layer, gates):
+        gated(layer, lambda gate=gate: gate["hidden"], inputs=True)  # a merged input bottleneck is not called itself
+        for module in (layer.attention.output.LayerNorm, layer.output.LayerNorm):
             gated(module, lambda gate=gate: gate["hidden"])
         gated(layer.attention.self.query, lambda gate=gate: gate["query_key"])
         gated(layer.attention.self.key, lambda gate=gate: gate["key"])
@@ -275,9 +274,8 @@ def test_reordering_undoes_much_of_a_shuffle(head_slicing):
     shuffled = loss([20, 20, 20])
     reorder_channels(model, [batch])
     reordered = loss([20, 20, 20])
-    print(head_slicing, full, trained, shuffled, reordered)
     assert loss() == pytest.approx(full, abs=1e-4)
-    assert trained < reordered < shuffled - 0.3 * (shuffled - trained)
+    assert reordered < shuffled - 0.5 * (shuffled - trained)
 
 
 # Errors

@@ -18,6 +18,7 @@ import fsspec
 import zstandard
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from datasets.table import CastError
 from tokenizers import BertWordPieceTokenizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import BertTokenizer, PreTrainedTokenizerBase
@@ -132,6 +133,8 @@ def read_batches(file: str) -> Iterator[dict[str, list]]:
     except Exception as error:  # each reader and decompressor has its own
         if not Path(file).is_file():
             raise FileNotFoundError(f"Text file {file} does not exist any more.") from error
+        if isinstance(error, CastError):  # the reader of JSON goes by the first 10 MB
+            raise ValueError(f"Some rows of {file} have other columns than its first: {error.details()}.") from error
         raise ValueError(describe_fault(file) or f"{file} cannot be read: {error}") from error
 
 

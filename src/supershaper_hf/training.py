@@ -327,7 +327,8 @@ class Run:
             for tied in model.all_tied_weights_keys:
                 weights.pop(tied, None)
             rows = [{"shape": shape, **measures} for shape, measures in summary.evaluation.items()]
-            sections = {"training": summary.describe(), "evaluation": markdown_table(rows) if rows else None}
+            evaluation = markdown_table(rows) if rows else None
+            sections = {"repo_id": self.folder.name, "training": summary.describe(), "evaluation": evaluation}
             logging.disable_progress_bar()  # one for each saved file would break up the bar of the run
             save_for_hub(
                 model,
@@ -404,12 +405,13 @@ def check_teacher(
     """Raise a ValueError unless an outside teacher can read the text and be compared at every width."""
     if teacher is None:
         return
-    check_vocabulary(tokenizer, teacher.model.config)
-    longest = getattr(teacher.model.config, "max_position_embeddings", args.max_length)
+    theirs: Any = teacher.model.config
+    check_vocabulary(tokenizer, theirs)
+    longest = getattr(theirs, "max_position_embeddings", args.max_length)
     if longest < args.max_length:
         raise ValueError(f"max_length={args.max_length} is more than the teacher's {longest} positions. Lower it.")
     heads = args.relation_heads or config.num_attention_heads
-    widths = [*(config.width_choices or config.hidden_sizes or []), teacher.model.config.hidden_size]
+    widths = [*(config.width_choices or config.hidden_sizes or []), theirs.hidden_size]
     misfits = sorted({width for width in widths if width % heads})
     if misfits:
         raise ValueError(
