@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedT
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM
 from supershaper_hf.arguments import SuperPretrainingArguments
 from supershaper_hf.batches import fixed_masks
-from supershaper_hf.data import check_vocabulary, load_text, split_text, tokenize, train_tokenizer
+from supershaper_hf.data import check_vocabulary, tokenize, train_tokenizer
 from supershaper_hf.evaluation import evaluate_shapes
 from supershaper_hf.folders import check_output_folder
 from supershaper_hf.hub import save_for_hub
@@ -36,6 +36,7 @@ from supershaper_hf.predictor import ShapePredictor
 from supershaper_hf.report import markdown_table, plot_pareto, text_table
 from supershaper_hf.search import ParetoFront, pareto_front
 from supershaper_hf.shapes import SHAPE_NAMES
+from supershaper_hf.text import load_text, split_text
 from supershaper_hf.training import super_pretrain
 
 

@@ -25,10 +25,11 @@ from supershaper_hf.arguments import SuperPretrainingArguments, option
 from supershaper_hf.batches import fixed_masks
 from supershaper_hf.checkpoints import list_checkpoints
 from supershaper_hf.costs import training_flops
-from supershaper_hf.data import load_text, split_text, tokenize
+from supershaper_hf.data import tokenize
 from supershaper_hf.distillation import OutsideTeacher
 from supershaper_hf.hub import push_folder
 from supershaper_hf.importance import reorder_channels
+from supershaper_hf.text import load_text, split_text
 from supershaper_hf.training import make_accelerator, super_pretrain
 
 

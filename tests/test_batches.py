@@ -11,8 +11,9 @@ from datasets import Dataset
 from test_data import MAX_LENGTH, original_tokens, random_documents
 
 from supershaper_hf.batches import MaskingCollator, MicroBatches, fixed_masks
-from supershaper_hf.data import load_text, tokenize
+from supershaper_hf.data import tokenize
 from supershaper_hf.modeling_supershaper import IGNORE_INDEX
+from supershaper_hf.text import load_text
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_uniform_draws_are_those_of_earlier_versions():
         assert np.array_equal(TINY.sample(20, seed, "uniform", 0.0), expected)
 
 
-@pytest.mark.parametrize("drop_rate", [0.0, 0.3])
+@pytest.mark.parametrize("drop_rate", [0.0, 0.3, 0.95])
 def test_draws_depend_on_the_seed_alone(distribution, drop_rate):
     first = TINY.sample(20, (3, 1), distribution, drop_rate)
     np.random.seed(7)
