@@ -206,6 +206,13 @@ def test_tuple_and_dictionary_outputs_agree(model):
         assert_same(model(**batch, **options, return_dict=False), model(**batch, **options).to_tuple(), atol=0)
 
 
+def test_configuration_can_ask_for_tuples(model_class):
+    model, batch = tiny_model(model_class), tiny_batch(model_class)
+    expected = model(**batch).to_tuple()
+    model.config.return_dict = False
+    assert_same(model(**batch), expected, atol=0)
+
+
 def test_hidden_states_are_the_embeddings_and_each_kept_layer(model_class):
     batch = tiny_batch(model_class)
     hidden_states = tiny_model(model_class)(**batch, shape=[20, 0, 8], output_hidden_states=True).hidden_states

@@ -7,6 +7,7 @@ from conftest import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM
+from supershaper_hf.costs import training_flops
 
 
 SPACE = SearchSpace(tiny_config())
@@ -36,3 +37,41 @@ def test_head_slicing_changes_no_cost():
     per_head = SearchSpace(tiny_config(head_slicing="per_head"))
     assert per_head.num_parameters(SHAPES[0]) == SPACE.num_parameters(SHAPES[0])
     assert per_head.flops(SHAPES[0], 24) == SPACE.flops(SHAPES[0], 24)
+
+
+# Training
+
+
+def counted_forward(shape, sequences, length, labelled):
+    """What torch counts in one forward pass of the subnet with the head on the labelled positions."""
+    subnet = SuperShaperForMaskedLM(tiny_config(attn_implementation="eager")).extract_subnet(shape)
+    labels = torch.full((sequences, length), -100)
+    labels.view(-1)[:labelled] = 1
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        subnet(torch.ones_like(labels), labels=labels, sparse_prediction=True)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("sequences", "length", "labelled"), [(1, 24, 3), (4, 7, 28), (2, 9, 0)])
+def test_training_flops_are_three_times_those_that_torch_counts_forward(sequences, length, labelled):
+    """The backward pass of a product is two products of its size."""
+    for shape in SHAPES:
+        expected = 3 * counted_forward(shape, sequences, length, labelled)
+        assert training_flops(tiny_config(), [shape], sequences, length, labelled) == expected
+
+
+def test_training_flops_of_several_shapes_are_their_sum():
+    one_by_one = [training_flops(tiny_config(), [shape], 4, 9, 5) for shape in SHAPES]
+    assert training_flops(tiny_config(), SHAPES, 4, 9, 5) == sum(one_by_one)
+
+
+def test_training_flops_of_a_subnet_are_those_of_its_shape():
+    subnet = tiny_config().subnet_config([8, 0, 36])
+    assert training_flops(subnet, [[8, 36]], 4, 9, 5) == training_flops(tiny_config(), [[8, 0, 36]], 4, 9, 5)
+
+
+def test_training_flops_of_a_large_run_are_an_exact_integer():
+    assert type(training_flops(tiny_config(), SHAPES, 2**20, 24, 2**20)) is int
+    assert training_flops(tiny_config(), SHAPES, 2**20, 24, 2**20) == 2**20 * training_flops(
+        tiny_config(), SHAPES, 1, 24, 1
+    )

@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import tiny_model
 from test_data import random_documents
 
-from supershaper_hf.data import fixed_masks, tokenize
+from supershaper_hf.batches import fixed_masks
+from supershaper_hf.data import tokenize
 from supershaper_hf.evaluation import evaluate_shapes
 from supershaper_hf.modeling_supershaper import IGNORE_INDEX
 
@@ -58,6 +60,17 @@ def test_perplexity_is_the_exponential_of_the_loss(batches):
         assert record["perplexity"] == math.exp(record["loss"])
 
 
+@pytest.mark.parametrize(("bias", "infinite"), [(700.0, False), (720.0, True)])
+def test_perplexity_that_overflows_is_infinite(batches, bias, infinite):
+    """A model that is sure of a wrong word."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.cls["predictions"].decoder.bias.zero_()[0] = bias  # padding is never a label
+    (record,) = evaluate_shapes(model, batches, [None])
+    assert record["loss"] == pytest.approx(bias, abs=8)
+    assert math.isinf(record["perplexity"]) == infinite
+
+
 def test_two_evaluations_are_identical(batches):
     model = tiny_model()
     assert evaluate_shapes(model, batches, SHAPES) == evaluate_shapes(model, batches, SHAPES)
@@ -100,6 +113,14 @@ def test_training_mode_is_left_as_it_was(batches, training):
     assert {module.training for module in model.modules()} == {training}
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_training_mode_is_left_as_it_was_when_a_shape_is_refused(batches, training):
+    model = tiny_model().train(training)
+    with pytest.raises(ValueError, match="width 40"):
+        evaluate_shapes(model, batches, [*SHAPES, [8, 40, 36]])
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_weights_and_batches_are_left_as_they_were(batches):
     model = tiny_model()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -125,3 +146,41 @@ def test_text_without_labels_is_refused(batches):
 def test_wrong_shape_is_refused(batches):
     with pytest.raises(ValueError, match="width 40 of layer 1 is not one of the width choices"):
         evaluate_shapes(tiny_model(), batches, [[8, 40, 36]])
+
+
+# Several processes
+
+
+class Rank:
+    """One of several processes, as far as evaluation sees an accelerator; keeps what it adds to the sums."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, process_index, num_processes):
+        self.process_index, self.num_processes, self.sums = process_index, num_processes, []
+
+    def reduce(self, sums):
+        self.sums.append(sums)
+        return sums + torch.tensor([0.0, 0.0, 1e-9])  # a process may have no batch of its own
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 7])
+def test_processes_share_the_batches(batches, processes):
+    model, forward_passes = tiny_model(), []
+    model.register_forward_hook(lambda *_: forward_passes.append(1))
+    ranks = [Rank(rank, processes) for rank in range(processes)]
+    passes = []
+    for rank in ranks:
+        forward_passes.clear()
+        evaluate_shapes(model, batches, SHAPES, accelerator=rank)
+        passes.append(len(forward_passes))
+    assert set(passes) == {math.ceil(len(batches) / processes) * len(SHAPES)}  # FSDP needs all in every pass
+    for number, record in enumerate(evaluate_shapes(model, batches, SHAPES)):
+        loss, correct, tokens = sum(rank.sums[number] for rank in ranks).tolist()
+        assert loss / tokens == pytest.approx(record["loss"])
+        assert correct / tokens == pytest.approx(record["accuracy"])
+
+
+def test_accelerator_of_one_process_changes_nothing(batches):
+    model = tiny_model()
+    assert evaluate_shapes(model, batches, SHAPES, accelerator=Accelerator()) == evaluate_shapes(model, batches, SHAPES)

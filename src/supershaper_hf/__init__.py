@@ -18,6 +18,7 @@ from transformers import (
 from .configuration_supershaper import SuperShaperConfig
 from .evaluation import evaluate_shapes
 from .hub import push_to_hub, save_for_hub
+from .importance import reorder_channels
 from .modeling_supershaper import (
     SuperShaperForMaskedLM,
     SuperShaperForMultipleChoice,
@@ -62,5 +63,6 @@ __all__ = [
     "evaluate_shapes",
     "pareto_front",
     "push_to_hub",
+    "reorder_channels",
     "save_for_hub",
 ]

@@ -54,7 +54,6 @@ def reorder_channels(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) 
     for index, importance in enumerate(importances):
         entry, layer, exit = encoder.input_bottleneck[index], encoder.layer[index], encoder.output_bottleneck[index]
         attention, attended = layer.attention.self, layer.attention.output
-
         hidden = descending(importance["hidden"])
         for module in (entry, attended.dense, attended.LayerNorm, layer.output.dense, layer.output.LayerNorm):
             permute(module, 0, hidden)

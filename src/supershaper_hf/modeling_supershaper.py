@@ -320,7 +320,14 @@ class SuperShaperForMaskedLM(SuperShaperPreTrainedModel):
         and the logits are (labelled positions, vocab_size).
         """
         outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, shape=shape, **kwargs
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            shape=shape,
+            return_dict=True,
+            **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         sparse = self.config.sparse_prediction if sparse_prediction is None else sparse_prediction
@@ -367,7 +374,14 @@ class SuperShaperForSequenceClassification(SuperShaperPreTrainedModel):
     ) -> SequenceClassifierOutput:
         """Classify sequences; `labels` are (batch,) class indices or scores, or (batch, num_labels) floats."""
         outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, shape=shape, **kwargs
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            shape=shape,
+            return_dict=True,
+            **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None
@@ -402,7 +416,14 @@ class SuperShaperForTokenClassification(SuperShaperPreTrainedModel):
     ) -> TokenClassifierOutput:
         """Classify tokens; `labels` are (batch, length) class indices, or -100 where none is asked for."""
         outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, shape=shape, **kwargs
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            shape=shape,
+            return_dict=True,
+            **kwargs,
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
@@ -435,7 +456,14 @@ class SuperShaperForQuestionAnswering(SuperShaperPreTrainedModel):
     ) -> QuestionAnsweringModelOutput:
         """Score answer spans; `start_positions` and `end_positions` are (batch,) token indices."""
         outputs = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, shape=shape, **kwargs
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            shape=shape,
+            return_dict=True,
+            **kwargs,
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         start_logits, end_logits = start_logits.contiguous(), end_logits.contiguous()
@@ -483,7 +511,7 @@ class SuperShaperForMultipleChoice(SuperShaperPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         num_choices = given.shape[1]
         inputs = map(fold, (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds))
-        outputs = self.bert(*inputs, shape=shape, **kwargs)
+        outputs = self.bert(*inputs, shape=shape, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return MultipleChoiceModelOutput(
