@@ -30,6 +30,8 @@ def parse(*words):
         ({"masking_rate": 1.5}, "masking_rate=1.5 must be between 0 and 1."),
         ({"masking_rate": -0.5}, "masking_rate=-0.5 must be between 0 and 1."),
         ({"masking_rate": 0}, "masking_rate=0 must be above 0."),
+        ({"drop_rate": 1.0}, "drop_rate=1.0 must be at least 0 and below 1."),
+        ({"drop_rate": -0.1}, "drop_rate=-0.1 must be at least 0 and below 1."),
         ({"warmup_ratio": 2}, "warmup_ratio=2 must be between 0 and 1."),
         ({"warmup_ratio": -0.01}, "warmup_ratio=-0.01 must be between 0 and 1."),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0."),

@@ -170,9 +170,11 @@ def test_dictionary_of_a_summary_is_complete_and_survives_json():
         "device": "cpu",
         "parameters": 4321,
         "evaluation": evaluation(2.0),
-        "arguments": vars(SuperPretrainingArguments(
-            batch_size=8, gradient_accumulation_steps=3, learning_rate=2e-4, random_shapes=4, seed=7
-        ))
+        "arguments": vars(
+            SuperPretrainingArguments(
+                batch_size=8, gradient_accumulation_steps=3, learning_rate=2e-4, random_shapes=4, seed=7
+            )
+        )
         | {"mixed_precision": "bf16"},
     }
 

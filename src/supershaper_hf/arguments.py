@@ -86,6 +86,8 @@ class SuperPretrainingArguments:
         for name in ("masking_rate", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1.")
+        if not 0 <= self.drop_rate < 1:
+            raise ValueError(f"drop_rate={self.drop_rate} must be at least 0 and below 1.")
         for name in ("masking_rate", "learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")

@@ -187,9 +187,10 @@ class Monitor:
         self.last_time += time.perf_counter() - start
 
     def close(self) -> None:
+        """End the bar and the trackers. `end_training` would also disconnect the processes, which go on to save."""
         self.bar.close()
-        if self.args.report_to:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def _records_so_far(self) -> list[dict[str, Any]]:
         """Read back the records up to the step to go on from; a crash may have left later ones, or half a line."""
@@ -217,12 +218,25 @@ class Monitor:
         self.records.append(record)
         if self.folder is not None and self.accelerator.is_main_process:
             with (self.folder / METRICS_FILE).open("a") as file:
-                file.write(f"{json.dumps(record)}\n")
+                file.write(f"{to_json(record)}\n")
 
     def _track(self, values: Mapping[str, float], record: Mapping[str, Any]) -> None:
         if self.args.report_to:
             numbers = {key: value for key, value in record.items() if isinstance(value, float)}
             self.accelerator.log({**values, **numbers}, step=self.progress.step)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return `value` as JSON, with null for numbers that are not finite: JSON has none."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {key: finite(item) for key, item in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(item) for item in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def matrix_product_rate(device: torch.device, mixed_precision: str = "no", seconds: float = 0.2) -> float:

@@ -34,7 +34,7 @@ from .distillation import Objective, OutsideTeacher
 from .evaluation import evaluate_shapes
 from .hub import save_for_hub
 from .modeling_supershaper import SuperShaperForMaskedLM
-from .progress import MEASURES, SUMMARY_FILE, Monitor, Progress, TrainingSummary
+from .progress import MEASURES, SUMMARY_FILE, Monitor, Progress, TrainingSummary, to_json
 from .report import markdown_table
 from .sandwich import Batch, Shape, count_positions, decay_groups, sandwich_step, step_shapes
 from .shapes import SearchSpace
@@ -220,8 +220,8 @@ class Run:
             newest = None if self.folder is None else next(iter(list_checkpoints(self.folder)), None)
             raise FloatingPointError(
                 f"The gradients were not finite in {args.max_skipped_steps} steps in a row (the last: step "
-                f"{progress.step}). Lower learning_rate={args.learning_rate}, raise warmup_ratio={args.warmup_ratio}, "
-                f"or train with bf16 instead of fp16. Newest checkpoint: {newest}."
+                f"{progress.step + 1}). Lower learning_rate={args.learning_rate}, raise warmup_ratio="
+                f"{args.warmup_ratio}, or train with bf16 instead of fp16. Newest checkpoint: {newest}."
             )
         return norm
 
@@ -238,7 +238,8 @@ class Run:
         results = {name: {key: r[key] for key in MEASURES} for name, r in zip(shapes, records, strict=True)}
         monitor.evaluated(results)
         mean = statistics.fmean(record["loss"] for record in records)
-        if self.progress.best_loss is None or mean < self.progress.best_loss:
+        best = math.inf if self.progress.best_loss is None else self.progress.best_loss
+        if mean < best:  # never if it is NaN
             self.progress.best_loss, self.progress.best_step = mean, self.progress.step
             self.save_model("best", self.summarize("running", monitor))
         target = self.args.target_perplexity
@@ -359,7 +360,7 @@ class Run:
         if status != "interrupted":
             self.save_model("last", summary)
         if self.folder is not None and self.accelerator.is_main_process:
-            (self.folder / SUMMARY_FILE).write_text(json.dumps(summary.to_dict(), indent=2))
+            (self.folder / SUMMARY_FILE).write_text(to_json(summary.to_dict(), indent=2))
         return summary
 
     def release(self) -> None:
