@@ -6,6 +6,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from .distillation import Objective
 from .shapes import DISTRIBUTIONS
 
 
@@ -119,6 +120,14 @@ class SuperPretrainingArguments:
                 f"{in_place[0]}={getattr(self, in_place[0])} needs the largest net of each step as a teacher, which "
                 f"sampling={self.sampling!r} does not train. Use sampling='sandwich' or an outside teacher."
             )
+        Objective(  # refuses what is out of range
+            distillation_weight=self.distillation_weight,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            hidden_weight=self.hidden_weight,
+            attention_weight=self.attention_weight,
+            relation_heads=self.relation_heads,
+        )
         if self.compile and (self.hidden_weight or self.attention_weight or self.teacher_weight):
             raise ValueError(
                 "compile=True does not go with hidden_weight, attention_weight or teacher_weight, which look into the "

@@ -131,6 +131,7 @@ class MicroBatches:
         max_length: Of the sequences of a stream; by default the tokenizer's `model_max_length`.
         cross_documents: Pack each chunk of a stream into full sequences, over the ends of documents.
         documents_per_chunk: Documents of this process that are tokenised and shuffled together.
+        pad_to_multiple_of: See `MaskingCollator`.
 
     Raises:
         ValueError: If a number is out of its range, or the dataset is neither of the two; while iterating, if a whole
@@ -156,8 +157,9 @@ class MicroBatches:
         max_length: int | None = None,
         cross_documents: bool = False,
         documents_per_chunk: int = 10_000,
+        pad_to_multiple_of: int | None = None,
     ) -> None:
-        self.collate = MaskingCollator(tokenizer, masking_rate, seed)
+        self.collate = MaskingCollator(tokenizer, masking_rate, seed, pad_to_multiple_of)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),

@@ -45,6 +45,7 @@ class Progress:
     skipped_in_a_row: int = 0
     best_loss: float | None = None
     best_step: int | None = None
+    perplexity: float | None = None  # of the first shape, when last evaluated
     loss_spikes: list[dict[str, float]] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
 
@@ -88,7 +89,9 @@ class TrainingSummary:
         """Return everything but the records of single steps, which are in `metrics.jsonl`."""
         return {
             "status": self.status,
-            **{key: value for key, value in asdict(self.progress).items() if key != "recent_losses"},
+            **{
+                key: value for key, value in asdict(self.progress).items() if key not in ("recent_losses", "perplexity")
+            },
             "processes": self.processes,
             "device": self.device,
             "parameters": self.parameters,

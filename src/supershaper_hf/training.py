@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def super_pretrain(
         OSError: If a checkpoint cannot be written.
     """
     check_vocabulary(tokenizer, model.config)
+    if args.target_perplexity is not None and not eval_batches:
+        raise ValueError(f"target_perplexity={args.target_perplexity} needs eval_batches to be measured on.")
     accelerator = make_accelerator(args)
     check_teacher(args, model.config, tokenizer, teacher)
     run = Run(accelerator, model, tokenizer, args, make_objective(args, teacher), list(eval_batches), dict(card or {}))
@@ -96,6 +99,7 @@ def super_pretrain(
         num_workers=args.num_workers,
         max_length=args.max_length,
         cross_documents=args.cross_documents,
+        pad_to_multiple_of=args.max_length if args.compile else None,  # another length would be another graph
     )
     try:
         with caught_signals() as signals:
@@ -143,25 +147,23 @@ class Run:
         args = self.args
         self.resume()
         batches = stream.iterate(self.stream_state)
-        monitor = Monitor(self.accelerator, args, self.progress, description)
-        status = "finished"
-        while self.progress.step < args.max_steps:
-            outcome = self.step(self.read(batches), stop=bool(signals))
-            monitor.step(**outcome)
-            last = self.progress.step == args.max_steps
-            due = last or (args.eval_steps and self.progress.step % args.eval_steps == 0)
-            with monitor.paused():
-                if self.eval_batches and due and self.evaluate(monitor):
-                    status = "target reached"
-                    break
-                if self.signalled and not last:
-                    status = "interrupted"
-                    break
-                if self.progress.step % args.save_steps == 0:
-                    self.save_checkpoint()
-        self.save_checkpoint()
-        monitor.close()
-        return self.finish(status, monitor)
+        with closing(Monitor(self.accelerator, args, self.progress, description)) as monitor:
+            status = "finished"
+            while self.progress.step < args.max_steps and not self.target_reached():
+                monitor.step(**self.step(self.read(batches), stop=bool(signals)))
+                last = self.progress.step == args.max_steps
+                with monitor.paused():
+                    if self.eval_batches and (last or self.progress.step % (args.eval_steps or args.max_steps) == 0):
+                        self.evaluate(monitor)
+                    if self.signalled and not last:
+                        status = "interrupted"
+                        break
+                    if self.progress.step % args.save_steps == 0:
+                        self.save_checkpoint()
+            if self.target_reached():
+                status = "target reached"
+            self.save_checkpoint()
+            return self.finish(status, monitor)
 
     def read(self, batches: Iterator[tuple[Batch, dict[str, Any]]]) -> list[Batch]:
         """Return the micro-batches of the next step. If the text fails, keep the steps done so far."""
@@ -225,25 +227,30 @@ class Run:
             )
         return norm
 
-    def evaluate(self, monitor: Monitor) -> bool:
-        """Evaluate the named shapes, keep the model if it is the best so far; return whether the target is reached.
+    def evaluate(self, monitor: Monitor) -> None:
+        """Evaluate the named shapes, and keep the model if it is the best so far.
 
         The best is the one with the lowest mean loss over the shapes.
         """
         model = self.accelerator.unwrap_model(self.model)
         shapes = evaluation_shapes(self.space, self.args.shape)
-        records = evaluate_shapes(
-            model, self.eval_batches, list(shapes.values()), "Evaluating", accelerator=self.accelerator
-        )
+        with torch.compiler.set_stance("force_eager"):  # batches of many lengths, each of which would be compiled
+            records = evaluate_shapes(
+                model, self.eval_batches, list(shapes.values()), "Evaluating", accelerator=self.accelerator
+            )
         results = {name: {key: r[key] for key in MEASURES} for name, r in zip(shapes, records, strict=True)}
         monitor.evaluated(results)
+        self.progress.perplexity = records[0]["perplexity"]
         mean = statistics.fmean(record["loss"] for record in records)
         best = math.inf if self.progress.best_loss is None else self.progress.best_loss
         if mean < best:  # never if it is NaN
             self.progress.best_loss, self.progress.best_step = mean, self.progress.step
             self.save_model("best", self.summarize("running", monitor))
-        target = self.args.target_perplexity
-        return target is not None and records[0]["perplexity"] <= target
+
+    def target_reached(self) -> bool:
+        """Return whether the first shape was good enough when it was last evaluated."""
+        target, perplexity = self.args.target_perplexity, self.progress.perplexity
+        return target is not None and perplexity is not None and perplexity <= target
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, if there is one."""
