@@ -47,13 +47,15 @@ def save_checkpoint(
     Raises:
         OSError: If it cannot be written, for example on a full disk. Older checkpoints are still there.
     """
-    folder = Path(output_dir) / f"{PREFIX}{step:08d}"
-    partial = folder.with_name(f".{folder.name}.partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
+    output_dir = Path(output_dir)
+    folder = output_dir / f"{PREFIX}{step:08d}"
+    partial = output_dir / f".{folder.name}.partial"
     try:
+        if accelerator.is_main_process:
+            for leftover in output_dir.glob(f".{PREFIX}*.partial"):  # of a kill
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
         # It reports each tied weight that it leaves out. They are tied again on loading.
         with muted("accelerate.utils.other"):
             accelerator.save_state(str(partial))
@@ -63,7 +65,10 @@ def save_checkpoint(
             seal(partial)
             shutil.rmtree(folder, ignore_errors=True)  # only a damaged one can be in the way
             partial.replace(folder)
-            for old in list_checkpoints(output_dir)[keep:]:
+            force_to_disk(output_dir)
+            # Later ones were passed over as damaged: they must not push out good ones.
+            found = list_checkpoints(output_dir)
+            for old in [path for path in found if path.name > folder.name] + found[found.index(folder) + keep :]:
                 shutil.rmtree(old)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of them, by who writes
         shutil.rmtree(partial, ignore_errors=True)
@@ -82,8 +87,10 @@ def muted(name: str) -> Iterator[None]:
     noisy = getLogger(name)
     level = noisy.level
     noisy.setLevel(ERROR)
-    yield
-    noisy.setLevel(level)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -92,16 +99,20 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Force every file to the disk and write the manifest of their sizes and checksums."""
+    """Write the manifest of sizes and checksums, and force everything to the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": digest(path)} for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    for path in [*files, folder / MANIFEST, folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    for path in [*folder.rglob("*"), folder]:
+        force_to_disk(path)
+
+
+def force_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def digest(path: Path) -> str:
@@ -113,18 +124,22 @@ def find_damage(folder: Path) -> str | None:
     """Compare a checkpoint with its manifest; return what is wrong, or `None` if nothing is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
+        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except ValueError:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
-    for name, expected in manifest.items():
+    for name, (size, checksum) in expected.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
-        if digest(path) != expected["sha256"]:
-            return f"{name} has changed: its checksum is wrong"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+            if digest(path) != checksum:
+                return f"{name} has changed: its checksum is wrong"
+        except OSError as error:
+            return f"{name} is not readable: {error}"
     return None
 
 

@@ -1,0 +1,264 @@
+"""What faults do to a training run: a small real one is killed, starved and damaged, and has to end as if undisturbed.
+
+    python benchmarks/faults.py                     # 20 kills on one and on two processes: about 15 minutes on a CPU
+    python benchmarks/faults.py --kills 3 --seed 1
+
+The run: a tiny model on the bundled text, with dropout, dropped layers, evaluations, and a checkpoint every four steps.
+Kills are SIGKILL to all processes at once, uniform over the time that the undisturbed run takes from its first record
+to its end, so also while it saves. After each fault the same command is started again, and the final weights are
+compared bit for bit with those of the undisturbed run. A full tmpfs needs root.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM, training
+from supershaper_hf.arguments import SuperPretrainingArguments
+from supershaper_hf.batches import MicroBatches, fixed_masks
+from supershaper_hf.checkpoints import list_checkpoints
+from supershaper_hf.data import tokenize, train_tokenizer
+from supershaper_hf.report import markdown_table
+from supershaper_hf.sandwich import sandwich_step
+from supershaper_hf.text import load_text, split_text
+from supershaper_hf.training import super_pretrain
+
+
+TEXT = Path(__file__).parent.parent / "examples" / "data" / "presidential_addresses.txt"
+STEPS, SAVE_STEPS, FAULT_STEP = 24, 4, 10
+LENGTH = 64
+
+
+# The run, in processes of its own
+
+
+def train(folder: Path, fault: str) -> None:
+    """Train to the end; `fault` strikes when the step `FAULT_STEP`, from 0, begins."""
+    signal.alarm(300)
+    sources = folder.parent / "sources"
+    tokenizer = AutoTokenizer.from_pretrained(sources)
+    streaming = "stream" in folder.name
+    if streaming:
+        text, evaluation = load_text(sources / "parts", streaming=True), []
+        training.MicroBatches = lambda *args, **options: MicroBatches(*args, documents_per_chunk=16, **options)
+    else:
+        documents, held_out = split_text(load_text(sources / "parts"), 0.02, seed=0)
+        text = tokenize(documents, tokenizer, LENGTH)
+        evaluation = fixed_masks(tokenize(held_out, tokenizer, LENGTH), tokenizer, 16)[:2]
+    torch.manual_seed(0)
+    config = SuperShaperConfig(
+        vocab_size=len(tokenizer), hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=192,
+        max_position_embeddings=LENGTH, width_choices=[24, 48, 96],
+    )  # fmt: skip
+    args = SuperPretrainingArguments(
+        max_steps=STEPS, batch_size=8, learning_rate=1e-3, max_length=LENGTH, drop_rate=0.2, output_dir=str(folder),
+        logging_steps=1, eval_steps=8, save_steps=SAVE_STEPS,
+    )  # fmt: skip
+    training.sandwich_step = disturbed_step(fault, sources / "parts")
+    super_pretrain(SuperShaperForMaskedLM(config), tokenizer, text, args, eval_batches=evaluation)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def disturbed_step(fault: str, parts: Path) -> Callable:
+    calls = []
+
+    def step(accelerator, model, *args):
+        calls.append(1)
+        strike = len(calls) == FAULT_STEP + 1
+        if strike and fault == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        if strike and fault == "remove":
+            (parts / "9.txt").rename(parts.parent / "9.txt")
+        if strike and fault == "die" and accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        losses = sandwich_step(accelerator, model, *args)
+        if strike and fault == "nan":
+            next(iter(model.parameters())).grad.fill_(float("nan"))
+        return losses
+
+    return step
+
+
+# What is done to it
+
+
+def start(folder: Path, processes: int, fault: str = "") -> subprocess.Popen:
+    command = [sys.executable]
+    if processes > 1:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    command += [__file__, "--train", str(folder), "--fault", fault]
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder.parent / "cache")}
+    errors = (folder.parent / "errors.txt").open("w")
+    return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def began(run: subprocess.Popen, folder: Path) -> float:
+    """Wait for the first file of the run; return the time."""
+    while not (folder / "metrics.jsonl").exists() and run.poll() is None:
+        time.sleep(0.01)
+    return time.monotonic()
+
+
+def finish(folder: Path, processes: int, fault: str = "") -> str:
+    """Run to the end; return the error it ended with, if any."""
+    run = start(folder, processes, fault)
+    begin = began(run, folder)
+    if run.wait(timeout=400) == 0:
+        return ""
+    errors = (folder.parent / "errors.txt").read_text().splitlines()
+    message = next((line for line in reversed(errors) if "Error: " in line and "ChildFailedError" not in line), "")
+    return f"exit {run.returncode} after {time.monotonic() - begin:.0f} s. {shorten(message, folder)}"
+
+
+def shorten(message: str, folder: Path) -> str:
+    text = message.replace(f"{folder.parent}/", "").replace("[rank0]: ", "").replace("|", "/")
+    return text if len(text) < 260 else f"{text[:200]} ... {text[-55:]}"
+
+
+def kill(folder: Path, processes: int, moment: float) -> None:
+    """Kill the launcher and all its processes at once, `moment` seconds after training has begun."""
+    run = start(folder, processes)
+    began(run, folder)
+    time.sleep(moment)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split() if run.poll() is None else []
+    for process in (run.pid, *map(int, children)):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    run.wait()
+
+
+def left_behind(folder: Path) -> str:
+    """Tell where a run ended."""
+    step = next((int(checkpoint.name[-8:]) for checkpoint in list_checkpoints(folder)), 0)
+    return f"{'while saving, ' if any(folder.glob('.*')) else ''}after checkpoint {step}"
+
+
+def equal(folder: Path, expected: Path) -> str:
+    ours, theirs = (load_file(path / "last" / "model.safetensors") for path in (folder, expected))
+    different = [name for name, tensor in theirs.items() if not torch.equal(tensor, ours[name])]
+    return "yes" if not different else f"no: {len(different)} tensors differ"
+
+
+def damage(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.unlink()
+    if how != "missing":
+        file.write_bytes(content if how == "flipped bit" else content[: len(content) // 2])
+
+
+# The study
+
+
+def study(work: Path, kills: int, seed: int) -> list[dict[str, str]]:
+    prepare(work / "sources")
+    generator, rows = random.Random(seed), []
+
+    def row(fault: str, times: int, happened: str, same: str) -> None:
+        rows.append({"fault": fault, "times": str(times), "what happened": happened, "equal to undisturbed": same})
+        print(f"{fault}: {happened}: {same}", file=sys.stderr)
+
+    for processes in (1, 2):
+        whole = work / f"whole-{processes}"
+        run = start(whole, processes)
+        begin = began(run, whole)
+        assert run.wait() == 0, (work / "errors.txt").read_text()
+        duration = time.monotonic() - begin
+        struck, ends = Counter(), Counter()
+        for _ in range(kills):
+            folder = work / "killed"
+            kill(folder, processes, generator.uniform(0, duration))
+            struck[left_behind(folder)] += 1
+            ends[finish(folder, processes) or equal(folder, whole)] += 1
+            shutil.rmtree(folder)
+        where, same = (", ".join(f"{n} {what}" for what, n in sorted(found.items())) for found in (struck, ends))
+        row(f"SIGKILL within {duration:.1f} s, {processes} process(es)", kills, where, same)
+
+    whole = work / "whole-1"
+    for fault, processes, name in (("die", 2, "One of two processes dies"), ("limit", 1, "Full disk (RLIMIT_FSIZE)")):
+        folder = work / fault
+        happened = finish(folder, processes, fault)
+        row(name, 1, happened, finish(folder, processes) or equal(folder, work / f"whole-{processes}"))
+    if os.geteuid() == 0:
+        full_tmpfs(work / "tmpfs", whole, row)
+    for how in ("truncated", "flipped bit", "missing"):
+        folder = shutil.copytree(whole, work / how.replace(" ", "-"))
+        shutil.rmtree(folder / "last")
+        damage(list_checkpoints(folder)[0] / "optimizer.bin", how)
+        error = finish(folder, 1)
+        warning = next(line for line in (work / "errors.txt").read_text().splitlines() if "is damaged" in line)
+        row(f"File of a checkpoint: {how}", 1, shorten(warning, folder), error or equal(folder, whole))
+    folder = work / "nan"
+    finish(folder, 1, "nan")
+    skipped = json.loads((folder / "training_summary.json").read_text())["skipped_steps"]
+    row("NaN in the gradients of a step", 1, f"{skipped} step skipped, run finished", "no: one update less")
+    finish(stream := work / "stream-whole", 1)
+    folder = work / "stream-removed"
+    happened = f"{finish(folder, 1, 'remove')} Stopped {left_behind(folder)}"
+    (work / "sources" / "9.txt").rename(work / "sources" / "parts" / "9.txt")
+    row("Text file removed while streaming", 1, happened, finish(folder, 1) or equal(folder, stream))
+    return rows
+
+
+def full_tmpfs(mount: Path, whole: Path, row: Callable) -> None:
+    """A file system that holds one checkpoint and the best model, but not two."""
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", mount], check=False).returncode:
+        return
+    try:
+        shutil.copytree(whole.parent / "sources", mount / "sources")
+        happened = finish(mount / "run", 1)
+        subprocess.run(["mount", "-o", "remount,size=200m", mount], check=True)
+        error = finish(mount / "run", 1)
+        row("Full disk (tmpfs), then made larger", 1, happened, error or equal(mount / "run", whole))
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def prepare(sources: Path) -> None:
+    """Train a tokenizer, and cut the text into ten files."""
+    documents = TEXT.read_text().splitlines()
+    train_tokenizer(documents[:200], vocab_size=1000, max_length=LENGTH).save_pretrained(sources)
+    (sources / "parts").mkdir()
+    for part in range(10):
+        (sources / "parts" / f"{part}.txt").write_text("\n".join(documents[part * 8 : part * 8 + 8]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="on one process, and again on two")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)  # the script starts itself with these two
+    parser.add_argument("--fault", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.train:
+        train(options.train, options.fault)
+        return
+    with tempfile.TemporaryDirectory() as work:
+        print(markdown_table(study(Path(work), options.kills, options.seed)))
+
+
+if __name__ == "__main__":
+    main()
