@@ -3,7 +3,7 @@
     python benchmarks/faults.py                     # 20 kills on one and on two processes: about 15 minutes on a CPU
     python benchmarks/faults.py --kills 3 --seed 1
 
-The run: a tiny model on the bundled text, with dropout, dropped layers, evaluations, and a checkpoint every four steps.
+The run: a tiny model on the bundled text, with dropout, dropped layers, evaluations, and a checkpoint after every step.
 Kills are SIGKILL to all processes at once, uniform over the time that the undisturbed run takes from its first record
 to its end, so also while it saves. After each fault the same command is started again, and the final weights are
 compared bit for bit with those of the undisturbed run. A full tmpfs needs root.
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,11 +42,7 @@ from supershaper_hf.training import super_pretrain
 
 
 TEXT = Path(__file__).parent.parent / "examples" / "data" / "presidential_addresses.txt"
-STEPS, SAVE_STEPS, FAULT_STEP = 24, 4, 10
-LENGTH = 64
-
-
-# The run, in processes of its own
+STEPS, SAVE_STEPS, FAULT_STEP, LENGTH = 24, 1, 10, 64
 
 
 def train(folder: Path, fault: str) -> None:
@@ -54,8 +50,7 @@ def train(folder: Path, fault: str) -> None:
     signal.alarm(300)
     sources = folder.parent / "sources"
     tokenizer = AutoTokenizer.from_pretrained(sources)
-    streaming = "stream" in folder.name
-    if streaming:
+    if "stream" in folder.name:
         text, evaluation = load_text(sources / "parts", streaming=True), []
         training.MicroBatches = lambda *args, **options: MicroBatches(*args, documents_per_chunk=16, **options)
     else:
@@ -95,9 +90,6 @@ def disturbed_step(fault: str, parts: Path) -> Callable:
         return losses
 
     return step
-
-
-# What is done to it
 
 
 def start(folder: Path, processes: int, fault: str = "") -> subprocess.Popen:
@@ -143,16 +135,16 @@ def kill(folder: Path, processes: int, moment: float) -> None:
     began(run, folder)
     time.sleep(moment)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split() if run.poll() is None else []
-    for process in (run.pid, *map(int, children)):
+    run.kill()
+    for process in children:
         with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+            os.kill(int(process), signal.SIGKILL)
     run.wait()
 
 
 def left_behind(folder: Path) -> str:
-    """Tell where a run ended."""
     step = next((int(checkpoint.name[-8:]) for checkpoint in list_checkpoints(folder)), 0)
-    return f"{'while saving, ' if any(folder.glob('.*')) else ''}after checkpoint {step}"
+    return f"{'while writing, ' if any(folder.glob('.*')) else ''}after step {step}"
 
 
 def equal(folder: Path, expected: Path) -> str:
@@ -169,70 +161,59 @@ def damage(file: Path, how: str) -> None:
         file.write_bytes(content if how == "flipped bit" else content[: len(content) // 2])
 
 
-# The study
-
-
-def study(work: Path, kills: int, seed: int) -> list[dict[str, str]]:
+def study(work: Path, kills: int, seed: int) -> Iterator[tuple[str, int, str, str]]:
+    """Yield fault, how many times, what happened, and whether the run ended equal to the undisturbed one."""
     prepare(work / "sources")
-    generator, rows = random.Random(seed), []
-
-    def row(fault: str, times: int, happened: str, same: str) -> None:
-        rows.append({"fault": fault, "times": str(times), "what happened": happened, "equal to undisturbed": same})
-        print(f"{fault}: {happened}: {same}", file=sys.stderr)
-
+    generator = random.Random(seed)
     for processes in (1, 2):
         whole = work / f"whole-{processes}"
-        run = start(whole, processes)
-        begin = began(run, whole)
+        begin = began(run := start(whole, processes), whole)
         assert run.wait() == 0, (work / "errors.txt").read_text()
         duration = time.monotonic() - begin
         struck, ends = Counter(), Counter()
         for _ in range(kills):
             folder = work / "killed"
             kill(folder, processes, generator.uniform(0, duration))
-            struck[left_behind(folder)] += 1
+            struck["while writing" if "writing" in left_behind(folder) else "otherwise"] += 1
             ends[finish(folder, processes) or equal(folder, whole)] += 1
             shutil.rmtree(folder)
         where, same = (", ".join(f"{n} {what}" for what, n in sorted(found.items())) for found in (struck, ends))
-        row(f"SIGKILL within {duration:.1f} s, {processes} process(es)", kills, where, same)
+        yield f"SIGKILL within {duration:.1f} s, {processes} process(es)", kills, where, same
 
     whole = work / "whole-1"
     for fault, processes, name in (("die", 2, "One of two processes dies"), ("limit", 1, "Full disk (RLIMIT_FSIZE)")):
         folder = work / fault
         happened = finish(folder, processes, fault)
-        row(name, 1, happened, finish(folder, processes) or equal(folder, work / f"whole-{processes}"))
+        yield name, 1, happened, finish(folder, processes) or equal(folder, work / f"whole-{processes}")
     if os.geteuid() == 0:
-        full_tmpfs(work / "tmpfs", whole, row)
+        yield "Full disk (tmpfs), then made larger", 1, *full_tmpfs(work / "tmpfs", whole)
     for how in ("truncated", "flipped bit", "missing"):
         folder = shutil.copytree(whole, work / how.replace(" ", "-"))
         shutil.rmtree(folder / "last")
         damage(list_checkpoints(folder)[0] / "optimizer.bin", how)
         error = finish(folder, 1)
         warning = next(line for line in (work / "errors.txt").read_text().splitlines() if "is damaged" in line)
-        row(f"File of a checkpoint: {how}", 1, shorten(warning, folder), error or equal(folder, whole))
-    folder = work / "nan"
-    finish(folder, 1, "nan")
+        yield f"File of a checkpoint: {how}", 1, shorten(warning, folder), error or equal(folder, whole)
+    finish(folder := work / "nan", 1, "nan")
     skipped = json.loads((folder / "training_summary.json").read_text())["skipped_steps"]
-    row("NaN in the gradients of a step", 1, f"{skipped} step skipped, run finished", "no: one update less")
+    yield "NaN in the gradients of a step", 1, f"{skipped} step skipped, run finished", "no: one update less"
     finish(stream := work / "stream-whole", 1)
     folder = work / "stream-removed"
     happened = f"{finish(folder, 1, 'remove')} Stopped {left_behind(folder)}"
     (work / "sources" / "9.txt").rename(work / "sources" / "parts" / "9.txt")
-    row("Text file removed while streaming", 1, happened, finish(folder, 1) or equal(folder, stream))
-    return rows
+    yield "Text file removed while streaming", 1, happened, finish(folder, 1) or equal(folder, stream)
 
 
-def full_tmpfs(mount: Path, whole: Path, row: Callable) -> None:
-    """A file system that holds one checkpoint and the best model, but not two."""
+def full_tmpfs(mount: Path, whole: Path) -> tuple[str, str]:
+    """Train on a file system that has room for one checkpoint, but not for two, and again when it is larger."""
     mount.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", mount], check=False).returncode:
-        return
+        return "not possible here", ""
     try:
         shutil.copytree(whole.parent / "sources", mount / "sources")
         happened = finish(mount / "run", 1)
         subprocess.run(["mount", "-o", "remount,size=200m", mount], check=True)
-        error = finish(mount / "run", 1)
-        row("Full disk (tmpfs), then made larger", 1, happened, error or equal(mount / "run", whole))
+        return happened, finish(mount / "run", 1) or equal(mount / "run", whole)
     finally:
         subprocess.run(["umount", mount], check=True)
 
@@ -256,8 +237,12 @@ def main() -> None:
     if options.train:
         train(options.train, options.fault)
         return
+    rows, head = [], ("fault", "times", "what happened", "equal to undisturbed")
     with tempfile.TemporaryDirectory() as work:
-        print(markdown_table(study(Path(work), options.kills, options.seed)))
+        for fault in study(Path(work), options.kills, options.seed):
+            print(*fault, sep=" | ", file=sys.stderr)
+            rows.append(dict(zip(head, map(str, fault), strict=True)))
+    print(markdown_table(rows))
 
 
 if __name__ == "__main__":

@@ -411,6 +411,17 @@ def test_checkpoint_has_what_a_run_goes_on_with(whole):
     assert_same(load_file(newest / "model.safetensors"), load_file(whole / "last" / "model.safetensors"), atol=0)
 
 
+def test_run_killed_after_reaching_its_target_only_writes_the_last_model(tmp_path):
+    changes = {"target_perplexity": 1e9, "max_steps": 6}
+    train(tmp_path, **changes)
+    expected = read_summary(tmp_path)
+    assert (expected["status"], expected["step"]) == ("target reached", 4)
+    shutil.rmtree(tmp_path / "last")
+    train(tmp_path, **changes)
+    assert read_summary(tmp_path) == expected
+    assert (tmp_path / "last" / "model.safetensors").exists()
+
+
 # Signals
 
 
@@ -613,7 +624,7 @@ def test_text_that_vanishes_while_streaming(tmp_path, monkeypatch):
 
         patch.setattr(training, "sandwich_step", sandwich)
         with pytest.raises(FileNotFoundError, match=re.escape(f"Text file {files[2]} does not exist any more.")):
-            train(folder, load_text(files, streaming=True))
+            train(folder, load_text(files, streaming=True), save_steps=100)
     assert 2 < len(calls) < STEPS
     assert steps_in(folder)[0] == len(calls)
     elsewhere.rename(files[2])
