@@ -5,7 +5,9 @@ r"""Train a supernet from a BERT, or go on training a supernet or a subnet, on a
     accelerate launch examples/run_super_pretraining.py run.yaml --max_steps 2000   # options in a file, and changes
 
 `--help` lists all options. Stop it with Ctrl-C or SIGTERM: it writes a checkpoint, and the same command goes on from
-there. The exit status is 0 also then; `outputs/supernet/last` exists only when the run is complete.
+there. Its exit status is 0 also then, though launchers of several processes may report the signal; they kill processes
+that take longer than half a minute to save, unless told otherwise. `outputs/supernet/last` exists only when the run is
+complete.
 """
 
 import json
