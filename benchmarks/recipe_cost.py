@@ -11,7 +11,7 @@ import argparse
 
 from supershaper_hf import SearchSpace, SuperShaperConfig
 from supershaper_hf.costs import training_flops
-from supershaper_hf.report import markdown_table
+from supershaper_hf.tables import markdown_table
 
 
 UPDATES, BATCH, LENGTH, MASKING_RATE = 175_214, 2_048, 128, 0.15

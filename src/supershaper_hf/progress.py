@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from .arguments import SuperPretrainingArguments
-from .report import plot_evaluations, text_table
+from .plots import plot_evaluations
+from .tables import text_table
 
 
 METRICS_FILE = "metrics.jsonl"

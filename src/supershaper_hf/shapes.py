@@ -205,25 +205,43 @@ class SearchSpace:
         Raises:
             ValueError: If the name is unknown, or even the smallest shape of this profile exceeds the budget.
         """
-        candidates = self._first_layers() if name == "first_layers" else self._scaled(name)
+        if name == "first_layers":
+            candidates = np.tril(np.full((self.num_layers, self.num_layers), self.config.hidden_size))
+        elif name in PROFILES:
+            candidates = self._scaled(PROFILES[name])
+        else:
+            raise ValueError(f"Unknown shape name {name!r}. Allowed: {', '.join(SHAPE_NAMES)}.")
+        return self._largest_within(max_parameters, candidates, repr(name))
+
+    def profile_shape(self, profile: Sequence[float], max_parameters: int) -> list[int]:
+        """Return the largest shape with these relative widths whose subnet has at most `max_parameters`.
+
+        Args:
+            profile: Positive relative widths from the first layer to the last, in any unit; stretched over the layers,
+                scaled, and rounded to the nearest width choices.
+            max_parameters: Budget in parameters of the masked-LM subnet.
+
+        Raises:
+            ValueError: If a relative width is not positive, or even the smallest such shape exceeds the budget.
+        """
+        if len(profile) == 0 or not np.all(np.isfinite(profile) & (np.asarray(profile) > 0)):
+            raise ValueError(f"profile={list(profile)} must be positive numbers: relative widths, first layer first.")
+        return self._largest_within(max_parameters, self._scaled(profile), "scaled")
+
+    def _largest_within(self, max_parameters: int, candidates: np.ndarray, name: str) -> list[int]:
+        """Return the last of `candidates`, which grow, that has at most `max_parameters`."""
         sizes = self._cost(parameter_cost(self.config), candidates)
-        fits = np.flatnonzero(sizes <= max_parameters)  # candidates grow, so the last one that fits is the largest
+        fits = np.flatnonzero(sizes <= max_parameters)
         if len(fits) == 0:
             raise ValueError(
-                f"max_parameters={max_parameters:,} is below the smallest {name!r} subnet, which has {sizes.min():,} "
+                f"max_parameters={max_parameters:,} is below the smallest {name} subnet, which has {sizes.min():,} "
                 f"parameters (the smallest subnet of any shape without dropped layers: "
                 f"{self.num_parameters(self.smallest):,}). Raise the budget."
             )
         return candidates[fits[-1]].tolist()
 
-    def _first_layers(self) -> np.ndarray:
-        return np.tril(np.full((self.num_layers, self.num_layers), self.config.hidden_size))
-
-    def _scaled(self, name: str) -> np.ndarray:
+    def _scaled(self, profile: Sequence[float]) -> np.ndarray:
         """Return every shape that the profile takes on as its scale grows, from the smallest to the largest."""
-        if name not in PROFILES:
-            raise ValueError(f"Unknown shape name {name!r}. Allowed: {', '.join(SHAPE_NAMES)}.")
-        profile = PROFILES[name]
         stretched = np.interp(np.linspace(0, 1, self.num_layers), np.linspace(0, 1, len(profile)), profile)
         choices = np.array(self.width_choices)
         # A layer's rounded width changes only where its scaled width crosses the middle between two choices.

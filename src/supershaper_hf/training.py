@@ -36,7 +36,7 @@ from .evaluation import evaluate_shapes
 from .hub import save_for_hub
 from .modeling_supershaper import SuperShaperForMaskedLM
 from .progress import MEASURES, SUMMARY_FILE, Monitor, Progress, TrainingSummary, to_json
-from .report import markdown_table
+from .tables import markdown_table
 from .sandwich import Batch, Shape, count_positions, decay_groups, sandwich_step, step_shapes
 from .shapes import SearchSpace
 
