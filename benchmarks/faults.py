@@ -35,8 +35,8 @@ from supershaper_hf.arguments import SuperPretrainingArguments
 from supershaper_hf.batches import MicroBatches, fixed_masks
 from supershaper_hf.checkpoints import list_checkpoints
 from supershaper_hf.data import tokenize, train_tokenizer
-from supershaper_hf.tables import markdown_table
 from supershaper_hf.sandwich import sandwich_step
+from supershaper_hf.tables import markdown_table
 from supershaper_hf.text import load_text, split_text
 from supershaper_hf.training import super_pretrain
 

@@ -31,17 +31,20 @@ from supershaper_hf.batches import fixed_masks
 from supershaper_hf.data import check_vocabulary, tokenize, train_tokenizer
 from supershaper_hf.evaluation import evaluate_shapes
 from supershaper_hf.folders import check_output_folder
+from supershaper_hf.heuristics import derive_profile
 from supershaper_hf.hub import save_for_hub
 from supershaper_hf.predictor import ShapePredictor
-from supershaper_hf.report import markdown_table, plot_pareto, text_table
+from supershaper_hf.records import Record
+from supershaper_hf.report import PREDICTOR_FILE, RECORDS_FILE, write_report
+from supershaper_hf.rounds import best_measured, measure_in_rounds
 from supershaper_hf.search import ParetoFront, pareto_front
 from supershaper_hf.shapes import SHAPE_NAMES
+from supershaper_hf.tables import markdown_table, text_table
 from supershaper_hf.text import load_text, split_text
 from supershaper_hf.training import super_pretrain
 
 
 BUNDLED_TEXT = Path(__file__).parent / "data" / "presidential_addresses.txt"
-NEAR_BUDGET = 16  # shapes of the predicted front, just below the budget, that are measured in a second round
 COMPARED = ("rectangle", "upper_triangle", "first_layers")  # what the searched shape has to beat
 
 
@@ -53,12 +56,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bert_steps", type=int, default=700, help="steps for BERT, or for a head that --bert lacks")
     parser.add_argument("--super_steps", type=int, default=1000, help="super pre-training steps")
     parser.add_argument("--subnet_steps", type=int, default=100, help="steps that train the extracted subnet on")
-    parser.add_argument("--shapes", type=int, default=48, help="shapes to measure beside hand-crafted ones")
+    parser.add_argument("--shapes", type=int, default=60, help="shapes to measure")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.shapes < NEAR_BUDGET:
-        parser.error(f"--shapes={args.shapes} must be at least {NEAR_BUDGET}.")
-    return args
+    return parser.parse_args()
 
 
 Batches = list[dict[str, torch.Tensor]]
@@ -142,43 +142,34 @@ def train(
     super_pretrain(supernet, tokenizer, dataset, sandwich, description="2 Supernet")
 
 
-def fit_and_search(space: SearchSpace, measured: list[dict[str, Any]]) -> tuple[ShapePredictor, ParetoFront]:
-    predictor = ShapePredictor.fit([record["shape"] for record in measured], [record["loss"] for record in measured])
-    return predictor, pareto_front(space, predictor, cost="parameters")
-
-
 def search(
-    supernet: SuperShaperForMaskedLM,
-    batches: Batches,
-    named: dict[str, list[int]],
-    budget: int,
-    args: argparse.Namespace,
-) -> tuple[list[int], list[dict[str, Any]], ParetoFront]:
-    """Measure shapes, fit the predictor, find the front, measure its shapes near the budget; return the best one."""
-    space = SearchSpace.from_config(supernet.config)
-    sampled = space.sample(args.shapes - NEAR_BUDGET, args.seed).tolist()
-    whole = [shape for shape in named.values() if all(shape)]  # the predictor knows no dropped layers
-    shapes = [space.smallest, space.largest, *whole, *sampled]
-    measured = evaluate_shapes(supernet, batches, shapes, description="3 Measuring shapes")
-    predictor, front = fit_and_search(space, measured)
-    affordable = front.shapes[front.costs <= budget][-NEAR_BUDGET:].tolist()
-    promising = evaluate_shapes(supernet, batches, affordable, description="4 Measuring the front")
-    predictor, front = fit_and_search(space, measured + promising)
-    predictor.save(args.output_dir / "predictor.json")
-    promising += evaluate_shapes(supernet, batches, [front.best(max_cost=budget)])
-    best = min(promising, key=lambda record: record["loss"])
+    supernet: SuperShaperForMaskedLM, batches: Batches, budget: int, args: argparse.Namespace
+) -> tuple[list[int], list[Record], ParetoFront]:
+    """Measure shapes, more and more near the best ones for `budget`; return the best, all records, and the front."""
+    space, folder = SearchSpace.from_config(supernet.config), args.output_dir / "search"
+
+    def measure(shapes: list[list[int]]) -> list[Record]:
+        file = folder / RECORDS_FILE
+        return evaluate_shapes(supernet, batches, shapes, description="3 Measuring shapes", records_file=file)
+
+    records = measure_in_rounds(space, measure, args.shapes, seed=args.seed, max_cost=budget)
+    predictor = ShapePredictor.fit([record["shape"] for record in records], [record["loss"] for record in records])
+    predictor.save(folder / PREDICTOR_FILE)
+    supernet.config.to_json_file(folder / "config.json")
+    front = pareto_front(space, predictor)
     print(
-        f"\nMeasured {len(measured + promising)} shapes; the predictor is off by {predictor.loo_rmse:.3f} nats "
-        f"(leave-one-out).\nThe exact front over {space.size:,} shapes has {len(front)} points. "
-        f"Budget: {budget:,} parameters."
+        f"\nMeasured {len(records)} shapes. Predictor: {predictor.quality}.\n"
+        f"The exact front over {space.size:,} shapes has {len(front)} points. Budget: {budget:,} parameters.\n"
+        f"{derive_profile(space, predictor).sentence()}\n"
+        f"All of it: {write_report(folder)}"
     )
-    return best["shape"], measured + promising, front
+    return best_measured(space, records, budget), records, front
 
 
 def compare(supernet: SuperShaperForMaskedLM, batches: Batches, shapes: dict[str, list[int]]) -> list[dict[str, Any]]:
     """Measure shapes on text that had no part in the search: one row of the table for each."""
     space = SearchSpace.from_config(supernet.config)
-    records = evaluate_shapes(supernet, batches, list(shapes.values()), description="5 Comparing")
+    records = evaluate_shapes(supernet, batches, list(shapes.values()), description="4 Comparing")
     return [
         {
             "name": name,
@@ -250,11 +241,16 @@ def main() -> int:
     space = SearchSpace.from_config(supernet.config)
     budget = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2
     named = {name: space.named_shape(name, budget) for name in SHAPE_NAMES}
-    shape, measured, front = search(supernet, search_batches, named, budget, args)
+    save_for_hub(supernet, tokenizer, args.output_dir / "supernet", language="en", base_model=args.bert)
+    shape, measured, front = search(supernet, search_batches, budget, args)
     rows = compare(supernet, report_batches, {"searched": shape} | named)
     print("\nThe best shape found beside hand-crafted ones, on text that had no part in the search:\n")
     print(text_table(rows), "\n")
-    plot_pareto(args.output_dir / "pareto.png", space, front, measured, rows)
+    front.plot(
+        args.output_dir / "pareto.png",
+        measured=[(space.num_parameters(record["shape"]), record["perplexity"]) for record in measured],
+        named={row["name"]: (row["parameters"], row["perplexity"]) for row in rows},
+    )
 
     subnet = supernet.extract_subnet(shape)
     difference = largest_difference(supernet, subnet, shape, report_batches)
@@ -266,7 +262,7 @@ def main() -> int:
         masking_rate=0.3,
         seed=args.seed,
     )
-    super_pretrain(subnet, tokenizer, dataset, further, description="6 Subnet")
+    super_pretrain(subnet, tokenizer, dataset, further, description="5 Subnet")
     (after,) = evaluate_shapes(subnet, report_batches, [None])
     folder = save_for_hub(
         subnet,

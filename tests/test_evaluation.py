@@ -71,6 +71,15 @@ def test_perplexity_that_overflows_is_infinite(batches, bias, infinite):
     assert math.isinf(record["perplexity"]) == infinite
 
 
+def test_loss_that_is_no_number_has_no_perplexity(batches):
+    model = tiny_model()
+    with torch.no_grad():
+        model.cls["predictions"].decoder.bias[0] = math.nan
+    (record,) = evaluate_shapes(model, batches, [None])
+    assert math.isnan(record["loss"])
+    assert math.isnan(record["perplexity"])
+
+
 def test_two_evaluations_are_identical(batches):
     model = tiny_model()
     assert evaluate_shapes(model, batches, SHAPES) == evaluate_shapes(model, batches, SHAPES)
@@ -88,6 +97,38 @@ def test_records_keep_the_order_of_the_shapes(batches):
     records = evaluate_shapes(tiny_model(), batches, [*SHAPES, None])
     assert [record["shape"] for record in records] == [*SHAPES, [48, 48, 48]]
     assert records[0] == records[-1]
+
+
+def test_shape_that_occurs_twice_is_measured_once(batches):
+    model, forward_passes = tiny_model(), []
+    model.register_forward_hook(lambda *_: forward_passes.append(1))
+    records = evaluate_shapes(model, batches, [*SHAPES, None, *SHAPES])
+    assert len(forward_passes) == len(batches) * len(SHAPES)
+    records[0]["shape"].append(1)  # each is the caller's own
+    assert [record["shape"] for record in records[1:]] == [*SHAPES[1:], [48, 48, 48], *SHAPES]
+
+
+def test_no_shape_is_no_record(batches):
+    assert evaluate_shapes(tiny_model(), batches, []) == []
+
+
+def test_every_shape_is_checked_before_the_first_is_measured(batches):
+    model, forward_passes = tiny_model(), []
+    model.register_forward_hook(lambda *_: forward_passes.append(1))
+    with pytest.raises(ValueError, match="width 40"):
+        evaluate_shapes(model, batches, [*SHAPES, [8, 40, 36]])
+    assert forward_passes == []
+
+
+def test_bar_shows_all_shapes_and_starts_at_those_on_disk(batches, tmp_path, capsys):
+    file = tmp_path / "records.jsonl"
+    evaluate_shapes(tiny_model(), batches, SHAPES[:1], records_file=file)
+    capsys.readouterr()
+    evaluate_shapes(tiny_model(), batches, SHAPES, description="Looking", records_file=file)
+    bar = capsys.readouterr().err
+    assert "Looking:  33%" in bar
+    assert "1/3" in bar
+    assert "3/3" in bar
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -114,10 +155,11 @@ def test_training_mode_is_left_as_it_was(batches, training):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_training_mode_is_left_as_it_was_when_a_shape_is_refused(batches, training):
+def test_training_mode_is_left_as_it_was_when_measuring_fails(batches, training):
     model = tiny_model().train(training)
-    with pytest.raises(ValueError, match="width 40"):
-        evaluate_shapes(model, batches, [*SHAPES, [8, 40, 36]])
+    too_long = {name: tensor.repeat(1, 9) for name, tensor in batches[-1].items()}
+    with pytest.raises(ValueError, match="Truncate it"):
+        evaluate_shapes(model, [*batches, too_long], SHAPES)
     assert {module.training for module in model.modules()} == {training}
 
 
@@ -152,33 +194,44 @@ def test_wrong_shape_is_refused(batches):
 
 
 class Rank:
-    """One of several processes, as far as evaluation sees an accelerator; keeps what it adds to the sums."""
+    """One of several processes, as far as evaluation sees an accelerator; keeps the figures it gives to the others."""
 
     device = torch.device("cpu")
 
-    def __init__(self, process_index, num_processes):
-        self.process_index, self.num_processes, self.sums = process_index, num_processes, []
+    def __init__(self, process_index, num_processes, others=()):
+        self.process_index, self.num_processes, self.others = process_index, num_processes, others
+        self.is_main_process = process_index == 0
+        self.given = []
 
-    def reduce(self, sums):
-        self.sums.append(sums)
-        return sums + torch.tensor([0.0, 0.0, 1e-9])  # a process may have no batch of its own
+    def gather(self, figures):
+        number = len(self.given)
+        self.given.append(figures)
+        return torch.cat([self.others[rank].given[number] if self.others else figures for rank in self.ranks()])
+
+    def ranks(self):
+        return range(self.num_processes)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 7])
 def test_processes_share_the_batches(batches, processes):
     model, forward_passes = tiny_model(), []
     model.register_forward_hook(lambda *_: forward_passes.append(1))
-    ranks = [Rank(rank, processes) for rank in range(processes)]
-    passes = []
+    ranks, passes = [Rank(rank, processes) for rank in range(processes)], []
     for rank in ranks:
         forward_passes.clear()
         evaluate_shapes(model, batches, SHAPES, accelerator=rank)
         passes.append(len(forward_passes))
     assert set(passes) == {math.ceil(len(batches) / processes) * len(SHAPES)}  # FSDP needs all in every pass
-    for number, record in enumerate(evaluate_shapes(model, batches, SHAPES)):
-        loss, correct, tokens = sum(rank.sums[number] for rank in ranks).tolist()
-        assert loss / tokens == pytest.approx(record["loss"])
-        assert correct / tokens == pytest.approx(record["accuracy"])
+    together = [
+        evaluate_shapes(model, batches, SHAPES, accelerator=Rank(rank, processes, ranks)) for rank in range(processes)
+    ]
+    assert together == [evaluate_shapes(model, batches, SHAPES)] * processes  # bit for bit
+
+
+def test_loss_is_rounded_once_after_adding(batches):
+    """So the result cannot depend on the order in which batches are added."""
+    model = tiny_model()
+    assert evaluate_shapes(model, batches, SHAPES) == evaluate_shapes(model, batches[::-1], SHAPES)
 
 
 def test_accelerator_of_one_process_changes_nothing(batches):

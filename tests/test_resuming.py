@@ -15,8 +15,8 @@ from supershaper_hf import training as training_module
 from supershaper_hf.batches import MicroBatches
 from supershaper_hf.checkpoints import MANIFEST, list_checkpoints, seal
 from supershaper_hf.evaluation import evaluate_shapes
-from supershaper_hf.tables import markdown_table
 from supershaper_hf.sandwich import sandwich_step
+from supershaper_hf.tables import markdown_table
 from supershaper_hf.training import evaluation_shapes
 
 

@@ -360,3 +360,29 @@ def test_budget_below_the_smallest_is_refused():
 def test_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"Unknown shape name 'triangle'\. Allowed: rectangle, bottle"):
         PAPER.named_shape("triangle", 63_000_000)
+
+
+# Profiles of one's own
+
+
+def test_profile_shape_of_a_named_profile_is_the_named_shape():
+    for name, profile in PROFILES.items():
+        for budget in (40_000_000, 63_000_000, 90_000_000):
+            assert PAPER.profile_shape(profile, budget) == PAPER.named_shape(name, budget)
+
+
+def test_profile_shape_does_not_depend_on_the_unit():
+    for scale in (1e-3, 768.0):
+        profile = [scale * width for width in PROFILES["supershaper"]]
+        assert PAPER.profile_shape(profile, 63_000_000) == PAPER.named_shape("supershaper", 63_000_000)
+
+
+@pytest.mark.parametrize("profile", [[], [1, 0, 1], [1, -1, 1], [1, float("nan"), 1], [1, float("inf"), 1]], ids=str)
+def test_profile_that_is_not_positive_is_refused(profile):
+    with pytest.raises(ValueError, match="must be positive numbers: relative widths, first layer first"):
+        TINY.profile_shape(profile, 1_000_000)
+
+
+def test_profile_shape_above_the_budget_is_refused():
+    with pytest.raises(ValueError, match=r"max_parameters=1,000 is below the smallest scaled subnet, which has"):
+        TINY.profile_shape([1, 2, 3], 1000)

@@ -17,8 +17,10 @@ from transformers import (
 
 from .configuration_supershaper import SuperShaperConfig
 from .evaluation import evaluate_shapes
+from .evolution import evolutionary_search
 from .hub import push_to_hub, save_for_hub
 from .importance import reorder_channels
+from .latency import LatencyTable
 from .modeling_supershaper import (
     SuperShaperForMaskedLM,
     SuperShaperForMultipleChoice,
@@ -50,6 +52,7 @@ for auto_class, model_class in AUTO_CLASSES.items():
     model_class.register_for_auto_class(auto_class.__name__)
 
 __all__ = [
+    "LatencyTable",
     "ParetoFront",
     "SearchSpace",
     "ShapePredictor",
@@ -61,6 +64,7 @@ __all__ = [
     "SuperShaperForTokenClassification",
     "SuperShaperModel",
     "evaluate_shapes",
+    "evolutionary_search",
     "pareto_front",
     "push_to_hub",
     "reorder_channels",

@@ -19,6 +19,7 @@ from .shapes import SearchSpace
 
 
 NARROW, WIDE = 0.85, 1.15  # relative widths between these are "at the mean"
+NEVER_DROPPED = 1e-6  # relative width of a layer that all good shapes drop: scaled last of all
 MIDDLE = (0.1, 0.9)  # part of the range of parameters that the profile is read off: the ends are nearly rectangles
 
 
@@ -50,9 +51,9 @@ class Profile:
             layer += count
         most, least = int(self.importances.argmax()), int(self.importances.argmin())
         return (
-            f"Good shapes have {', '.join(parts)}; widest is layer {self.widths.argmax() + 1}. Layer {most + 1} matters "
-            f"most ({self.importances[most]:.3f} ± {self.importance_deviations[most]:.3f} nats from its smallest width "
-            f"to its largest), layer {least + 1} least ({self.importances[least]:.3f} ± "
+            f"Good shapes have {', '.join(parts)}; widest is layer {self.widths.argmax() + 1}. Layer {most + 1} "
+            f"matters most ({self.importances[most]:.3f} ± {self.importance_deviations[most]:.3f} nats from its "
+            f"smallest width to its largest), layer {least + 1} least ({self.importances[least]:.3f} ± "
             f"{self.importance_deviations[least]:.3f})."
         )
 
@@ -67,8 +68,11 @@ class Profile:
         )
 
     def shape(self, space: SearchSpace, max_parameters: int) -> list[int]:
-        """Return the largest shape with this profile within a budget: see `SearchSpace.profile_shape`."""
-        return space.profile_shape(self.widths.tolist(), max_parameters)
+        """Return the largest shape with this profile within a budget: see `SearchSpace.profile_shape`.
+
+        No layer is dropped: one that all good shapes drop has the smallest width.
+        """
+        return space.profile_shape(np.maximum(self.widths, NEVER_DROPPED).tolist(), max_parameters)
 
 
 def derive_profile(
@@ -80,11 +84,11 @@ def derive_profile(
         space: The search space.
         predictor: Fitted, since its uncertainty is used.
         draws: Number of drawn predictors that the deviations come from; at least 2.
-        budgets: Number of budgets, evenly spaced in parameters, that the profile is averaged over.
+        budgets: Number of budgets, at least 1, evenly spaced in parameters, that the profile is averaged over.
         seed: Of the draws.
 
     Raises:
-        ValueError: If the predictor was not fitted, or on another space.
+        ValueError: If the predictor was not fitted, or on another space, or `draws` or `budgets` is too small.
 
     Example:
         >>> profile = derive_profile(space, ShapePredictor.fit(shapes, losses))  # doctest: +SKIP
@@ -92,6 +96,8 @@ def derive_profile(
         Good shapes have layer 1 at the mean (0.96), layers 2-4 narrow (0.70), ...
         >>> profile.shape(space, max_parameters=63_000_000)  # doctest: +SKIP
     """
+    if draws < 2 or budgets < 1:
+        raise ValueError(f"draws={draws} must be at least 2, for a deviation, and budgets={budgets} at least 1.")
     shapes = space.sample(256, seed=(seed, 0))
     drawn = predictor.draw(draws, seed=(seed, 1))
     widths = [_mean_profile(pareto_front(space, each), budgets) for each in drawn]

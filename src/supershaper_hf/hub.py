@@ -7,7 +7,7 @@ repository is complete or unchanged; a README.md that is already there is left a
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -160,51 +160,74 @@ def push_folder(
     folder: str | Path,
     repo_id: str,
     *,
+    path_in_repo: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     overwrite_card: bool = False,
-    commit_message: str = "Upload model with supershaper-hf",
+    commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> str:
     """Upload a folder written by `save_for_hub` as one commit, creating the repository if there is none.
 
+    With `path_in_repo` any folder goes beside a model, such as the records of its shapes. Hidden files and folders
+    (`.git`, `.cache`, ...) and `__pycache__` are left out.
+
     Args:
         folder: The folder; it is only read.
         repo_id: `"user/name"`.
+        path_in_repo: Folder of the repository to upload into, such as `"search"`; by default its root, which takes a
+            model. What else is in the repository, its README.md included, is left as it is.
         private: Whether a new repository is private; ignored for an existing one.
         token: Access token; by default the one of `hf auth login`.
         revision: Branch to commit to; created if there is none.
         create_pr: Open a pull request instead of committing.
         overwrite_card: Replace a README.md that the repository already has.
-        commit_message: Title of the commit.
+        commit_message: Title of the commit; by default it names what is uploaded.
         commit_description: Its body.
 
     Returns:
         The address of the commit, or of the pull request.
 
     Raises:
-        FileNotFoundError: If `folder` holds no model.
+        FileNotFoundError: If `folder` holds no model; with `path_in_repo`, no file.
+        ValueError: If `path_in_repo` is not a folder inside the repository.
         PermissionError: If there is no token, or it may not write there.
         ConnectionError: If the Hub cannot be reached or fails. The repository is complete or unchanged.
+
+    Example:
+        >>> push_folder("subnet-63m", "user/subnet-63m", private=True)  # doctest: +SKIP
+        >>> push_folder("outputs/search", "user/supernet", path_in_repo="search")  # doctest: +SKIP
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    files = files_to_publish(folder)
+    if path_in_repo is None and folder / "config.json" not in files:
         raise FileNotFoundError(f"{folder} has no config.json. Write it with save_for_hub(model, tokenizer, folder).")
+    if not files:
+        raise FileNotFoundError(f"{folder} has no file to upload: it is empty, not a folder, or all in it is hidden.")
+    target = PurePosixPath(path_in_repo or "")
+    if path_in_repo is not None and (not target.parts or any(part[0] in "./" for part in target.parts)):
+        raise ValueError(
+            f"path_in_repo={path_in_repo!r} must name a folder inside the repository, such as 'search', and no hidden "
+            "one. Leave it out to upload a model."
+        )
+    if commit_message is None:
+        commit_message = f"Upload {path_in_repo or 'model'} with supershaper-hf"
     api = HfApi(library_name="supershaper-hf", token=token)
     with explain_failure(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        keep_card = not overwrite_card and api.file_exists(repo_id, "README.md", revision=revision)
+        keep_card = path_in_repo is None and not overwrite_card
+        keep_card = keep_card and api.file_exists(repo_id, "README.md", revision=revision)
         # create_commit, not upload_folder: always exactly one commit, so a repository is never half new.
         commit = api.create_commit(
             repo_id,
             operations=[
-                CommitOperationAdd(path.relative_to(folder).as_posix(), path)
-                for path in sorted(folder.rglob("*"))
-                if path.is_file() and not (keep_card and path == folder / "README.md")
+                CommitOperationAdd((target / path.relative_to(folder).as_posix()).as_posix(), path)
+                for path in files
+                if not (keep_card and path == folder / "README.md")
             ],
             commit_message=commit_message,
             commit_description=commit_description,
@@ -212,6 +235,15 @@ def push_folder(
             create_pr=create_pr,
         )
     return commit.pr_url or commit.commit_url
+
+
+def files_to_publish(folder: Path) -> list[Path]:
+    """Return the files in a folder and those inside it, but for what tools keep there for themselves."""
+
+    def is_private(path: Path) -> bool:
+        return any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts)
+
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not is_private(path)]
 
 
 def push_to_hub(

@@ -152,14 +152,14 @@ class ShapePredictor:
         if monotone and pairs:
             raise ValueError("monotone=True cannot be kept with pairs=True. Leave one of them out.")
         pairs = False if monotone else pairs
-        basis = _Basis(np.unique(widths), widths.shape[1])
+        basis = _Basis(np.unique(widths).astype(np.int64), widths.shape[1])
         held_out = np.empty(len(target))
         order = np.random.default_rng(0).permutation(len(target))
         for fold in range(FOLDS):
             test = np.zeros(len(target), dtype=bool)
             test[order[fold::FOLDS]] = True
             fitted, *_ = cls._fit(basis, widths[~test], target[~test], pairs, monotone)
-            held_out[test] = fitted.predict(widths[test])
+            held_out[test] = fitted._sum(np.searchsorted(basis.choices, widths[test]))
         predictor = cls._fit(basis, widths, target, pairs, monotone)[0]
         predictor.quality = Quality.of(target, held_out)
         predictor._warn_if_poor()
@@ -198,11 +198,7 @@ class ShapePredictor:
             ValueError: If a width was not among the measured ones, a layer is dropped that never was, or the number of
                 layers differs.
         """
-        index = self._index(shapes)
-        layers = np.arange(len(self.effects))
-        sources = _sources(index, dropping=self.width_choices[0] == 0)
-        terms = self.effects[layers, index] + self.pair_effects[layers, sources, index]
-        return self.intercept + terms.sum(axis=1)
+        return self._sum(self._index(shapes))
 
     def uncertainty(self, shapes: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """Return the standard deviation (n,) in nats of what measuring `shapes` (n, layers) would show.
@@ -297,6 +293,13 @@ class ShapePredictor:
                     "unknown. Measure shapes without them, and fit again."
                 )
         return index
+
+    def _sum(self, index: np.ndarray) -> np.ndarray:
+        """Add up the terms (n,) of positions `index` (n, layers), whether or not their layers can be dropped."""
+        layers = np.arange(len(self.effects))
+        sources = _sources(index, dropping=self.width_choices[0] == 0)
+        terms = self.effects[layers, index] + self.pair_effects[layers, sources, index]
+        return self.intercept + terms.sum(axis=1)
 
     @cached_property
     def _posterior(self) -> "_Posterior":

@@ -1,21 +1,24 @@
-"""Choose what to measure: in rounds, where the Pareto front is uncertain.
+"""Choose what to measure: random shapes first, then in rounds those that may be the best for a budget.
 
-Most random shapes are far from the front and tell little about it. After a first round of random shapes, every round
-draws predictors from what the measurements leave open, computes the exact front of each, and measures shapes of these
-fronts: shapes that may well be optimal (Thompson sampling; Thompson 1933). Where the measurements agree, the drawn
-fronts do too, and their shapes are already measured.
+Random shapes tell most about the predictor's terms, but lie far from the front. Every further round draws predictors
+from what the measurements so far leave open, and measures the best shapes of these for the budgets that matter: shapes
+that may well be optimal (Thompson sampling; Thompson 1933). Where the measurements agree, the drawn predictors do too,
+and their best shapes are already measured.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from .costs import Cost
+from .costs import Cost, chain_cost, resolve_cost
 from .predictor import MINIMUM_SHAPES, ShapePredictor
 from .search import pareto_front
 from .shapes import SearchSpace
 
+
+DRAWS = 64  # times that the first shapes are drawn before a space is taken to have no more
 
 Records = list[dict[str, Any]]
 
@@ -26,10 +29,11 @@ def measure_in_rounds(
     num_shapes: int,
     rounds: int = 4,
     seed: int = 0,
-    cost: Cost = "parameters",
+    cost: Cost | Sequence[Cost] = "parameters",
+    max_cost: float | Sequence[float] | None = None,
     drop_rate: float = 0.0,
 ) -> Records:
-    """Measure `num_shapes` shapes: one round of random ones, then those that may lie on the front.
+    """Measure `num_shapes` shapes: random ones, then in rounds those that may be the best for the budgets `max_cost`.
 
     Everything is drawn from the seed and the measured losses, so with a `measure` that resumes, such as
     `evaluate_shapes` with a records file, the same call goes on after a crash.
@@ -38,16 +42,18 @@ def measure_in_rounds(
         space: The search space.
         measure: Takes shapes, returns one record each, with `shape` and `loss` in nats.
         num_shapes: In all. At least `MINIMUM_SHAPES` of them are in the first round.
-        rounds: Number of rounds; 1 measures random shapes only.
+        rounds: Number of rounds, the first of random shapes.
         seed: Non-negative.
-        cost: Of the front that matters.
+        cost: Of the front that matters, or two of them: as for `pareto_front`.
+        max_cost: The budgets that matter, in the unit of the (first) cost. By default all shapes are random: where
+            every budget matters, rounds did no better (docs/results.md).
         drop_rate: Chance of each layer to be dropped in the first round: see `SearchSpace.sample`.
 
     Returns:
-        All records, in the order of measuring.
+        All records, in the order of measuring. They are fewer where every drawn front, or the whole space, is known.
 
     Raises:
-        ValueError: If `rounds` is below 1, or `num_shapes` too small for them.
+        ValueError: If `rounds` is below 1, `num_shapes` too small for them, or too few of the losses are finite.
 
     Example:
         >>> measure = lambda shapes: evaluate_shapes(supernet, batches, shapes)  # doctest: +SKIP
@@ -59,18 +65,23 @@ def measure_in_rounds(
             f"num_shapes={num_shapes} and rounds={rounds}: rounds must be at least 1, and the first of them needs "
             f"{max(MINIMUM_SHAPES, len(space.width_choices))} shapes or more."
         )
-    if rounds == 1:
-        first = num_shapes
-    records = measure(_first_shapes(space, first, seed, drop_rate))
+    if rounds == 1 or max_cost is None:
+        return measure(_first_shapes(space, num_shapes, seed, drop_rate))
+    shapes = _first_shapes(space, first, seed, drop_rate)
+    records = measure(shapes)
     for number in range(1, rounds):
-        share = (num_shapes - len(records)) // (rounds - number)
-        losses = [record["loss"] for record in records]
-        finite = np.isfinite(losses)
-        predictor = ShapePredictor.fit(
-            np.array([record["shape"] for record in records])[finite], np.array(losses)[finite]
-        )
+        share = -(-(num_shapes - len(records)) // (rounds - number))  # rounded up: with many rounds the last have none
+        if share == 0 or len(shapes) < first:  # the whole space is known
+            break
+        finite = [record for record in records if np.isfinite(record["loss"])]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a poor fit is no news before the last round
+            predictor = ShapePredictor.fit(
+                [record["shape"] for record in finite], [record["loss"] for record in finite]
+            )
         known = {tuple(record["shape"]) for record in records}
-        records = records + measure(propose_shapes(space, predictor, share, known, seed=(seed, number), cost=cost))
+        if proposed := propose_shapes(space, predictor, share, known, (seed, number), cost, max_cost=max_cost):
+            records = records + measure(proposed)
     return records
 
 
@@ -80,21 +91,22 @@ def propose_shapes(
     n: int,
     known: set[tuple[int, ...]],
     seed: int | Sequence[int],
-    cost: Cost = "parameters",
+    cost: Cost | Sequence[Cost] = "parameters",
+    *,
+    max_cost: float | Sequence[float],
 ) -> list[list[int]]:
     """Return up to `n` shapes that are not in `known`, each from the front of a predictor drawn from the posterior.
 
-    The budgets at which the shapes are taken are spread evenly over the front. Where a shape is known, the nearest
-    one on the same front that is not is taken; fewer are returned if a whole front is known.
+    From each front the best unknown shape for one of the budgets `max_cost`, in turn, is taken. Fewer are returned if
+    all affordable shapes of a front are known.
     """
-    random = np.random.default_rng(seed)
-    positions = (random.permutation(n) + random.random(n)) / max(n, 1)
+    budgets = np.atleast_1d(max_cost)
     chosen: dict[tuple[int, ...], None] = {}
-    for position, drawn in zip(positions, predictor.draw(n, seed)):
+    for number, drawn in enumerate(predictor.draw(n, seed)):
         front = pareto_front(space, drawn, cost)
         costs = next(iter(front.costs.values()))
-        budget = costs[0] + position * (costs[-1] - costs[0])
-        for index in np.argsort(np.abs(costs - budget), kind="stable"):
+        affordable = np.flatnonzero(costs <= budgets[number % len(budgets)])
+        for index in affordable[np.argsort(front.losses[affordable], kind="stable")]:
             shape = tuple(front.shapes[index].tolist())
             if shape not in known and shape not in chosen:
                 chosen[shape] = None
@@ -102,12 +114,38 @@ def propose_shapes(
     return [list(shape) for shape in chosen]
 
 
+def best_measured(
+    space: SearchSpace, records: Records, max_cost: float, cost: Cost = "parameters", sequence_length: int = 128
+) -> list[int]:
+    """Return the measured shape with the lowest loss that costs at most `max_cost`.
+
+    Raises:
+        ValueError: If no measured shape is that cheap.
+    """
+    shapes = np.array([record["shape"] for record in records])
+    costs = chain_cost(resolve_cost(cost, space.config, sequence_length), space.config.hidden_size, shapes)
+    losses = np.where(costs <= max_cost, [record["loss"] for record in records], np.nan)
+    if np.isnan(losses).all():
+        raise ValueError(
+            f"No measured shape costs at most {max_cost:,g}: the cheapest costs {costs.min():,g}. Raise the budget, or "
+            "measure cheaper shapes."
+        )
+    return shapes[np.nanargmin(losses)].tolist()
+
+
 def _first_shapes(space: SearchSpace, n: int, seed: int, drop_rate: float) -> list[list[int]]:
-    """Return `n` different shapes of all sizes, smallest and largest among them, in which every width occurs."""
-    drawn = space.sample(4 * n, seed=(seed, 0), distribution="budget", drop_rate=drop_rate).tolist()
-    unique = dict.fromkeys(map(tuple, [space.smallest, space.largest, *drawn]))
-    shapes = [list(shape) for shape in unique][:n]
-    missing = set(space.width_choices).difference(*shapes)
-    for number, width in enumerate(sorted(missing)):  # the predictor only knows widths that were measured
-        shapes[-1 - number][number % space.num_layers] = width
-    return shapes
+    """Return `n` different random shapes, smallest and largest among them, in which every width occurs.
+
+    Fewer are returned if nearly every shape of a small space was found.
+    """
+    shapes = dict.fromkeys([tuple(space.smallest), tuple(space.largest)])
+    for step in range(DRAWS):
+        missing = set(space.width_choices).difference(*shapes)
+        for shape in map(tuple, space.sample(n, (seed, 0, step), drop_rate=drop_rate).tolist()):
+            # The predictor only knows widths that were measured: the last places are kept for those still missing.
+            if len(shapes) < n - len(missing) or missing.intersection(shape):
+                shapes[shape] = None
+                missing.difference_update(shape)
+        if len(shapes) >= n:
+            break
+    return [list(shape) for shape in shapes]

@@ -99,7 +99,7 @@ def pareto_front(
         sequence_length: Tokens per sequence, for FLOPs.
 
     Raises:
-        ValueError: If a cost is unknown, or the predictor was fitted on another space.
+        ValueError: If a cost is unknown or given twice, or the predictor was fitted on another space.
 
     Example:
         >>> import itertools
@@ -123,6 +123,10 @@ def pareto_front(
     if not 1 <= len(costs) <= 2:
         raise ValueError(f"cost has {len(costs)} entries. Allowed: one cost, or a sequence of two.")
     terms = [resolve_cost(each, space.config, sequence_length) for each in costs]
+    if len({term.name for term in terms}) < len(terms):
+        raise ValueError(
+            f"Both costs are {terms[0].name!r}, so budgets could not tell them apart. Give one, or another."
+        )
     layers = list(_extend(terms, space, predictor))
     front = _leave(terms, space, layers[-1])
     return ParetoFront(

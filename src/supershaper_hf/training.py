@@ -36,9 +36,9 @@ from .evaluation import evaluate_shapes
 from .hub import save_for_hub
 from .modeling_supershaper import SuperShaperForMaskedLM
 from .progress import MEASURES, SUMMARY_FILE, Monitor, Progress, TrainingSummary, to_json
-from .tables import markdown_table
 from .sandwich import Batch, Shape, count_positions, decay_groups, sandwich_step, step_shapes
 from .shapes import SearchSpace
+from .tables import markdown_table
 
 
 logger = logging.get_logger(__name__)

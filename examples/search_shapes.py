@@ -1,0 +1,157 @@
+"""Measure shapes of a supernet, predict all others, and find the best shape for every budget.
+
+    python examples/search_shapes.py --model outputs/supernet/last --eval_files held_out.txt --output_dir outputs/search
+    accelerate launch --num_processes 8 examples/search_shapes.py --model user/supernet --eval_files ... --latency cuda
+
+The output folder gets `records.jsonl` (every measurement, as it is made), `predictor.json`, `front.csv`, `report.md`
+with its plots, and with --latency `latency.json`. Stop it at any time: the same command goes on where it stopped, and
+makes the report anew when nothing is left to measure. `--help` lists all options.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import AutoTokenizer, HfArgumentParser
+
+from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperForMaskedLM, evaluate_shapes, pareto_front
+from supershaper_hf.arguments import option
+from supershaper_hf.batches import MASKING_RATE, fixed_masks
+from supershaper_hf.data import check_vocabulary, tokenize
+from supershaper_hf.heuristics import shapes_at
+from supershaper_hf.hub import push_folder
+from supershaper_hf.insensitivity import insensitivity, insensitivity_rows
+from supershaper_hf.latency import LatencyTable
+from supershaper_hf.records import Record, read_records, to_dataset
+from supershaper_hf.report import INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, write_report
+from supershaper_hf.rounds import measure_in_rounds
+from supershaper_hf.text import load_text
+
+
+@dataclass
+class SearchArguments:
+    """What to measure, on what, and where the result goes."""
+
+    model: str | None = option(None, "The supernet: a folder or Hub id.")
+    tokenizer: str | None = option(None, "By default the one beside the model.")
+    eval_files: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Held-out text: files, globs, folders (.txt .jsonl .parquet, .gz .xz .zst) or Hub ids."},
+    )
+    text_column: str = option("text", "Column of the text in JSON lines and Parquet.")
+    output_dir: str = option("outputs/search", "Folder of the records, the predictor and the report.")
+    max_length: int = option(128, "Tokens per sequence at most.")
+    max_eval_sequences: int = option(1000, "Sequences that each shape is measured on at most.")
+    batch_size: int = option(64, "Sequences in a batch.")
+    masking_rate: float = option(MASKING_RATE, "Share of the tokens that are masked.")
+    num_shapes: int = option(60, "Shapes to measure before the front is computed.")
+    rounds: int = option(4, "With --max_cost: the first round is random, the others look for the best shapes.")
+    drop_rate: float = option(0.0, "Chance of each layer to be dropped in the first round; 0 keeps all layers.")
+    monotone: bool = option(False, "Predict that a wider layer is never worse.")
+    cost: str = option("parameters", "Budget in parameters, flops or latency (with --latency).")
+    max_cost: list[float] = field(
+        default_factory=list, metadata={"help": "Budgets in parameters that matter most, if not all do."}
+    )
+    budgets: int = option(8, "Budgets for which the best shape is measured and shown.")
+    latency: str | None = option(None, "Device to measure latency on, such as cpu or cuda.")
+    latency_batch_size: int = option(1, "Sequences in a batch whose latency is measured.")
+    insensitivity: bool = option(False, "With --latency: measure how much it differs among shapes of equal size.")
+    seed: int = option(0, "Of masks, shapes and proposals.")
+    push_to_hub: str | None = option(None, "user/name: upload the results to search/ in that repository.")
+
+
+def parse_arguments() -> SearchArguments:
+    parser = HfArgumentParser((SearchArguments,), description=__doc__)
+    (args,) = parser.parse_args_into_dataclasses()
+    for name in ("model", "eval_files"):
+        if not getattr(args, name):
+            parser.error(f"--{name} is missing.")
+    if args.cost not in ("parameters", "flops", "latency"):
+        parser.error(f"--cost {args.cost} is unknown. Allowed: parameters, flops, latency.")
+    if (args.cost == "latency" or args.insensitivity) and not args.latency:
+        parser.error("--cost latency and --insensitivity need --latency DEVICE.")
+    return args
+
+
+def load_batches(args: SearchArguments, model: SuperShaperForMaskedLM) -> list[dict[str, torch.Tensor]]:
+    """Return the held-out text, masked once for all shapes."""
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    check_vocabulary(tokenizer, model.config)
+    sequences = tokenize(load_text(args.eval_files, args.text_column), tokenizer, args.max_length)
+    sequences = sequences.select(range(min(len(sequences), args.max_eval_sequences)))
+    return fixed_masks(sequences, tokenizer, args.batch_size, args.masking_rate, args.seed)
+
+
+def fit(records: list[Record], monotone: bool) -> ShapePredictor:
+    """Fit the predictor on the records whose loss is finite."""
+    finite = [record for record in records if np.isfinite(record["loss"])]
+    if len(finite) < len(records):
+        print(f"{len(records) - len(finite)} shapes have no finite loss and are left out of the fit.")
+    return ShapePredictor.fit(
+        [record["shape"] for record in finite], [record["loss"] for record in finite], monotone=monotone
+    )
+
+
+def measure_latency(args: SearchArguments, space: SearchSpace, folder: Path) -> None:
+    """Write the latency table and, if asked for, the insensitivity report; keep those that are there."""
+    size: dict[str, Any] = {"device": args.latency, "batch_size": args.latency_batch_size}
+    length = min(args.max_length, space.config.max_position_embeddings)
+    if not (folder / LATENCY_FILE).exists():
+        LatencyTable.measure(space.config, sequence_length=length, seed=args.seed, **size).save(folder / LATENCY_FILE)
+    if args.insensitivity and not (folder / INSENSITIVITY_FILE).exists():
+        smallest, largest = space.num_parameters(space.smallest), space.num_parameters(space.largest)
+        budgets = [round(smallest + part * (largest - smallest)) for part in (0.25, 0.5, 0.75)]
+        found = insensitivity(space.config, budgets, sequence_length=length, seed=args.seed, **size)
+        (folder / INSENSITIVITY_FILE).write_text(json.dumps(insensitivity_rows(found), indent=1), encoding="utf-8")
+
+
+def main() -> int:
+    args = parse_arguments()
+    accelerator = Accelerator()
+    folder = Path(args.output_dir)
+    model = SuperShaperForMaskedLM.from_pretrained(args.model).to(accelerator.device)
+    space = SearchSpace.from_config(model.config)
+    with accelerator.main_process_first():
+        batches = load_batches(args, model)
+
+    def measure(shapes: list[list[int]]) -> list[Record]:
+        return evaluate_shapes(model, batches, shapes, accelerator=accelerator, records_file=folder / RECORDS_FILE)
+
+    records = measure_in_rounds(
+        space,
+        measure,
+        args.num_shapes,
+        rounds=args.rounds,
+        seed=args.seed,
+        max_cost=args.max_cost or None,
+        drop_rate=args.drop_rate,
+    )
+    predictor = fit(records, args.monotone)
+    if accelerator.is_main_process:
+        print(f"Predictor: {predictor.quality}.")
+        if args.latency:
+            measure_latency(args, space, folder)
+    accelerator.wait_for_everyone()
+    cost = LatencyTable.load(folder / LATENCY_FILE) if args.cost == "latency" else args.cost
+    front = pareto_front(space, predictor, cost, sequence_length=args.max_length)
+    measure(np.unique(shapes_at(front, args.budgets), axis=0).tolist())  # the predictor has not seen these
+    if accelerator.is_main_process:
+        model.config.to_json_file(folder / "config.json")
+        predictor.save(folder / PREDICTOR_FILE)
+        to_dataset(read_records(folder / RECORDS_FILE), space).to_parquet(folder / "records.parquet")
+        page = write_report(folder, args.cost, args.budgets)
+        print(page.read_text(encoding="utf-8"))
+        print(f"Written: {page}")
+        if args.push_to_hub:
+            print(push_folder(folder, args.push_to_hub, path_in_repo="search", commit_message="Upload a shape search"))
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""`examples/search_shapes.py` as a user runs it: a real supernet and text on disk, one and two processes."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import randomize, tiny_config
+from datasets import Dataset
+from test_data import random_documents
+
+from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperConfig, SuperShaperForMaskedLM
+from supershaper_hf.records import read_records
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "search_shapes.py"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
+OPTIONS = ["--num_shapes=24", "--max_length=12", "--batch_size=8", "--masking_rate=0.4", "--budgets=4"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A supernet whose layers do something, with its tokenizer, and a text."""
+    from conftest import SPECIAL_TOKENS, WORDS
+    from transformers import BertTokenizer
+
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(SPECIAL_TOKENS + WORDS)})
+    model = randomize(SuperShaperForMaskedLM(tiny_config(vocab_size=len(tokenizer))))
+    model.save_pretrained(folder / "supernet")
+    tokenizer.save_pretrained(folder / "supernet")
+    (folder / "text.txt").write_text("\n".join(random_documents(20)["text"]), encoding="utf-8")
+    return ["--model", str(folder / "supernet"), "--eval_files", str(folder / "text.txt")]
+
+
+def search(inputs, output, *options, launcher=()):
+    command = [sys.executable, *launcher, str(SCRIPT), *inputs, "--output_dir", str(output), *OPTIONS, *options]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def first_run(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "search"
+    return search(inputs, folder, "--latency=cpu", "--insensitivity", "--max_cost=60000"), folder
+
+
+def test_everything_is_written_and_the_page_is_printed(first_run):
+    done, folder = first_run
+    assert done.returncode == 0, done.stderr
+    names = {file.name for file in folder.iterdir()}
+    files = (
+        "config.json records.jsonl records.parquet predictor.json latency.json insensitivity.json front.csv report.md"
+    )
+    assert set(files.split()) <= names
+    assert (folder / "report.md").read_text().strip() in done.stdout
+    assert "Predictor: R2" in done.stdout
+
+
+def test_shapes_of_the_front_are_measured_after_the_fit(first_run):
+    _, folder = first_run
+    records, fitted = read_records(folder / "records.jsonl"), ShapePredictor.load(folder / "predictor.json").evidence
+    assert fitted.shapes.tolist() == [record["shape"] for record in records[: len(fitted.shapes)]]
+    assert len(fitted.shapes) == 24
+    table = (folder / "report.md").read_text().split("| parameters | GFLOPs")[1].split("\n\n")[0].splitlines()[2:]
+    measured = {tuple(record["shape"]): record["perplexity"] for record in records}
+    for line in table:
+        *_, perplexity, shape, _ = line.split(" | ") if line.endswith(" | ") else [*line.strip("| ").split(" | "), ""]
+        assert float(perplexity) == round(measured[tuple(json.loads(shape))], 2)
+
+
+def test_records_are_a_data_set_with_parameters(first_run):
+    _, folder = first_run
+    stored = Dataset.from_parquet(str(folder / "records.parquet"), cache_dir=str(folder / "cache")).to_list()
+    space = SearchSpace(SuperShaperConfig.from_pretrained(folder))
+    assert [row["shape"] for row in stored] == [r["shape"] for r in read_records(folder / "records.jsonl")]
+    assert all(row["parameters"] == space.num_parameters(row["shape"]) for row in stored)
+
+
+def test_same_command_again_measures_nothing_and_makes_the_same_page(first_run, inputs):
+    _, folder = first_run
+    before = {
+        name: (folder / name).read_bytes() for name in ("records.jsonl", "report.md", "front.csv", "latency.json")
+    }
+    done = search(inputs, folder, "--latency=cpu", "--insensitivity", "--max_cost=60000")
+    assert done.returncode == 0, done.stderr
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_killed_run_goes_on_and_ends_with_the_same_records(first_run, inputs, tmp_path):
+    _, folder = first_run
+    lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "records.jsonl").write_bytes(b"".join(lines[:13]) + lines[13][:20])  # as a kill leaves it
+    done = search(inputs, tmp_path / "search", "--max_cost=60000")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "search" / "records.jsonl").read_bytes() == b"".join(lines)
+
+
+def test_two_processes_write_what_one_does(first_run, inputs, tmp_path, free_port):
+    _, folder = first_run
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    launcher.append(f"--master-port={free_port}")
+    done = search(inputs, tmp_path / "search", "--max_cost=60000", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "search" / "records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
+    assert done.stdout.count("Written: ") == 1
+
+
+def test_records_of_another_model_are_refused(first_run, inputs, tmp_path):
+    _, folder = first_run
+    (tmp_path / "search").mkdir()
+    first, *rest = (folder / "records.jsonl").read_text().splitlines()
+    header = json.loads(first) | {"model": "0" * 64}
+    (tmp_path / "search" / "records.jsonl").write_text("\n".join([json.dumps(header), *rest]) + "\n")
+    done = search(inputs, tmp_path / "search")
+    assert done.returncode == 1
+    assert "holds records of another model" in done.stderr
+
+
+def test_front_of_latency_is_in_the_table(first_run, inputs, tmp_path):
+    done = search(inputs, tmp_path / "search", "--latency=cpu", "--cost=latency")
+    assert done.returncode == 0, done.stderr
+    assert "The exact Pareto front of latency" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cost=watts"], "--cost watts is unknown. Allowed: parameters, flops, latency."),
+        (["--cost=latency"], "--cost latency and --insensitivity need --latency DEVICE."),
+        (["--num_shapes=5"], "num_shapes=5 and rounds=4"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(inputs, tmp_path, options, message):
+    done = search(inputs, tmp_path / "search", *options)
+    assert done.returncode != 0
+    assert message in re.sub(r"\s+", " ", done.stderr)
+
+
+def test_missing_options_are_named():
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--model is missing." in done.stderr
+
+
+def test_script_can_be_imported_without_running():
+    spec = importlib.util.spec_from_file_location("search_shapes", SCRIPT)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
