@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark_search"))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", "Shapes left out")  # after 24 measurements that is no surprise
     space = SearchSpace(SuperShaperConfig(vocab_size=28996))
     truth, noise = synthetic_truth(space), 0.01
     if args.records:

@@ -176,6 +176,39 @@ def test_the_same_seed_gives_the_same_result_and_another_does_not():
     assert search(seed=3).history != search(seed=4).history
 
 
+def test_the_initial_population_is_drawn_from_the_seed():
+    predictors = [Falling(), Falling(), Falling()]
+    for seed, predictor in zip((0, 0, 1), predictors):
+        search(predictor=predictor, seed=seed, iterations=1)
+    first = [set(map(tuple, predictor.asked[0].tolist())) for predictor in predictors]
+    assert first[0] == first[1] != first[2]
+
+
+def test_iterations_draw_from_the_seed():
+    """All mutants come from one parent, the smallest shape: what differs is drawn after the initial population."""
+    children = []
+    for seed in (0, 1):
+        predictor = Falling()
+        search({}, predictor, minimize="parameters", seed=seed, num_parents=1, num_crossovers=0, iterations=1)
+        children.append(set(map(tuple, predictor.asked[1].tolist())))
+    assert len(children[0] & children[1]) < len(children[0]) / 2
+
+
+def test_the_initial_population_is_of_all_sizes():
+    space, predictor = SearchSpace(tiny_config(num_hidden_layers=12)), Falling()
+    predictor.gain, predictor.pair = np.ones(12), np.ones(11)
+    search({}, predictor, space, population_size=200, iterations=1)
+    counts = space.num_parameters(predictor.asked[0])
+    low, high = space.num_parameters(space.smallest), space.num_parameters(space.largest)
+    assert np.histogram((counts - low) / (high - low), 5)[0].min() > 20
+
+
+def test_the_initial_population_drops_layers_if_asked_for():
+    predictor = Falling()
+    search(predictor=predictor, drop_rate=0.3, iterations=1)
+    assert (predictor.asked[0] == 0).mean() > 0.1
+
+
 def test_the_order_of_constraints_does_not_matter():
     forth = search({"parameters": MIDDLE, "perplexity": 300.0})
     assert facts(forth) == facts(search({"perplexity": 300.0, "parameters": MIDDLE}))

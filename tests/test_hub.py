@@ -365,6 +365,100 @@ def test_card_is_looked_for_in_the_revision(folder, server):
     assert files(server) == contents(folder)
 
 
+# What goes beside a model
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A folder of records, with a README.md of its own and a folder inside."""
+    folder = tmp_path / "measured"
+    (folder / "plots").mkdir(parents=True)
+    for name in ("README.md", "records.jsonl", "plots/loss.svg", "plots/README.md"):
+        (folder / name).write_text(f"{name}\n")
+    return folder
+
+
+def below(path_in_repo, folder):
+    return {f"{path_in_repo}/{path}": data for path, data in contents(folder).items()}
+
+
+@pytest.mark.parametrize("path_in_repo", ["search", "search/first", "search/"])
+def test_folder_beside_a_model_is_one_commit_and_changes_nothing_else(path_in_repo, folder, measured, server):
+    push_folder(folder, "user/name")
+    before, given = files(server), contents(measured)
+    address = push_folder(measured, "user/name", path_in_repo=path_in_repo)
+    assert titles(server) == [FIRST, PUBLISHED, f"Upload {path_in_repo} with supershaper-hf"]
+    assert files(server) == before | below(path_in_repo.rstrip("/"), measured)
+    assert contents(measured) == given
+    assert address == f"{server.endpoint}/user/name/commit/{server.repos['user/name'].at('main').oid}"
+
+
+def test_new_records_replace_those_of_the_folder_beside_a_model(folder, measured, server):
+    """Its README.md too: only the card of the repository is its owner's."""
+    push_folder(folder, "user/name")
+    push_folder(measured, "user/name", path_in_repo="search")
+    for name in ("README.md", "records.jsonl"):
+        (measured / name).write_text("longer\n")
+    push_folder(measured, "user/name", path_in_repo="search", commit_message="Measure more")
+    assert titles(server)[2:] == ["Upload search with supershaper-hf", "Measure more"]
+    assert files(server) == contents(folder) | below("search", measured)
+
+
+def test_folder_beside_no_model_makes_the_repository(measured, server):
+    push_folder(measured, "user/name", path_in_repo="search", private=True)
+    assert files(server) == below("search", measured)
+    assert server.repos["user/name"].private
+
+
+@pytest.mark.parametrize("path_in_repo", [None, "search"])
+def test_files_that_tools_keep_for_themselves_are_not_published(path_in_repo, folder, server):
+    before = contents(folder)
+    private = [".git/config", ".cache/huggingface/x", ".env", "__pycache__/elastic.pyc", "plots/.cache/x", "plots/.x"]
+    for name in private:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine\n")
+    push_folder(folder, "user/name", path_in_repo=path_in_repo)
+    assert files(server) == {f"{path_in_repo}/{path}" if path_in_repo else path: data for path, data in before.items()}
+
+
+def test_folder_inside_a_hidden_folder_is_published(folder, server, tmp_path):
+    """What it is kept in does not matter."""
+    hidden = tmp_path / ".cache" / "__pycache__" / "name"
+    hidden.parent.mkdir(parents=True)
+    folder.rename(hidden)
+    push_folder(hidden, "user/name")
+    assert files(server) == contents(hidden)
+
+
+@pytest.mark.parametrize("path_in_repo", ["", ".", "..", "/search", "../search", "search/../..", ".cache", "a/.git"])
+def test_path_that_is_no_folder_inside_the_repository_is_refused(path_in_repo, measured, server):
+    with pytest.raises(ValueError, match=f"path_in_repo={path_in_repo!r} must name a folder inside the repository"):
+        push_folder(measured, "user/name", path_in_repo=path_in_repo)
+    assert server.repos == {}
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "hidden", "a file"])
+def test_folder_without_a_file_is_refused_beside_a_model_too(kind, server, tmp_path):
+    folder = tmp_path / "measured"
+    if kind == "a file":
+        folder.write_text("records")
+    elif kind != "missing":
+        folder.mkdir()
+    if kind == "hidden":
+        (folder / ".records.jsonl.partial").touch()
+    with pytest.raises(FileNotFoundError, match=r"measured has no file to upload: it is empty, not a folder, or all"):
+        push_folder(folder, "user/name", path_in_repo="search")
+    assert server.repos == {}
+
+
+def test_failing_hub_leaves_the_model_beside_the_records(folder, measured, server):
+    push_folder(folder, "user/name")
+    server.fail_next("POST", "/commit/", status=500)
+    with nothing_published(server, measured, ConnectionError, "status 500.* complete or unchanged"):
+        push_folder(measured, "user/name", path_in_repo="search")
+    assert files(server) == contents(folder)
+
+
 # Failures: nothing is published, nothing is lost, and the same call works afterwards
 
 

@@ -573,6 +573,12 @@ def test_layer_that_was_never_dropped_cannot_be(method):
         getattr(predictor, method)([[20, 20, 20], [20, 0, 20]])
 
 
+def test_negative_width_is_not_a_dropped_layer():
+    predictor = ShapePredictor([0, 8, 20], 3.0, np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=re.escape("but got 2 layers and the widths [-8].")):
+        predictor.predict([[8, -8]])
+
+
 def test_layers_can_be_dropped_only_where_zero_is_known(noisy):
     assert noisy[0].droppable == [False] * 3
     assert ShapePredictor([8, 20], 3.0, np.zeros((2, 2))).droppable == [False] * 2
@@ -663,3 +669,26 @@ def test_file_that_is_not_json_is_refused_by_name(content, tmp_path):
 def test_missing_file_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError):
         ShapePredictor.load(tmp_path / "predictor.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pair_effects": [[[0.0, 0.0]]]}, "need effects (layers, 2) and pair_effects (layers, 2, 2), got (1, 2) and"),
+        ({"effects": [[0.0]]}, "got (1, 1)"),
+        ({"effects": [[0.0, None]]}, "must be finite"),
+        ({"intercept": None}, "is not a predictor of this version"),
+        ({"evidence": {"shapes": [[9]], "strength": 1.0, "noise": 0.1}}, "widths that are not in [8, 20]"),
+    ],
+)
+def test_damaged_numbers_are_refused_when_loading(changes, message, tmp_path):
+    ShapePredictor([8, 20], 3.0, [[0.0, -0.5]]).save(tmp_path / "predictor.json")
+    content = json.loads((tmp_path / "predictor.json").read_text())
+    (tmp_path / "predictor.json").write_text(json.dumps(content | changes))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ShapePredictor.load(tmp_path / "predictor.json")
+
+
+def test_negative_widths_are_refused():
+    with pytest.raises(ValueError, match="Width -8 is negative"):
+        ShapePredictor.fit([[8, 20], [-8, 20]] * 5, range(10))

@@ -41,9 +41,9 @@ def run(command, environment, folder):
 
 
 def test_readme_has_its_blocks():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
-@pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=["ten lines", "to the Hub"])
+@pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=["ten lines", "to the Hub", "search"])
 def test_block_runs_and_prints_what_the_readme_says(code, printed, hub_environment, tmp_path):
     assert run([sys.executable, "-c", code], hub_environment, tmp_path) == printed

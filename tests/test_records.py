@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from transformers import BertTokenizer
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, __version__, evaluation
 from supershaper_hf.batches import fixed_masks
 from supershaper_hf.data import tokenize
-from supershaper_hf.evaluation import evaluate_shapes
+from supershaper_hf.evaluation import evaluate_shapes, measure_batch
 from supershaper_hf.records import (
     KEYS,
     append_record,
@@ -43,6 +44,7 @@ from supershaper_hf.records import (
 MODEL = tiny_model()
 SPACE = SearchSpace(MODEL.config)
 SHAPES = [[20, 36, 8], [48, 36, 0], [0, 8, 8], [0, 36, 48], [36, 36, 36], [8, 20, 36], SPACE.largest]
+STOPPED_AT = SHAPES[3]  # where runs wait to be killed
 ODD = {"nan": math.nan, "inf": math.inf}
 
 
@@ -129,6 +131,12 @@ def test_header_tells_what_was_measured(written, batches):
         "sequences": sum(len(batch["labels"]) for batch in batches),
         "labelled_tokens": labelled,
     }
+
+
+def test_header_of_a_file_is_what_make_header_says(file, batches):
+    header = make_header(MODEL, batches)
+    assert open_records(file, header) == open_records(file, header) == []
+    assert json.loads(file.read_text()) == header
 
 
 def test_each_record_is_on_disk_before_the_next_shape_is_measured(file, batches, whole, monkeypatch):
@@ -530,30 +538,30 @@ def test_dataset_refuses_shapes_of_another_space(whole):
 
 
 def rows_written(file):
-    return file.read_bytes().count(b"\n") - 1 if file.exists() else 0
+    return file.read_bytes().count(b"\n") - 1
 
 
-def kill_after(file, rows, process):
-    """SIGKILL the whole group of processes once the file has some rows."""
+def kill(process, folder, count):
+    """SIGKILL a run of `count` processes, and its launcher, once all of them are stopped; see `stop`."""
     deadline = time.monotonic() + 90
-    while rows_written(file) < rows and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert process.poll() is None, process.communicate()[0]
-    # The launcher dies first, so that it cannot end the others in an orderly way.
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    process.kill()
-    for child in map(int, children):
-        os.kill(child, signal.SIGKILL)
+    while len(stopped := list(folder.glob("stopped-*"))) < count and time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.02)
+    process.kill()  # a launcher dies first, so that it cannot end the others in an orderly way
+    for worker in stopped:
+        os.kill(int(worker.name.removeprefix("stopped-")), signal.SIGKILL)
     process.communicate(timeout=60)
+    assert len(stopped) == count
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Two runs at once, of one process and of two, killed after some shapes: folder by number of processes."""
+    """Two runs at once, of one process and of two, killed amid a shape: folder by number of processes."""
     folders = {processes: tmp_path_factory.mktemp("killed") for processes in (0, 2)}
-    started = {processes: start(processes, "slow", folder) for processes, folder in folders.items()}
+    started = {processes: start(processes, "stop", folder) for processes, folder in folders.items()}
     for processes, folder in folders.items():
-        kill_after(folder / "records.jsonl", 2, started[processes])
+        kill(started[processes], folder, processes or 1)
     return folders
 
 
@@ -577,7 +585,7 @@ def resumed(killed, tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_kill_costs_at_most_the_shape_being_measured(processes, resumed):
-    assert 2 <= resumed[0][processes] < len(SHAPES)
+    assert resumed[0][processes] == SHAPES.index(STOPPED_AT)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -631,6 +639,14 @@ def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+def stop(folder, model, batch, shape):
+    """Measure a batch. At one shape wait to be killed instead, by the name of an empty file."""
+    if shape == STOPPED_AT:
+        (folder / f"stopped-{os.getpid()}").touch()
+        signal.pause()
+    return measure_batch(model, batch, shape)
+
+
 def message_of(act):
     try:
         act()
@@ -643,14 +659,14 @@ def work(mode, folder, *arguments):
     signal.alarm(100)  # ends a deadlock
     folder = Path(folder)
     file = folder / "records.jsonl"
-    batches, measure = masked_batches(), evaluation.Evaluation.measure
+    batches = masked_batches()
     if mode == "full":
         limit_files(int(arguments[0]))
         print(message_of(lambda: evaluate_shapes(MODEL, batches, SHAPES, records_file=file)))
         return
     accelerator = Accelerator()
-    if mode == "slow":
-        evaluation.Evaluation.measure = lambda *args: time.sleep(0.4) or measure(*args)
+    if mode == "stop":
+        evaluation.measure_batch = partial(stop, folder)
         evaluate_shapes(MODEL, batches, SHAPES, accelerator=accelerator, records_file=file)
         return
     found, rank = work_together(accelerator, file, *map(Path, arguments)), accelerator.process_index
@@ -697,12 +713,6 @@ def work_spread(accelerator, evaluate, file):
         "fingerprint": fingerprint_model(model),
         "records": evaluate(model, file, SHAPES[:2]),
     }
-
-
-def test_header_of_a_file_is_what_make_header_says(file, batches):
-    header = make_header(MODEL, batches)
-    assert open_records(file, header) == open_records(file, header) == []
-    assert json.loads(file.read_text()) == header
 
 
 if __name__ == "__main__":

@@ -118,10 +118,20 @@ class ShapePredictor:
         quality: Quality | None = None,
     ):
         self.width_choices = list(width_choices)
-        self.intercept = intercept
-        self.effects = np.asarray(effects)
-        layers, widths = self.effects.shape
-        self.pair_effects = np.zeros((layers, widths, widths)) if pair_effects is None else np.asarray(pair_effects)
+        self.intercept = float(intercept)
+        self.effects = np.asarray(effects, dtype=np.float64)
+        layers, widths = len(self.effects), len(self.width_choices)
+        pair_size = (layers, widths, widths)
+        self.pair_effects = np.zeros(pair_size) if pair_effects is None else np.asarray(pair_effects, dtype=np.float64)
+        if self.effects.shape != (layers, widths) or self.pair_effects.shape != pair_size:
+            raise ValueError(
+                f"{widths} width choices need effects (layers, {widths}) and pair_effects (layers, {widths}, {widths}), "
+                f"got {self.effects.shape} and {self.pair_effects.shape}."
+            )
+        if not all(np.isfinite(part).all() for part in (self.intercept, self.effects, self.pair_effects)):
+            raise ValueError("intercept, effects and pair_effects must be finite.")
+        if evidence is not None and not set(np.unique(evidence.shapes)) <= set(self.width_choices):
+            raise ValueError(f"The measured shapes have widths that are not in {self.width_choices}.")
         self.evidence, self.quality = evidence, quality
         self._index_of_width = np.full(self.width_choices[-1] + 1, -1)
         self._index_of_width[self.width_choices] = range(widths)
@@ -330,6 +340,8 @@ def _check_measurements(shapes: np.ndarray, losses: np.ndarray) -> None:
             f"{len(shapes)} measured shapes are too few: at least {MINIMUM_SHAPES}, better {4 * shapes.shape[1]} for "
             f"{shapes.shape[1]} layers, are needed."
         )
+    if shapes.min() < 0:
+        raise ValueError(f"Width {shapes.min()} is negative. Allowed: positive widths, and 0 for a dropped layer.")
     if not np.isfinite(losses).all():
         raise ValueError(f"{(~np.isfinite(losses)).sum()} of the losses are not finite; remove those shapes.")
     if np.ptp(losses) == 0:

@@ -65,6 +65,9 @@ class Findings:
             ValueError: If one is damaged.
         """
         folder = Path(folder)
+        for name in ("config.json", RECORDS_FILE, PREDICTOR_FILE):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}. Make the folder with examples/search_shapes.py.")
         space = SearchSpace(SuperShaperConfig.from_pretrained(folder))
         table = LatencyTable.load(folder / LATENCY_FILE) if (folder / LATENCY_FILE).exists() else None
         rows = folder / INSENSITIVITY_FILE

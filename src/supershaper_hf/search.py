@@ -109,7 +109,7 @@ def pareto_front(
         >>> shapes = list(itertools.product(space.width_choices, repeat=2))
         >>> predictor = ShapePredictor.fit(shapes, [4 - a / 90 - b / 50 for a, b in shapes])
         >>> pareto_front(space, predictor).best(max_cost=600_000)
-        [24, 96]
+        [24, 56]
     """
     choices = np.array(predictor.width_choices)
     kept = choices[choices > 0].tolist()
@@ -131,7 +131,9 @@ def pareto_front(
     front = _leave(terms, space, layers[-1])
     return ParetoFront(
         shapes=np.array([0, *space.width_choices])[_trace(layers, front)],
-        costs={term.name: front.costs[:, i] + term.fixed for i, term in enumerate(terms)},
+        costs={  # beside seconds, counts were floats until here
+            term.name: (front.costs[:, i] + term.fixed).astype(type(term.fixed)) for i, term in enumerate(terms)
+        },
         losses=front.losses + predictor.intercept,
     )
 
