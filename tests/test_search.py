@@ -111,7 +111,7 @@ def points_of(front):
 def assert_costs_and_losses_are_those_of_the_shapes(front, space, predictor, *costs):
     for cost, values in zip(costs, front.costs.values(), strict=True):
         assert values.tolist() == costs_of(space, front.shapes, cost).tolist()
-        assert values.dtype.kind == ("i" if all(isinstance(each, str) for each in costs) else "f")
+        assert values.dtype.kind == ("i" if isinstance(cost, str) else "f")
     np.testing.assert_allclose(front.losses, predictor.predict(front.shapes), rtol=0, atol=1e-12)
 
 

@@ -213,7 +213,7 @@ def push_folder(
             "one. Leave it out to upload a model."
         )
     if commit_message is None:
-        commit_message = f"Upload {path_in_repo or 'model'} with supershaper-hf"
+        commit_message = f"Upload {target if target.parts else 'model'} with supershaper-hf"
     api = HfApi(library_name="supershaper-hf", token=token)
     with explain_failure(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

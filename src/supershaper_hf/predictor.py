@@ -125,8 +125,8 @@ class ShapePredictor:
         self.pair_effects = np.zeros(pair_size) if pair_effects is None else np.asarray(pair_effects, dtype=np.float64)
         if self.effects.shape != (layers, widths) or self.pair_effects.shape != pair_size:
             raise ValueError(
-                f"{widths} width choices need effects (layers, {widths}) and pair_effects (layers, {widths}, {widths}), "
-                f"got {self.effects.shape} and {self.pair_effects.shape}."
+                f"{widths} width choices need effects (layers, {widths}) and pair_effects (layers, {widths}, "
+                f"{widths}), got {self.effects.shape} and {self.pair_effects.shape}."
             )
         if not all(np.isfinite(part).all() for part in (self.intercept, self.effects, self.pair_effects)):
             raise ValueError("intercept, effects and pair_effects must be finite.")

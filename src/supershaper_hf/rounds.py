@@ -46,7 +46,7 @@ def measure_in_rounds(
         seed: Non-negative.
         cost: Of the front that matters, or two of them: as for `pareto_front`.
         max_cost: The budgets that matter, in the unit of the (first) cost. By default all shapes are random: where
-            every budget matters, rounds did no better (docs/results.md).
+            every budget matters, rounds only pay from about 100 shapes on (docs/results.md).
         drop_rate: Chance of each layer to be dropped in the first round: see `SearchSpace.sample`.
 
     Returns:
