@@ -196,6 +196,8 @@ def test_loss_that_is_no_number_comes_back_and_is_not_measured_again(name, loss,
     assert measured == SHAPES[:2]
     assert repr(first) == repr(again) == repr(read_records(file))
     assert [repr(record[key]) for record in again for key in ("loss", "perplexity")] == [name] * 4
+    append_record(file, first[0])
+    assert repr(read_records(file)) == repr(first)  # the same twice is no damage
     for row in rows(file):  # no NaN or Infinity, which are no JSON
         assert (row["loss"], row["perplexity"], row["loss_is"]) == (None, None, name)
 
