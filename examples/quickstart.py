@@ -15,6 +15,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -220,14 +221,11 @@ def load_without_package(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bo
     """Fill a mask in a new process that has transformers but not supershaper_hf."""
     sentence = f"the president of the united {tokenizer.mask_token} ."
     print(f"A fresh process without supershaper_hf completes: {sentence}")
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(folder.parent / "modules"),
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TQDM_DISABLE": "1",
-    }
     command = [sys.executable, "-c", FRESH_PROCESS, str(folder), sentence]
-    return subprocess.run(command, env=environment, check=False).returncode == 0
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    with tempfile.TemporaryDirectory() as modules:  # where transformers copies the code beside the weights
+        environment = os.environ | quiet | {"HF_MODULES_CACHE": modules}
+        return subprocess.run(command, env=environment, check=False).returncode == 0
 
 
 def main() -> int:
