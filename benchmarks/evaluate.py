@@ -1,6 +1,6 @@
 """Throughput and memory of measuring shapes of a BERT-base-size supernet, beside plain loops over extracted subnets.
 
-    python benchmarks/evaluate.py           # 4 minutes on two cores
+    python benchmarks/evaluate.py           # 2 minutes on two cores
     python benchmarks/evaluate.py --small   # half a minute
 
 Speed: for several random shapes, interleaved and repeated, the seconds of `evaluate_shapes` on the supernet, of a plain

@@ -1,7 +1,7 @@
 """How well a latency table predicts whole subnets, whether latency follows from size alone, what odd widths cost.
 
-    python benchmarks/latency.py                                         # CPU: bert-base size, about 6 minutes
-    python benchmarks/latency.py --small                                 # a small BERT, about a minute
+    python benchmarks/latency.py                                         # CPU: bert-base size, about 5 minutes
+    python benchmarks/latency.py --small                                 # a small BERT, half a minute
     python benchmarks/latency.py --device cuda --dtype bfloat16 --batch_size 32 --save table.json
 
 Sweeps of the table alternate with runs of whole subnets, so that a slow moment of the machine meets both. Needs a

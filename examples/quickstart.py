@@ -1,6 +1,6 @@
 """The whole way once, on real text, on a laptop: from text to a small model in a folder that is ready for the Hub.
 
-    python examples/quickstart.py                                    # bundled text, about 3 minutes on two cores
+    python examples/quickstart.py                                    # bundled text, about 2 minutes on two cores
     python examples/quickstart.py --text mine.txt more.txt           # your text, one document a line
     python examples/quickstart.py --bert path/or/hub-id --text ...   # start from a real BERT
 

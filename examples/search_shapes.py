@@ -78,11 +78,11 @@ def parse_arguments() -> SearchArguments:
     return args
 
 
-def load_batches(args: SearchArguments, model: SuperShaperForMaskedLM) -> list[dict[str, torch.Tensor]]:
+def load_batches(args: SearchArguments, model: SuperShaperForMaskedLM, length: int) -> list[dict[str, torch.Tensor]]:
     """Return the held-out text, masked once for all shapes."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     check_vocabulary(tokenizer, model.config)
-    sequences = tokenize(load_text(args.eval_files, args.text_column), tokenizer, args.max_length)
+    sequences = tokenize(load_text(args.eval_files, args.text_column), tokenizer, length)
     sequences = sequences.select(range(min(len(sequences), args.max_eval_sequences)))
     return fixed_masks(sequences, tokenizer, args.batch_size, args.masking_rate, args.seed)
 
@@ -97,16 +97,19 @@ def fit(records: list[Record], monotone: bool) -> ShapePredictor:
     )
 
 
-def measure_latency(args: SearchArguments, space: SearchSpace, folder: Path) -> None:
+def measure_latency(args: SearchArguments, space: SearchSpace, length: int, folder: Path) -> None:
     """Write the latency table and, if asked for, the insensitivity report; keep those that are there."""
-    size: dict[str, Any] = {"device": args.latency, "batch_size": args.latency_batch_size}
-    length = min(args.max_length, space.config.max_position_embeddings)
+    size: dict[str, Any] = {"device": args.latency, "batch_size": args.latency_batch_size, "sequence_length": length}
     if not (folder / LATENCY_FILE).exists():
-        LatencyTable.measure(space.config, sequence_length=length, seed=args.seed, **size).save(folder / LATENCY_FILE)
+        LatencyTable.measure(space.config, seed=args.seed, **size).save(folder / LATENCY_FILE)
     if args.insensitivity and not (folder / INSENSITIVITY_FILE).exists():
         smallest, largest = space.num_parameters(space.smallest), space.num_parameters(space.largest)
         budgets = [round(smallest + part * (largest - smallest)) for part in (0.25, 0.5, 0.75)]
-        found = insensitivity(space.config, budgets, sequence_length=length, seed=args.seed, **size)
+        try:
+            found = insensitivity(space.config, budgets, seed=args.seed, **size)
+        except ValueError as error:  # a space so small that no two shapes are of equal size
+            print(f"No insensitivity report: {error}")
+            return
         (folder / INSENSITIVITY_FILE).write_text(json.dumps(insensitivity_rows(found), indent=1), encoding="utf-8")
 
 
@@ -116,8 +119,9 @@ def main() -> int:
     folder = Path(args.output_dir)
     model = SuperShaperForMaskedLM.from_pretrained(args.model).to(accelerator.device)
     space = SearchSpace.from_config(model.config)
+    length = min(args.max_length, model.config.max_position_embeddings)
     with accelerator.main_process_first():
-        batches = load_batches(args, model)
+        batches = load_batches(args, model, length)
 
     def measure(shapes: list[list[int]]) -> list[Record]:
         return evaluate_shapes(model, batches, shapes, accelerator=accelerator, records_file=folder / RECORDS_FILE)
@@ -135,16 +139,16 @@ def main() -> int:
     if accelerator.is_main_process:
         print(f"Predictor: {predictor.quality}.")
         if args.latency:
-            measure_latency(args, space, folder)
+            measure_latency(args, space, length, folder)
     accelerator.wait_for_everyone()
     cost = LatencyTable.load(folder / LATENCY_FILE) if args.cost == "latency" else args.cost
-    front = pareto_front(space, predictor, cost, sequence_length=args.max_length)
+    front = pareto_front(space, predictor, cost, sequence_length=length)
     measure(np.unique(shapes_at(front, args.budgets), axis=0).tolist())  # the predictor has not seen these
     if accelerator.is_main_process:
         model.config.to_json_file(folder / "config.json")
         predictor.save(folder / PREDICTOR_FILE)
         to_dataset(read_records(folder / RECORDS_FILE), space).to_parquet(folder / "records.parquet")
-        page = write_report(folder, args.cost, args.budgets)
+        page = write_report(folder, args.cost, args.budgets, length)
         print(page.read_text(encoding="utf-8"))
         print(f"Written: {page}")
         if args.push_to_hub:

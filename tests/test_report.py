@@ -88,6 +88,16 @@ def test_page_without_latency_has_no_word_of_it(folder):
     assert plots(folder) == {"front_parameters.png", "agreement.png", "profile.png"}
 
 
+@pytest.mark.parametrize("length", [16, 128])
+def test_flops_are_counted_for_the_length_named_in_the_heading(folder, length):
+    (folder / LATENCY_FILE).unlink()
+    assert f"| GFLOPs ({length} tokens) |" in write_report(folder, "flops", sequence_length=length).read_text()
+    space = Findings.read(folder).space
+    with (folder / FRONT_FILE).open() as stream:
+        row = next(csv.DictReader(stream))
+    assert int(row["flops"]) == space.flops([int(width) for width in row["shape"].split()], length)
+
+
 def test_page_of_a_predictor_that_has_seen_every_shape_makes_no_claim_of_trust(folder):
     records = Findings.read(folder).records
     fitted = ShapePredictor.fit([record["shape"] for record in records], [record["loss"] for record in records])

@@ -67,16 +67,39 @@ def test_everything_is_written_and_the_page_is_printed(first_run):
     assert "Predictor: R2" in done.stdout
 
 
+def check_that_the_front_was_measured(folder):
+    """Every row of the page's table names a measured shape and its perplexity."""
+    table = (folder / "report.md").read_text().split("| parameters | GFLOPs")[1].split("\n\n")[0].splitlines()[2:]
+    measured = {tuple(record["shape"]): record["perplexity"] for record in read_records(folder / "records.jsonl")}
+    for line in table:
+        *_, perplexity, shape, _ = line.split(" | ") if line.endswith(" | ") else [*line.strip("| ").split(" | "), ""]
+        assert float(perplexity) == round(measured[tuple(json.loads(shape))], 2)
+
+
 def test_shapes_of_the_front_are_measured_after_the_fit(first_run):
     _, folder = first_run
     records, fitted = read_records(folder / "records.jsonl"), ShapePredictor.load(folder / "predictor.json").evidence
     assert fitted.shapes.tolist() == [record["shape"] for record in records[: len(fitted.shapes)]]
     assert len(fitted.shapes) == 24
-    table = (folder / "report.md").read_text().split("| parameters | GFLOPs")[1].split("\n\n")[0].splitlines()[2:]
-    measured = {tuple(record["shape"]): record["perplexity"] for record in records}
-    for line in table:
-        *_, perplexity, shape, _ = line.split(" | ") if line.endswith(" | ") else [*line.strip("| ").split(" | "), ""]
-        assert float(perplexity) == round(measured[tuple(json.loads(shape))], 2)
+    check_that_the_front_was_measured(folder)
+
+
+def test_flops_are_those_of_the_measured_length(inputs, tmp_path):
+    done = search(inputs, tmp_path / "search", "--cost=flops")
+    assert done.returncode == 0, done.stderr
+    assert "GFLOPs (12 tokens)" in done.stdout
+    check_that_the_front_was_measured(tmp_path / "search")
+
+
+def test_space_without_shapes_of_equal_size_has_no_insensitivity_report(inputs, tmp_path):
+    vocab_size = SuperShaperConfig.from_pretrained(inputs[1]).vocab_size
+    supernet = SuperShaperForMaskedLM(tiny_config(vocab_size=vocab_size, width_choices=[8, 48]))
+    supernet.save_pretrained(tmp_path / "supernet")
+    inputs = ["--model", str(tmp_path / "supernet"), "--tokenizer", *inputs[1:]]
+    done = search(inputs, tmp_path / "search", "--num_shapes=8", "--rounds=1", "--latency=cpu", "--insensitivity")
+    assert done.returncode == 0, done.stderr
+    assert "No insensitivity report: Only 0 shapes are within" in done.stdout
+    assert not (tmp_path / "search" / "insensitivity.json").exists()
 
 
 def test_records_are_a_data_set_with_parameters(first_run):

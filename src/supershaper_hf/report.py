@@ -46,7 +46,7 @@ class Findings:
         predictor: Fitted on all or some of them.
         table: Seconds on a device, if they were measured.
         insensitivity: Rows of `insensitivity.insensitivity_rows`, if it was measured.
-        sequence_length: Tokens per sequence, for FLOPs.
+        sequence_length: Tokens per sequence, for FLOPs and latency.
     """
 
     space: SearchSpace
@@ -54,11 +54,11 @@ class Findings:
     predictor: ShapePredictor
     table: LatencyTable | None
     insensitivity: list[dict[str, Any]] | None
-    sequence_length: int = 128
+    sequence_length: int
 
     @classmethod
-    def read(cls, folder: str | Path) -> "Findings":
-        """Read the files of a search.
+    def read(cls, folder: str | Path, sequence_length: int = 128) -> "Findings":
+        """Read the files of a search. Where latency was measured, its `sequence_length` is taken.
 
         Raises:
             OSError: If a file that is needed is missing.
@@ -77,7 +77,7 @@ class Findings:
             ShapePredictor.load(folder / PREDICTOR_FILE),
             table,
             json.loads(rows.read_text(encoding="utf-8")) if rows.exists() else None,
-            128 if table is None else table.sequence_length,
+            sequence_length if table is None else table.sequence_length,
         )
 
     def front(self, cost: str) -> ParetoFront:
@@ -123,13 +123,14 @@ class Findings:
         return self.table
 
 
-def write_report(folder: str | Path, cost: str = "parameters", budgets: int = 8) -> Path:
+def write_report(folder: str | Path, cost: str = "parameters", budgets: int = 8, sequence_length: int = 128) -> Path:
     """Write `report.md`, `front.csv` and the plots of a search into its folder; return the path of the page.
 
     Args:
         folder: With the files of a search.
         cost: Of the front in the table: `"parameters"`, `"flops"` or `"latency"`.
         budgets: Rows of the table, evenly spaced over the cost of the front.
+        sequence_length: Tokens per sequence, for FLOPs; where latency was measured, the length it was measured for.
 
     Raises:
         OSError: If a file is missing.
@@ -138,7 +139,7 @@ def write_report(folder: str | Path, cost: str = "parameters", budgets: int = 8)
     Example:
         >>> write_report("outputs/search")  # doctest: +SKIP
     """
-    folder, findings = Path(folder), Findings.read(folder)
+    folder, findings = Path(folder), Findings.read(folder, sequence_length)
     front = findings.front(cost)
     rows = findings.rows(np.unique(shapes_at(front, budgets), axis=0))
     rows.sort(key=lambda row: row[cost])
@@ -189,7 +190,7 @@ def _front_section(folder: Path, findings: Findings, rows: Sequence[Mapping[str,
     table = [
         {
             "parameters": row["parameters"],
-            "GFLOPs": row["flops"] / 1e9,
+            f"GFLOPs ({findings.sequence_length} tokens)": row["flops"] / 1e9,
             **({} if row["latency"] is None else {"ms": row["latency"] * 1e3}),
             "predicted perplexity": f"{row['predicted_perplexity']:.2f} "
             f"± {row['predicted_perplexity'] * row['predicted_deviation']:.2f}",
@@ -270,8 +271,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="output folder of examples/search_shapes.py")
     parser.add_argument("--cost", default="parameters", choices=["parameters", "flops", "latency"])
     parser.add_argument("--budgets", type=int, default=8, help="rows of the table")
+    parser.add_argument("--sequence_length", type=int, default=128, help="of FLOPs, where no latency was measured")
     args = parser.parse_args()
-    print(write_report(args.folder, args.cost, args.budgets))
+    print(write_report(args.folder, args.cost, args.budgets, args.sequence_length))
 
 
 if __name__ == "__main__":
