@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import randomize, tiny_config
 from datasets import Dataset
+from hub_server import HubServer
 from test_data import random_documents
 from test_processes import free_port
 
@@ -44,9 +46,9 @@ def inputs(tmp_path_factory):
     return ["--model", str(folder / "supernet"), "--eval_files", str(folder / "text.txt")]
 
 
-def search(inputs, output, *options, launcher=()):
+def search(inputs, output, *options, launcher=(), environment=ENVIRONMENT):
     command = [sys.executable, *launcher, str(SCRIPT), *inputs, "--output_dir", str(output), *OPTIONS, *options]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,18 @@ def test_two_processes_write_what_one_does(first_run, inputs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "search" / "records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
     assert done.stdout.count("Written: ") == 1
+
+
+def test_results_are_published_beside_the_supernet(first_run, inputs, tmp_path):
+    folder = shutil.copytree(first_run[1], tmp_path / "search")
+    with HubServer() as server:
+        environment = ENVIRONMENT | server.environment(tmp_path / "cache")
+        done = search(inputs, folder, "--max_cost=90000", "--push_to_hub=user/supernet", environment=environment)
+        assert done.returncode == 0, done.stderr
+        published = server.repos["user/supernet"].files()
+    assert {"search/records.jsonl", "search/records.parquet", "search/report.md"} <= published.keys()
+    assert published["search/records.jsonl"] == (folder / "records.jsonl").read_bytes()
+    assert "user/supernet/commit/" in done.stdout
 
 
 def test_records_of_another_model_are_refused(first_run, inputs, tmp_path):
