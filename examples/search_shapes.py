@@ -11,18 +11,24 @@ makes the report anew when nothing is left to measure. `--help` lists all option
 import json
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from transformers import AutoTokenizer, HfArgumentParser
 
 from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperForMaskedLM, evaluate_shapes, pareto_front
 from supershaper_hf.arguments import option
 from supershaper_hf.batches import MASKING_RATE, fixed_masks
+from supershaper_hf.costs import Cost
 from supershaper_hf.data import check_vocabulary, tokenize
+from supershaper_hf.evaluation import on_main_process
+from supershaper_hf.folders import write_file
 from supershaper_hf.heuristics import shapes_at
 from supershaper_hf.hub import push_folder
 from supershaper_hf.insensitivity import insensitivity, insensitivity_rows
@@ -31,6 +37,7 @@ from supershaper_hf.records import Record, read_records, to_dataset
 from supershaper_hf.report import INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, write_report
 from supershaper_hf.rounds import measure_in_rounds
 from supershaper_hf.text import load_text
+from supershaper_hf.timing import device_name
 
 
 @dataclass
@@ -97,11 +104,20 @@ def fit(records: list[Record], monotone: bool) -> ShapePredictor:
     )
 
 
-def measure_latency(args: SearchArguments, space: SearchSpace, length: int, folder: Path) -> None:
+def measure_latency(args: SearchArguments, space: SearchSpace, length: int, folder: Path) -> LatencyTable:
     """Write the latency table and, if asked for, the insensitivity report; keep those that are there."""
     size: dict[str, Any] = {"device": args.latency, "batch_size": args.latency_batch_size, "sequence_length": length}
-    if not (folder / LATENCY_FILE).exists():
-        LatencyTable.measure(space.config, seed=args.seed, **size).save(folder / LATENCY_FILE)
+    if (folder / LATENCY_FILE).exists():
+        table = LatencyTable.load(folder / LATENCY_FILE)
+        asked = size | {"device": device_name(args.latency)}
+        if stored := {name: getattr(table, name) for name in asked if getattr(table, name) != asked[name]}:
+            raise ValueError(
+                f"{folder / LATENCY_FILE} was measured with {stored}, asked for is {asked}. Delete it and "
+                f"{INSENSITIVITY_FILE} to measure anew, or give another --output_dir."
+            )
+    else:
+        table = LatencyTable.measure(space.config, seed=args.seed, **size)
+        table.save(folder / LATENCY_FILE)
     if args.insensitivity and not (folder / INSENSITIVITY_FILE).exists():
         smallest, largest = space.num_parameters(space.smallest), space.num_parameters(space.largest)
         budgets = [round(smallest + part * (largest - smallest)) for part in (0.25, 0.5, 0.75)]
@@ -109,13 +125,15 @@ def measure_latency(args: SearchArguments, space: SearchSpace, length: int, fold
             found = insensitivity(space.config, budgets, seed=args.seed, **size)
         except ValueError as error:  # a space so small that no two shapes are of equal size
             print(f"No insensitivity report: {error}")
-            return
-        (folder / INSENSITIVITY_FILE).write_text(json.dumps(insensitivity_rows(found), indent=1), encoding="utf-8")
+        else:
+            write_file(folder / INSENSITIVITY_FILE, json.dumps(insensitivity_rows(found), indent=1))
+    return table
 
 
 def main() -> int:
     args = parse_arguments()
-    accelerator = Accelerator()
+    # The others wait while one process measures latency, or reads the text for the first time.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
     folder = Path(args.output_dir)
     model = SuperShaperForMaskedLM.from_pretrained(args.model).to(accelerator.device)
     space = SearchSpace.from_config(model.config)
@@ -134,14 +152,14 @@ def main() -> int:
         seed=args.seed,
         max_cost=args.max_cost or None,
         drop_rate=args.drop_rate,
+        sequence_length=length,
     )
     predictor = fit(records, args.monotone)
-    if accelerator.is_main_process:
-        print(f"Predictor: {predictor.quality}.")
-        if args.latency:
-            measure_latency(args, space, length, folder)
-    accelerator.wait_for_everyone()
-    cost = LatencyTable.load(folder / LATENCY_FILE) if args.cost == "latency" else args.cost
+    accelerator.print(f"Predictor: {predictor.quality}.")
+    cost: Cost = args.cost
+    if args.latency:
+        table = on_main_process(partial(measure_latency, args, space, length, folder), accelerator)
+        cost = table if args.cost == "latency" else cost
     front = pareto_front(space, predictor, cost, sequence_length=length)
     measure(np.unique(shapes_at(front, args.budgets), axis=0).tolist())  # the predictor has not seen these
     if accelerator.is_main_process:

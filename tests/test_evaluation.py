@@ -1,10 +1,17 @@
+import json
 import math
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import tiny_model
 from test_data import random_documents
+from test_processes import free_port
 
 from supershaper_hf.batches import fixed_masks
 from supershaper_hf.data import tokenize
@@ -203,6 +210,8 @@ class Rank:
         self.is_main_process = process_index == 0
         self.given = []
 
+    autocast = staticmethod(nullcontext)
+
     def gather(self, figures):
         number = len(self.given)
         self.given.append(figures)
@@ -237,3 +246,65 @@ def test_loss_is_rounded_once_after_adding(batches):
 def test_accelerator_of_one_process_changes_nothing(batches):
     model = tiny_model()
     assert evaluate_shapes(model, batches, SHAPES, accelerator=Accelerator()) == evaluate_shapes(model, batches, SHAPES)
+
+
+DIFFERENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from accelerate import Accelerator
+from conftest import tiny_model
+from supershaper_hf.evaluation import evaluate_shapes
+import torch
+
+accelerator = Accelerator()
+ids = torch.arange(5, 25).view(2, 10)
+batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}] * 2
+shapes = [[8, 8, 8], [8, 8, 20 + 16 * accelerator.process_index]]
+try:
+    evaluate_shapes(tiny_model(), batches, shapes, accelerator=accelerator)
+except ValueError as error:
+    print(f"rank {accelerator.process_index}: {error}")
+accelerator.end_training()
+"""
+
+
+def test_processes_that_ask_for_different_shapes_are_told_so(tmp_path):
+    """Else each would measure its own shape on its share of the text, and add up losses of different shapes."""
+    script = tmp_path / "script.py"
+    script.write_text(DIFFERENT)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    command = [sys.executable, *launcher, f"--master-port={free_port()}", str(script), os.path.dirname(__file__)]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    for rank in (0, 1):
+        assert f"rank {rank}: Processes [1] ask for other shapes than process 0" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def precision_of(file):
+    return json.loads(file.read_text().splitlines()[0])["precision"]
+
+
+def test_mixed_precision_of_the_accelerator_is_computed_in_and_recorded(batches, tmp_path, fresh_accelerate):
+    model = tiny_model()
+    (full,) = evaluate_shapes(model, batches, [None])
+    mixed = Accelerator(cpu=True, mixed_precision="bf16")
+    (found,) = evaluate_shapes(model, batches, [None], accelerator=mixed, records_file=tmp_path / "mixed.jsonl")
+    assert precision_of(tmp_path / "mixed.jsonl") == "bfloat16"
+    assert found["loss"] != full["loss"]
+    assert found["loss"] == pytest.approx(full["loss"], rel=0.05)
+    assert found == evaluate_shapes(mixed.prepare(tiny_model()), batches, [None], accelerator=mixed)[0]
+
+
+def test_precision_of_a_prepared_model_is_seen_without_its_accelerator(batches, tmp_path, fresh_accelerate):
+    model = Accelerator(cpu=True, mixed_precision="bf16").prepare(tiny_model())
+    evaluate_shapes(model.train(), batches, [None], records_file=tmp_path / "mixed.jsonl")
+    assert precision_of(tmp_path / "mixed.jsonl") == "bfloat16"
+    assert model.training
+    assert not model.get_input_embeddings()._forward_pre_hooks

@@ -1,6 +1,6 @@
 import pytest
 
-from supershaper_hf.folders import check_output_folder, write_folder
+from supershaper_hf.folders import check_output_folder, write_file, write_folder
 
 
 def write_two_files(folder):
@@ -58,3 +58,17 @@ def test_occupied_path_is_refused_before_anything_is_written(occupied, tmp_path)
 @pytest.mark.parametrize("name", ["missing", ""])
 def test_missing_or_empty_folder_is_accepted(name, tmp_path):
     assert check_output_folder(str(tmp_path / name)) == tmp_path / name
+
+
+def test_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    file = tmp_path / "front.json"
+    assert write_file(file, "första\n") == file
+    assert file.read_bytes() == "första\n".encode()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_file(file, "second, but cut off")
+    assert file.read_bytes() == "första\n".encode()
+    monkeypatch.undo()
+    write_file(file, "third\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["front.json"]
+    assert file.read_text() == "third\n"

@@ -4,6 +4,7 @@ from conftest import tiny_config
 
 from supershaper_hf import SearchSpace, ShapePredictor, pareto_front
 from supershaper_hf.heuristics import Profile, derive_profile, shapes_at
+from supershaper_hf.search import ParetoFront
 
 
 SPACE = SearchSpace(tiny_config(num_hidden_layers=5, width_choices=[8, 16, 24, 32, 40, 48]))
@@ -140,6 +141,16 @@ def test_shapes_at_evenly_spaced_budgets_are_the_fronts_best():
     assert shapes[-1].tolist() == SPACE.largest
     assert shapes.tolist() == [front.best(budget) for budget in np.linspace(costs[0], costs[-1], 5)]
     assert len(shapes_at(front, 1)) == 1
+
+
+def test_shapes_at_all_budgets_include_both_ends():
+    """However the seconds are rounded."""
+    for seed in range(200):
+        costs = np.random.default_rng(seed).uniform(0.01, 0.3, 2)
+        front = ParetoFront(
+            np.array([SPACE.smallest, SPACE.largest]), {"latency": np.sort(costs)}, np.array([2.0, 1.0])
+        )
+        assert shapes_at(front, 3)[[0, -1]].tolist() == [SPACE.smallest, SPACE.largest]
 
 
 def test_shapes_at_budgets_of_two_costs_are_the_best_for_the_first():

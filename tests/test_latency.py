@@ -448,6 +448,14 @@ def test_another_size_warns_and_names_both():
         made_table().chain_cost(config)
 
 
+def test_another_attention_warns_and_names_both():
+    config = tiny_config(attn_implementation="eager")
+    message = "was measured with attention=sdpa, but the configuration has attention=eager: its seconds hold for"
+    with pytest.warns(UserWarning, match=message):
+        made_table().chain_cost(config)
+    made_table(attention="eager").chain_cost(config)
+
+
 def test_sizes_that_change_no_time_are_let_through():
     made_table().chain_cost(tiny_config(num_hidden_layers=7, max_position_embeddings=99, hidden_dropout_prob=0.5))
 

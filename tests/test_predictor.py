@@ -118,6 +118,51 @@ def test_pairs_are_left_out_or_do_no_harm_where_the_truth_has_none():
     assert left_out >= 4
 
 
+@pytest.mark.parametrize("pairs", [False, True], ids=["layers", "pairs"])
+@pytest.mark.parametrize("n", [8, 15, 24])
+def test_leave_one_out_error_is_that_of_refitting_where_there_are_more_terms_than_shapes(n, pairs):
+    """Then a weak ridge follows every measurement: residuals and one minus the leverage both tend to 0."""
+    choices = np.array([120, 240, 360, 480, 540, 600, 768])
+    shapes = random_shapes(n, layers=12, choices=choices)
+    losses = random_truth(12, choices)(shapes) + 0.01 * np.random.default_rng(0).standard_normal(n)
+    basis, index = Basis(choices, 12), np.searchsorted(choices, shapes)
+    trend, steps = basis.trend(index), basis.steps(index, pairs)
+    with pytest.MonkeyPatch.context() as patch:
+        for strength in RIDGE_STRENGTHS[::6]:
+            patch.setattr(predictor_module, "RIDGE_STRENGTHS", np.array([strength]))
+            # Solved in the space of measurements: stable where there are fewer of them than terms.
+            errors = []
+            for i in range(n):
+                rest = np.arange(n) != i
+                kernel = steps[rest] @ steps[rest].T + strength * np.eye(n - 1)
+                solved = np.linalg.solve(kernel, np.column_stack([trend[rest], losses[rest]]))
+                slope = np.linalg.solve(trend[rest].T @ solved[:, :2], trend[rest].T @ solved[:, 2])
+                weights = steps[rest].T @ (solved[:, 2] - solved[:, :2] @ slope)
+                errors.append(trend[i] @ slope + steps[i] @ weights - losses[i])
+            assert ridge(trend, steps, losses).loo_rmse == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-4)
+
+
+def test_measured_shapes_are_kept_as_they_were(noisy):
+    shapes, losses = noisy_data()
+    predictor = quietly(ShapePredictor.fit, shapes, losses)
+    expected = predictor.uncertainty(CHOICES[:3][None])
+    shapes[:] = CHOICES[0]
+    assert quietly(ShapePredictor.fit, noisy_data()[0], losses).uncertainty(CHOICES[:3][None]) == expected
+    assert (predictor.evidence.shapes == noisy_data()[0]).all()
+
+
+def test_known_shapes_are_those_that_can_be_predicted():
+    shapes = random_shapes(40, layers=3)
+    shapes[:5, 1] = 0
+    predictor = quietly(ShapePredictor.fit, shapes, random_truth(3)(np.maximum(shapes, CHOICES[0])))
+    a, b = CHOICES[:2].tolist()
+    assert [predictor.knows(shape) for shape in ([a, b, a], [a, 0, b])] == [True, True]
+    assert [predictor.knows(shape) for shape in ([0, a, b], [a, b, a + 1], [a, b])] == [False] * 3
+    never = quietly(ShapePredictor.fit, *noisy_data())
+    assert never.knows([a, b, a])
+    assert not never.knows([a, 0, b])
+
+
 def test_choice_of_pairs_has_the_lower_leave_one_out_error():
     for seed in range(10):
         shapes = random_shapes(40, seed=seed)
@@ -210,7 +255,8 @@ def test_one_layer_is_enough(options):
         ([8, 20, 36, 48] * 2, [1.0] * 8, "one per shape, got (8,) and (8,)"),
         ([[8, 20]] * 8, [[1.0]] * 8, "one per shape, got (8, 2) and (8, 1)"),
         ([[8.0, 20.0]] * 8, [1.0] * 8, "shapes must be integers, got float64."),
-        ([[8, 20]] * 7, range(7), "7 measured shapes are too few: at least 8, better 8 for 2 layers"),
+        ([[8, 20]] * 7, range(7), "7 measured shapes are too few: at least 8, better 4 for each layer"),
+        ([], [], "0 measured shapes are too few"),
         ([[8, 20]] * 9, [1.0, float("nan"), 1.0, float("inf"), *[1.0] * 5], "2 of the losses are not finite"),
         ([[8, 20]] * 8, [2.5] * 8, "All 8 losses are 2.5: the shape makes no difference"),
     ],

@@ -207,8 +207,25 @@ def test_known_shapes_are_not_proposed_until_the_front_is_known(fitted):
     assert propose_shapes(SPACE, fitted, 1, everything - {tuple(best)}, seed=0, max_cost=budget) == [best]
 
 
-def test_nothing_is_proposed_for_a_budget_below_the_smallest(fitted):
-    assert propose_shapes(SPACE, fitted, 5, set(), seed=0, max_cost=1000) == []
+@pytest.mark.parametrize("max_cost", [1000, float("nan"), [1e9, 1000]])
+def test_budget_that_no_shape_meets_is_refused(fitted, max_cost):
+    message = f"cannot be met: the cheapest shape has parameters {SPACE.num_parameters(SPACE.smallest):,}. Choose a"
+    with pytest.raises(ValueError, match=message):
+        propose_shapes(SPACE, fitted, 5, set(), seed=0, max_cost=max_cost)
+    with pytest.raises(ValueError, match=message):
+        measure_in_rounds(SPACE, Measure(), 40, max_cost=max_cost)
+
+
+@pytest.mark.parametrize("length", [8, 500])
+def test_budget_in_flops_is_for_the_length_that_is_given(fitted, length):
+    budget = SPACE.flops([36] * 5, length)
+    options = {"cost": "flops", "max_cost": budget, "sequence_length": length}
+    proposed = propose_shapes(SPACE, fitted, 10, set(), seed=0, **options)
+    records = measure_in_rounds(SPACE, Measure(), 30, **options)
+    for shapes in (proposed, shapes_of(records)[10:]):
+        costs = np.array([SPACE.flops(shape, length) for shape in shapes])
+        assert (costs <= budget).all()
+        assert costs.max() > 0.9 * budget
 
 
 def test_best_measured_is_the_lowest_loss_within_the_budget():
@@ -217,7 +234,7 @@ def test_best_measured_is_the_lowest_loss_within_the_budget():
     for budget in np.quantile(costs, [0.1, 0.5, 1]):
         within = [record for record, cost in zip(records, costs) if cost <= budget]
         assert best_measured(SPACE, records, budget) == min(within, key=lambda record: record["loss"])["shape"]
-    with pytest.raises(ValueError, match=f"No measured shape costs at most 1,000: the cheapest costs {costs.min():,}"):
+    with pytest.raises(ValueError, match=f"costs at most 1,000: the cheapest of all 50 costs {costs.min():,}"):
         best_measured(SPACE, records, 1000)
 
 
@@ -278,7 +295,7 @@ def test_losses_that_are_not_finite_are_returned_but_not_fitted():
 
 
 def test_too_few_finite_losses_say_so():
-    with pytest.raises(ValueError, match="5 measured shapes are too few: at least 8"):
+    with pytest.raises(ValueError, match="Only 5 of 10 measured losses are finite, 8 are needed"):
         in_rounds(SPACE, Measure(broken={2, 4, 6, 8, 9}), 30, 3)
 
 
@@ -307,4 +324,4 @@ def test_rounds_find_a_better_shape_for_a_budget_than_as_many_random_shapes():
         random += measure([pareto_front(space, predictor).best(budget)])
         losses.append([measure([best_measured(space, each, budget)])[0]["loss"] for each in (in_rounds, random)])
     rounds, random = np.mean(losses, axis=0)
-    assert rounds < random - 0.02
+    assert rounds < random - 0.01

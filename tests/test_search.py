@@ -434,3 +434,11 @@ def test_predictor_of_another_space_is_refused(choices, layers):
     message = f"fitted on {layers} layers with the widths {kept}, but the search space has 3 layers with the widths"
     with pytest.raises(ValueError, match=re.escape(message)):
         pareto_front(SPACE, predictor)
+
+
+def test_space_of_many_widths_has_a_front():
+    space = SearchSpace(tiny_config(hidden_size=768, width_choices=list(range(4, 769, 4)), num_hidden_layers=2))
+    effects = -np.sqrt(np.array([space.width_choices] * 2)) / 100
+    front = pareto_front(space, ShapePredictor(space.width_choices, 3.0, effects))
+    assert front.shapes[-1].tolist() == front.best(space.num_parameters(space.largest)) == space.largest
+    assert front.costs["parameters"].tolist() == [space.num_parameters(shape) for shape in front.shapes.tolist()]

@@ -82,7 +82,7 @@ def test_shapes_of_the_front_are_measured_after_the_fit(first_run):
     _, folder = first_run
     records, fitted = read_records(folder / "records.jsonl"), ShapePredictor.load(folder / "predictor.json").evidence
     assert fitted.shapes.tolist() == [record["shape"] for record in records[: len(fitted.shapes)]]
-    assert len(fitted.shapes) == 24
+    assert 8 <= len(fitted.shapes) <= 24  # fewer where all drawn predictors agree
     check_that_the_front_was_measured(folder)
 
 
@@ -169,6 +169,20 @@ def test_front_of_latency_is_in_the_table(first_run, inputs, tmp_path):
     done = search(inputs, tmp_path / "search", "--latency=cpu", "--cost=latency")
     assert done.returncode == 0, done.stderr
     assert "The exact Pareto front of latency" in done.stdout
+
+
+def test_latency_of_other_conditions_is_not_taken_for_this_one(first_run, inputs, tmp_path):
+    folder = shutil.copytree(first_run[1], tmp_path / "search")
+    done = search(inputs, folder, "--latency=cpu", "--latency_batch_size=4", "--max_cost=90000")
+    assert done.returncode == 1
+    assert "latency.json was measured with {'batch_size': 1}, asked for is {'device': " in done.stderr
+    assert "Delete it and insensitivity.json to measure anew" in done.stderr
+
+
+def test_layers_that_were_dropped_in_an_earlier_search_do_not_harm(inputs, tmp_path):
+    for options in (["--drop_rate=0.3"], ["--num_shapes=30"]):
+        done = search(inputs, tmp_path / "search", *options)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ processes. (Bit for bit as far as one batch's forward pass does not: on the same
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from .modeling_supershaper import IGNORE_INDEX, SuperShaperForMaskedLM
-from .records import Batch, Record, append_record, make_header, open_records, perplexity
+from .records import Batch, Header, Record, append_record, make_header, open_records, perplexity
 
 
 Result = TypeVar("Result")
@@ -42,7 +43,8 @@ def evaluate_shapes(
         batches: Masked batches from `batches.fixed_masks`.
         shapes: Shapes to measure; `None` is the model's own full shape. One that occurs twice is measured once.
         description: Label of the progress bar.
-        accelerator: If given, its processes share the batches; each returns the same records.
+        accelerator: If given, its processes share the batches, and each returns the same records; they are computed
+            in its mixed precision.
         records_file: JSON lines to add to, see `records`; by default none is written. With several processes only the
             main one reads and writes it. Only one run at a time may use it.
 
@@ -51,26 +53,28 @@ def evaluate_shapes(
         where it overflows), `accuracy` (share of labelled tokens predicted exactly).
 
     Raises:
-        ValueError: If no token is labelled, a shape is not allowed, or `records_file` was begun by another model, on
-            other data, in another precision, or has no header.
+        ValueError: If no token is labelled, a shape is not allowed, processes ask for different ones, or
+            `records_file` was begun by another model, on other data, in another precision, or has no header.
         OSError: If `records_file` cannot be read or written. What it holds is kept.
 
     Example:
         >>> shapes = SearchSpace(supernet.config).sample(1000, seed=0)  # doctest: +SKIP
         >>> records = evaluate_shapes(supernet, batches, shapes, records_file="records.jsonl")  # doctest: +SKIP
     """
+    check_same_shapes(shapes, accelerator)
     batches = [batch for batch in batches if (batch["labels"] != IGNORE_INDEX).any()]
     if not batches:
         raise ValueError("No token of the batches is labelled. Use more text, or a higher masking rate.")
     config = model.config
     own: Sequence[int] = config.hidden_sizes or []  # never None in a model
     asked = [tuple(own if shape is None else config.normalize_shape(shape)) for shape in shapes]
+    evaluation = Evaluation(model, batches, accelerator)
     known: dict[tuple[int, ...], Record] = {}
     if records_file is not None:
-        known = {tuple(record["shape"]): record for record in recorded(records_file, model, batches, accelerator)}
+        header = make_header(model, batches, evaluation.precision())
+        known = {tuple(record["shape"]): record for record in recorded(records_file, header, accelerator)}
     distinct = dict(zip(asked, shapes, strict=True))
     missing = [shape for shape in distinct if shape not in known]
-    evaluation = Evaluation(model, batches, accelerator)
     bar = tqdm(
         missing,
         desc=description,
@@ -106,6 +110,27 @@ class Evaluation:
         share = [batches[min(i, len(batches) - 1)] for i in range(rank, rounds * self.processes, self.processes)]
         self.share = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in share]
 
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.accelerator is None else self.accelerator.autocast()
+
+    def precision(self) -> str:
+        """Return the dtype that autocast computes in, "no" without it.
+
+        It is seen from inside a forward pass of one sequence, since a model from `Accelerator.prepare` brings its own.
+        """
+        kind, seen = self.model.device.type, []
+
+        def look(*_: Any) -> None:
+            enabled = torch.is_autocast_enabled(kind)
+            seen.append(str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if enabled else "no")
+
+        inputs = {name: tensor[:1] for name, tensor in self.share[0].items() if name != "labels"}
+        was_training = self.model.training
+        with self.model.get_input_embeddings().register_forward_pre_hook(look), self.autocast():
+            self.model.eval()(**inputs)
+        self.model.train(was_training)
+        return seen[0]
+
     def measure(self, shape: Sequence[int] | None) -> dict[str, float]:
         """Return `loss`, `perplexity` and `accuracy` of a shape, the same on every process.
 
@@ -113,7 +138,8 @@ class Evaluation:
         depend on which process had which batch.
         """
         # They stay on the device until the last batch: reading each would let a GPU wait for the next.
-        figures = torch.stack([measure_batch(self.model, batch, shape) for batch in self.share])
+        with self.autocast():
+            figures = torch.stack([measure_batch(self.model, batch, shape) for batch in self.share])
         if self.accelerator is not None:
             figures = self.accelerator.gather(figures.to(self.accelerator.device))
         # From (process, round) to the order of the batches; the last round may hold copies of the last batch.
@@ -131,14 +157,24 @@ def measure_batch(model: SuperShaperForMaskedLM, batch: Batch, shape: Sequence[i
     return torch.stack([output.loss.float(), (output.logits.argmax(-1) == labels).sum().float()])
 
 
-# The records file, where several processes measure
+# Where several processes measure
 
 
-def recorded(
-    file: str | Path, model: SuperShaperForMaskedLM, batches: Sequence[Batch], accelerator: Accelerator | None
-) -> list[Record]:
+def check_same_shapes(shapes: Sequence[Sequence[int] | None], accelerator: Accelerator | None) -> None:
+    """Raise on every process if they ask for different shapes: each would measure its own on its share of the text."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return
+    asked = gather_object([[None if shape is None else tuple(shape) for shape in shapes]])
+    strangers = [rank for rank, other in enumerate(asked) if other != asked[0]]
+    if strangers:
+        raise ValueError(
+            f"Processes {strangers} ask for other shapes than process 0, so they cannot share the measuring. Draw the "
+            "shapes from the same seed on each."
+        )
+
+
+def recorded(file: str | Path, header: Header, accelerator: Accelerator | None) -> list[Record]:
     """Begin or go on with a records file; return the records in it, the same on every process."""
-    header = make_header(model, batches, autocast_precision(model, accelerator))
     headers = [header] if accelerator is None else gather_object([header])
 
     def begin() -> list[Record]:
@@ -151,15 +187,6 @@ def recorded(
         return open_records(file, header)
 
     return on_main_process(begin, accelerator)
-
-
-def autocast_precision(model: SuperShaperForMaskedLM, accelerator: Accelerator | None) -> str:
-    """Return the dtype that autocast computes in, "no" without it."""
-    kind = model.device.type
-    if torch.is_autocast_enabled(kind):
-        return str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
-    names = {"bf16": "bfloat16", "fp16": "float16"}
-    return "no" if accelerator is None else names.get(accelerator.mixed_precision, accelerator.mixed_precision)
 
 
 def on_main_process(act: Callable[[], Result], accelerator: Accelerator | None) -> Result:

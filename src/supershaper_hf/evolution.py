@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .costs import ChainCost, HasChainCost, chain_cost, resolve_cost
+from .folders import write_file
 from .shapes import SearchSpace
 
 
@@ -431,7 +432,7 @@ def _start(problem: _Problem, iterations: int, checkpoint: str | Path | None) ->
 
 
 def _save(problem: _Problem, state: _State, file: Path) -> None:
-    """Write the state as JSON. The file is replaced as a whole: a crash leaves the one before."""
+    """Write the state as JSON."""
     content = {
         "settings": asdict(problem.settings),
         "picks": state.population.picks.tolist(),
@@ -439,9 +440,7 @@ def _save(problem: _Problem, state: _State, file: Path) -> None:
         "history": state.history,
         "probe": problem.probe.tolist(),
     }
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(_to_json({"digest": _digest(content), **content}) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_file(file, _to_json({"digest": _digest(content), **content}) + "\n")
 
 
 def _digest(content: Mapping[str, Any]) -> str:

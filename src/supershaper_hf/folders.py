@@ -1,5 +1,6 @@
-"""Output folders that appear complete or not at all."""
+"""Output folders and files that appear complete or not at all."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,17 @@ def check_output_folder(folder: str | Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another one or remove it first.")
     return folder
+
+
+def write_file(file: str | Path, text: str) -> Path:
+    """Write `text` to a temporary file beside `file`, force it to the disk and rename it: a crash keeps the old."""
+    file = Path(file)
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return partial.replace(file)
 
 
 def write_folder(folder: str | Path, write: Callable[[Path], None], replace: bool = False) -> Path:

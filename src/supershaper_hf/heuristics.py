@@ -113,7 +113,8 @@ def derive_profile(
 def shapes_at(front: ParetoFront, budgets: int, part: Sequence[float] = (0.0, 1.0)) -> np.ndarray:
     """Return the front's best shapes (budgets, layers) for budgets evenly spaced over `part` of its (first) cost."""
     costs = next(iter(front.costs.values()))
-    low, high = costs.min() + (costs.max() - costs.min()) * np.array(part)
+    lowest, highest = costs.min(), costs.max()
+    low, high = lowest * (1 - np.array(part)) + highest * np.array(part)  # so that 0 and 1 are exact
     return np.array([front.best({next(iter(front.costs)): budget}) for budget in np.linspace(low, high, budgets)])
 
 

@@ -29,6 +29,7 @@ import torch
 
 from .configuration_supershaper import SuperShaperConfig
 from .costs import ChainCost, chain_cost, parameter_cost
+from .folders import write_file
 from .timing import Workload, check_count, device_name, local_devices
 
 
@@ -167,7 +168,7 @@ class LatencyTable:
     def chain_cost(self, config: SuperShaperConfig) -> ChainCost:
         """Return the terms that `search.pareto_front(cost=table)` and `evolutionary_search(latency=table)` add up.
 
-        Warns if `config` has other sizes than the one measured.
+        Warns if `config` has other sizes, or another attention implementation, than the one measured.
 
         Raises:
             ValueError: If a width choice of `config` was not measured.
@@ -178,12 +179,15 @@ class LatencyTable:
                 f"The configuration has the widths {unknown}, which are not in the latency table: it knows "
                 f"{self.width_choices}. Measure one for this configuration: LatencyTable.measure(config)."
             )
-        other = [name for name in SIZES if getattr(config, name) != self.sizes[name]]
+        measured = {**self.sizes, "attention": self.attention}
+        given = {name: getattr(config, name) for name in SIZES}
+        given["attention"] = config._attn_implementation or self.attention  # of a configuration without a model: any
+        other = [name for name in measured if given[name] != measured[name]]
         if other:
             warnings.warn(
-                f"The latency table was measured with {', '.join(f'{name}={self.sizes[name]}' for name in other)}, but "
-                f"the configuration has {', '.join(f'{name}={getattr(config, name)}' for name in other)}: its seconds "
-                "hold for the former. Measure one for this configuration: LatencyTable.measure(config).",
+                f"The latency table was measured with {', '.join(f'{name}={measured[name]}' for name in other)}, but "
+                f"the configuration has {', '.join(f'{name}={given[name]}' for name in other)}: its seconds hold for "
+                "the former. Measure one for this configuration: LatencyTable.measure(config).",
                 stacklevel=2,
             )
         return self._terms()
@@ -223,7 +227,7 @@ class LatencyTable:
             entries = content[name]
             content[name] = {**asdict(entries), "blocks": entries.blocks.tolist(), "leave": entries.leave.tolist()}
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
-        Path(file).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        write_file(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
     @classmethod
     def load(cls, file: str | Path) -> "LatencyTable":

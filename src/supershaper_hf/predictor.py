@@ -24,6 +24,8 @@ import numpy as np
 from scipy.optimize import lsq_linear
 from scipy.stats import kendalltau, spearmanr
 
+from .folders import write_file
+
 
 MINIMUM_SHAPES = 8
 RIDGE_STRENGTHS = np.logspace(-6, 3, 37)
@@ -157,7 +159,7 @@ class ShapePredictor:
         Raises:
             ValueError: If the lengths differ, there are too few shapes, or the losses are not finite or all equal.
         """
-        widths, target = np.asarray(shapes), np.asarray(losses, dtype=np.float64)
+        widths, target = np.array(shapes), np.asarray(losses, dtype=np.float64)  # a copy: the predictor keeps it
         _check_measurements(widths, target)
         if monotone and pairs:
             raise ValueError("monotone=True cannot be kept with pairs=True. Leave one of them out.")
@@ -200,6 +202,11 @@ class ShapePredictor:
         if self.evidence is None:
             return [True] * len(self.effects)
         return (self.evidence.shapes == 0).any(axis=0).tolist()
+
+    def knows(self, shape: Sequence[int]) -> bool:
+        """Return whether `shape` can be predicted: all widths known, and no layer dropped that never was."""
+        may_be_dropped = len(shape) == len(self.droppable) and all(np.array(shape, dtype=bool) | self.droppable)
+        return may_be_dropped and set(shape) - {0} <= set(self.width_choices)
 
     def predict(self, shapes: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """Return the predicted losses (n,) in nats, the logarithms of perplexities, of `shapes` (n, layers).
@@ -257,7 +264,7 @@ class ShapePredictor:
             "quality": self.quality and asdict(self.quality),
             "evidence": self.evidence and {**asdict(self.evidence), "shapes": self.evidence.shapes.tolist()},
         }
-        Path(file).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        write_file(file, json.dumps(content) + "\n")
 
     @classmethod
     def load(cls, file: str | Path) -> "ShapePredictor":
@@ -329,17 +336,16 @@ class ShapePredictor:
 
 
 def _check_measurements(shapes: np.ndarray, losses: np.ndarray) -> None:
+    if len(shapes) < MINIMUM_SHAPES and losses.shape == (len(shapes),):
+        raise ValueError(
+            f"{len(shapes)} measured shapes are too few: at least {MINIMUM_SHAPES}, better 4 for each layer."
+        )
     if shapes.ndim != 2 or losses.shape != (len(shapes),):
         raise ValueError(
             f"shapes must be (n, layers) and losses (n,), one per shape, got {shapes.shape} and {losses.shape}."
         )
     if not np.issubdtype(shapes.dtype, np.integer):
         raise ValueError(f"shapes must be integers, got {shapes.dtype}.")
-    if len(shapes) < MINIMUM_SHAPES:
-        raise ValueError(
-            f"{len(shapes)} measured shapes are too few: at least {MINIMUM_SHAPES}, better {4 * shapes.shape[1]} for "
-            f"{shapes.shape[1]} layers, are needed."
-        )
     if shapes.min() < 0:
         raise ValueError(f"Width {shapes.min()} is negative. Allowed: positive widths, and 0 for a dropped layer.")
     if not np.isfinite(losses).all():
@@ -429,7 +435,7 @@ def _ridge(trend: np.ndarray, steps: np.ndarray, target: np.ndarray) -> _Ridge:
     projected = left.T @ residual
     residuals = residual - (shrinkage * projected) @ left.T  # (strengths, n)
     leverage = np.diag(onto_trend) + shrinkage @ (left**2).T
-    left_out = residuals / np.maximum(1 - leverage, 1e-6)
+    left_out = residuals / np.maximum(1 - leverage, 1e-12)  # both tend to 0 where a fit can follow every measurement
     loo = np.sqrt(np.mean(left_out**2, axis=1))
     best = int(loo.argmin())
     weights = right.T @ (values / (values**2 + RIDGE_STRENGTHS[best]) * projected)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset, Features, List, Value
 
+from .folders import write_file
 from .modeling_supershaper import IGNORE_INDEX, SuperShaperForMaskedLM
 from .progress import to_json
 from .shapes import SearchSpace
@@ -328,12 +329,7 @@ def is_shape(value: Any) -> bool:
 def begin(file: Path, header: Header) -> None:
     """Write the first line. The file appears with the whole of it or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(f"{to_json(header)}\n".encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    write_file(file, f"{to_json(header)}\n")
 
 
 @contextmanager

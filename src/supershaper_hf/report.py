@@ -109,11 +109,11 @@ class Findings:
         ]
 
     def held_out(self) -> list[Record]:
-        """Return the records of shapes that the predictor was not fitted on."""
+        """Return the records of shapes that the predictor was not fitted on, but knows all widths of."""
         evidence = self.predictor.evidence
         fitted = set() if evidence is None else set(map(tuple, evidence.shapes.tolist()))
-        known = {0, *self.predictor.width_choices}
-        return [r for r in self.records if tuple(r["shape"]) not in fitted and known.issuperset(r["shape"])]
+        new = [record for record in self.records if tuple(record["shape"]) not in fitted]
+        return [record for record in new if self.predictor.knows(record["shape"])]
 
     def _cost(self, cost: str) -> Cost:
         if cost != "latency":

@@ -32,6 +32,7 @@ def measure_in_rounds(
     cost: Cost | Sequence[Cost] = "parameters",
     max_cost: float | Sequence[float] | None = None,
     drop_rate: float = 0.0,
+    sequence_length: int = 128,
 ) -> Records:
     """Measure `num_shapes` shapes: random ones, then in rounds those that may be the best for the budgets `max_cost`.
 
@@ -48,12 +49,14 @@ def measure_in_rounds(
         max_cost: The budgets that matter, in the unit of the (first) cost. By default all shapes are random: where
             every budget matters, rounds only pay from about 100 shapes on (docs/results.md).
         drop_rate: Chance of each layer to be dropped in the first round: see `SearchSpace.sample`.
+        sequence_length: Tokens per sequence, for a cost in FLOPs.
 
     Returns:
         All records, in the order of measuring. They are fewer where every drawn front, or the whole space, is known.
 
     Raises:
-        ValueError: If `rounds` is below 1, `num_shapes` too small for them, or too few of the losses are finite.
+        ValueError: If `rounds` is below 1, `num_shapes` too small for them, too few of the losses are finite, or no
+            shape is as cheap as a budget. Then the first round is measured.
 
     Example:
         >>> measure = lambda shapes: evaluate_shapes(supernet, batches, shapes)  # doctest: +SKIP
@@ -74,13 +77,21 @@ def measure_in_rounds(
         if share == 0 or len(shapes) < first:  # the whole space is known
             break
         finite = [record for record in records if np.isfinite(record["loss"])]
+        if len(finite) < MINIMUM_SHAPES:
+            raise ValueError(
+                f"Only {len(finite)} of {len(records)} measured losses are finite, {MINIMUM_SHAPES} are needed: is the "
+                "supernet trained, and stable in this precision?"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a poor fit is no news before the last round
             predictor = ShapePredictor.fit(
                 [record["shape"] for record in finite], [record["loss"] for record in finite]
             )
         known = {tuple(record["shape"]) for record in records}
-        if proposed := propose_shapes(space, predictor, share, known, (seed, number), cost, max_cost=max_cost):
+        proposed = propose_shapes(
+            space, predictor, share, known, (seed, number), cost, max_cost=max_cost, sequence_length=sequence_length
+        )
+        if proposed:
             records = records + measure(proposed)
     return records
 
@@ -94,17 +105,26 @@ def propose_shapes(
     cost: Cost | Sequence[Cost] = "parameters",
     *,
     max_cost: float | Sequence[float],
+    sequence_length: int = 128,
 ) -> list[list[int]]:
     """Return up to `n` shapes that are not in `known`, each from the front of a predictor drawn from the posterior.
 
     From each front the best unknown shape for one of the budgets `max_cost`, in turn, is taken. Fewer are returned if
     all affordable shapes of a front are known.
+
+    Raises:
+        ValueError: If no shape is as cheap as a budget.
     """
     budgets = np.atleast_1d(max_cost)
     chosen: dict[tuple[int, ...], None] = {}
     for number, drawn in enumerate(predictor.draw(n, seed)):
-        front = pareto_front(space, drawn, cost)
-        costs = next(iter(front.costs.values()))
+        front = pareto_front(space, drawn, cost, sequence_length)
+        name, costs = next(iter(front.costs.items()))
+        if not budgets.min() >= costs.min():  # also if it is not a number
+            raise ValueError(
+                f"max_cost={budgets.min():,.10g} cannot be met: the cheapest shape has {name} {costs.min():,.10g}. "
+                "Choose a higher budget."
+            )
         affordable = np.flatnonzero(costs <= budgets[number % len(budgets)])
         for index in affordable[np.argsort(front.losses[affordable], kind="stable")]:
             shape = tuple(front.shapes[index].tolist())
@@ -127,8 +147,8 @@ def best_measured(
     losses = np.where(costs <= max_cost, [record["loss"] for record in records], np.nan)
     if np.isnan(losses).all():
         raise ValueError(
-            f"No measured shape costs at most {max_cost:,g}: the cheapest costs {costs.min():,g}. Raise the budget, or "
-            "measure cheaper shapes."
+            f"No measured shape with a loss costs at most {max_cost:,g}: the cheapest of all {len(costs)} costs "
+            f"{costs.min():,g}. Raise the budget, or measure cheaper shapes."
         )
     return shapes[np.nanargmin(losses)].tolist()
 

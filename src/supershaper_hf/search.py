@@ -165,8 +165,8 @@ class _Partial:
         return _Partial(
             self.costs + np.array(costs),
             self.losses + loss,
-            np.full(count, position, dtype=np.int8),
-            np.full(count, state, dtype=np.int8),
+            np.full(count, position, dtype=np.int16),
+            np.full(count, state, dtype=np.int16),
             np.arange(count),
         )
 
@@ -177,7 +177,7 @@ def _extend(terms: Sequence[ChainCost], space: SearchSpace, predictor: ShapePred
     effects = np.pad(predictor.effects, ((0, 0), (unknown_zero, 0)))
     pairs = np.pad(predictor.pair_effects, ((0, 0), (unknown_zero, 0), (unknown_zero, 0)))
     sources = [space.config.hidden_size, *space.width_choices]  # state 0: fed by the embeddings
-    nothing = np.zeros(1, dtype=np.int8)
+    nothing = np.zeros(1, dtype=np.int16)
     integral = all(isinstance(term.fixed, int) for term in terms)
     costs = np.zeros((1, len(terms)), dtype=np.int64 if integral else np.float64)
     states = {0: _Partial(costs, np.zeros(1), nothing, nothing, np.zeros(1, dtype=np.int64))}
