@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -32,7 +33,7 @@ from supershaper_hf.batches import fixed_masks
 from supershaper_hf.data import check_vocabulary, tokenize, train_tokenizer
 from supershaper_hf.evaluation import evaluate_shapes
 from supershaper_hf.folders import check_output_folder
-from supershaper_hf.heuristics import derive_profile
+from supershaper_hf.heuristics import derive_profile, shapes_at
 from supershaper_hf.hub import save_for_hub
 from supershaper_hf.predictor import ShapePredictor
 from supershaper_hf.records import Record
@@ -46,7 +47,6 @@ from supershaper_hf.training import super_pretrain
 
 
 BUNDLED_TEXT = Path(__file__).parent / "data" / "presidential_addresses.txt"
-COMPARED = ("rectangle", "upper_triangle", "first_layers")  # what the searched shape has to beat
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -158,6 +158,7 @@ def search(
     predictor.save(folder / PREDICTOR_FILE)
     supernet.config.to_json_file(folder / "config.json")
     front = pareto_front(space, predictor)
+    measure(np.unique(shapes_at(front, 8), axis=0).tolist())  # to see how far the predictor is off
     print(
         f"\nMeasured {len(records)} shapes. Predictor: {predictor.quality}.\n"
         f"The exact front over {space.size:,} shapes has {len(front)} points. Budget: {budget:,} parameters.\n"
@@ -247,7 +248,10 @@ def main() -> int:
     front.plot(
         args.output_dir / "pareto.png",
         measured=[(space.num_parameters(record["shape"]), record["perplexity"]) for record in measured],
-        named={row["name"]: (row["parameters"], row["perplexity"]) for row in rows},
+        named={  # on the text of the search, as all else in the plot
+            row["name"]: (row["parameters"], row["perplexity"])
+            for row in compare(supernet, search_batches, {"searched": shape} | named)
+        },
     )
 
     subnet = supernet.extract_subnet(shape)
@@ -273,14 +277,16 @@ def main() -> int:
         f"training, beside hand-crafted shapes of the same budget:\n\n{markdown_table(rows)}",
     )
 
-    perplexity = {row["name"]: row["perplexity"] for row in rows}
-    before, counted, stored = perplexity["searched"], rows[0]["parameters"], stored_parameters(folder)
+    before, counted, stored = rows[0]["perplexity"], rows[0]["parameters"], stored_parameters(folder)
+    second = min(rows[1:], key=lambda row: row["perplexity"])
     claims = {
         f"subnet equals supernet: largest difference of a logit {difference:.1e}": difference < 1e-4,
         f"counted parameters {counted:,}, stored {stored:,}": counted == stored,
         f"continued training: perplexity {before:.2f} -> {after['perplexity']:.2f}": after["perplexity"] < before,
         "loads without the package": load_without_package(folder, tokenizer),
-    } | {f"searched {before:.2f} beats {name} {perplexity[name]:.2f}": before < perplexity[name] for name in COMPARED}
+        f"searched {before:.2f} beats the best hand-crafted shape, {second['name']} {second['perplexity']:.2f}": before
+        < second["perplexity"],
+    }
     print()
     for claim, holds in claims.items():
         print(f"{'yes' if holds else 'NO '}  {claim}")

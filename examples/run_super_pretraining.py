@@ -23,7 +23,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
-from supershaper_hf.arguments import SuperPretrainingArguments, option
+from supershaper_hf.arguments import HelpFormatter, SuperPretrainingArguments, option
 from supershaper_hf.batches import fixed_masks
 from supershaper_hf.checkpoints import list_checkpoints
 from supershaper_hf.costs import training_flops
@@ -66,7 +66,9 @@ class ScriptArguments:
 
 def parse_arguments(argv: list[str]) -> tuple[ScriptArguments, SuperPretrainingArguments]:
     """Read flags, or a YAML file of the same names followed by flags that change it."""
-    parser = HfArgumentParser((ScriptArguments, SuperPretrainingArguments), description=__doc__)
+    parser = HfArgumentParser(
+        (ScriptArguments, SuperPretrainingArguments), description=__doc__, formatter_class=HelpFormatter
+    )
     if argv and argv[0].endswith((".yaml", ".yml")):
         options = yaml.safe_load(Path(argv[0]).read_text()) or {}
         known = {f.name for cls in (ScriptArguments, SuperPretrainingArguments) for f in fields(cls)}

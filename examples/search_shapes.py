@@ -23,7 +23,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from transformers import AutoTokenizer, HfArgumentParser
 
 from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperForMaskedLM, evaluate_shapes, pareto_front
-from supershaper_hf.arguments import option
+from supershaper_hf.arguments import HelpFormatter, option
 from supershaper_hf.batches import MASKING_RATE, fixed_masks
 from supershaper_hf.costs import Cost
 from supershaper_hf.data import check_vocabulary, tokenize
@@ -37,7 +37,7 @@ from supershaper_hf.records import Record, read_records, to_dataset
 from supershaper_hf.report import INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, write_report
 from supershaper_hf.rounds import measure_in_rounds
 from supershaper_hf.text import load_text
-from supershaper_hf.timing import device_name
+from supershaper_hf.timing import device_name, parse_device
 
 
 @dataclass
@@ -62,7 +62,10 @@ class SearchArguments:
     monotone: bool = option(False, "Predict that a wider layer is never worse.")
     cost: str = option("parameters", "Budget in parameters, flops or latency (with --latency).")
     max_cost: list[float] = field(
-        default_factory=list, metadata={"help": "Budgets in parameters that matter most, if not all do."}
+        default_factory=list,
+        metadata={
+            "help": "Budgets that matter most, if not all do: parameters, operations or seconds, as --cost says."
+        },
     )
     budgets: int = option(8, "Budgets for which the best shape is measured and shown.")
     latency: str | None = option(None, "Device to measure latency on, such as cpu or cuda.")
@@ -73,7 +76,7 @@ class SearchArguments:
 
 
 def parse_arguments() -> SearchArguments:
-    parser = HfArgumentParser((SearchArguments,), description=__doc__)
+    parser = HfArgumentParser((SearchArguments,), description=__doc__, formatter_class=HelpFormatter)
     (args,) = parser.parse_args_into_dataclasses()
     for name in ("model", "eval_files"):
         if not getattr(args, name):
@@ -109,7 +112,7 @@ def measure_latency(args: SearchArguments, space: SearchSpace, length: int, fold
     size: dict[str, Any] = {"device": args.latency, "batch_size": args.latency_batch_size, "sequence_length": length}
     if (folder / LATENCY_FILE).exists():
         table = LatencyTable.load(folder / LATENCY_FILE)
-        asked = size | {"device": device_name(args.latency)}
+        asked = size | {"device": device_name(parse_device(args.latency))}
         if stored := {name: getattr(table, name) for name in asked if getattr(table, name) != asked[name]}:
             raise ValueError(
                 f"{folder / LATENCY_FILE} was measured with {stored}, asked for is {asked}. Delete it and "
@@ -141,6 +144,12 @@ def main() -> int:
     with accelerator.main_process_first():
         batches = load_batches(args, model, length)
 
+    cost: Cost = args.cost
+    if args.latency:
+        folder.mkdir(parents=True, exist_ok=True)
+        table = on_main_process(partial(measure_latency, args, space, length, folder), accelerator)
+        cost = table if args.cost == "latency" else cost
+
     def measure(shapes: list[list[int]]) -> list[Record]:
         return evaluate_shapes(model, batches, shapes, accelerator=accelerator, records_file=folder / RECORDS_FILE)
 
@@ -150,23 +159,21 @@ def main() -> int:
         args.num_shapes,
         rounds=args.rounds,
         seed=args.seed,
+        cost=cost,
         max_cost=args.max_cost or None,
         drop_rate=args.drop_rate,
         sequence_length=length,
     )
     predictor = fit(records, args.monotone)
     accelerator.print(f"Predictor: {predictor.quality}.")
-    cost: Cost = args.cost
-    if args.latency:
-        table = on_main_process(partial(measure_latency, args, space, length, folder), accelerator)
-        cost = table if args.cost == "latency" else cost
     front = pareto_front(space, predictor, cost, sequence_length=length)
-    measure(np.unique(shapes_at(front, args.budgets), axis=0).tolist())  # the predictor has not seen these
+    best = [*shapes_at(front, args.budgets).tolist(), *map(front.best, args.max_cost)]
+    measure(np.unique(best, axis=0).tolist())  # the predictor has not seen these
     if accelerator.is_main_process:
         model.config.to_json_file(folder / "config.json")
         predictor.save(folder / PREDICTOR_FILE)
         to_dataset(read_records(folder / RECORDS_FILE), space).to_parquet(folder / "records.parquet")
-        page = write_report(folder, args.cost, args.budgets, length)
+        page = write_report(folder, args.cost, args.budgets, length, args.max_cost)
         print(page.read_text(encoding="utf-8"))
         print(f"Written: {page}")
         if args.push_to_hub:

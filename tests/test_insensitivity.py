@@ -205,7 +205,7 @@ def test_rows_are_text_for_a_table():
     record = Insensitivity(1_000_000, [[8, 20], [20, 8]], [0.010, 0.012], [1_010_000, 990_000], 0.01, 0.001)
     [row] = insensitivity_rows([record])
     assert row == {
-        "parameters": "1.0 M",
+        "parameters": "1,000,000",
         "their spread": "1.41%",
         "shapes": 2,
         "mean": "11.00 ms",
@@ -215,7 +215,7 @@ def test_rows_are_text_for_a_table():
         "fastest": "10.00 ms [8, 20]",
         "slowest": "12.00 ms [20, 8]",
     }
-    assert markdown_table([row]).splitlines()[2].startswith("| 1.0 M | 1.41% | 2 | 11.00 ms | 12.86% | 1.00% |")
+    assert markdown_table([row]).splitlines()[2].startswith("| 1,000,000 | 1.41% | 2 | 11.00 ms | 12.86% | 1.00% |")
 
 
 def test_width_rows_tell_the_time_per_parameter():

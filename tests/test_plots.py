@@ -48,6 +48,14 @@ def figures(monkeypatch):
 # Cost against perplexity
 
 
+def test_front_is_a_staircase_of_one_cost_and_dots_of_two(tmp_path, figures):
+    front(tmp_path)
+    front(tmp_path, steps=False)
+    one, two = (axes.get_lines()[0] for axes in figures)
+    assert one.get_drawstyle() == "steps-post"
+    assert (two.get_linestyle(), two.get_marker()) == ("None", ".")
+
+
 @pytest.mark.parametrize("cost", COSTS)
 def test_front_of_each_cost_is_drawn_in_its_unit(cost, tmp_path, figures):
     front(tmp_path, cost, COSTS[cost])

@@ -1,11 +1,13 @@
 """The page of a search, made of the files that a real search wrote."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,7 +76,7 @@ def test_page_table_and_plots_are_written(folder):
     for name in plots(folder):
         assert imread(folder / name).std() > 0
     assert "30 of 64 shapes were measured" in text
-    assert "4 shapes were measured after the predictor was fitted" in text
+    assert "4 shapes were measured that the predictor was not fitted on" in text
     assert "Good shapes have" in text
     assert f"Latency on {LatencyTable.load(folder / LATENCY_FILE).device}" in text
     assert "verdict" in text
@@ -91,8 +93,10 @@ def test_page_without_latency_has_no_word_of_it(folder):
 @pytest.mark.parametrize("length", [16, 128])
 def test_flops_are_counted_for_the_length_named_in_the_heading(folder, length):
     (folder / LATENCY_FILE).unlink()
-    assert f"| GFLOPs ({length} tokens) |" in write_report(folder, "flops", sequence_length=length).read_text()
+    page = write_report(folder, "flops", sequence_length=length).read_text()
     space = Findings.read(folder).space
+    length = min(length, space.config.max_position_embeddings)
+    assert f"| GFLOPs ({length} tokens) |" in page
     with (folder / FRONT_FILE).open() as stream:
         row = next(csv.DictReader(stream))
     assert int(row["flops"]) == space.flops([int(width) for width in row["shape"].split()], length)
@@ -104,6 +108,63 @@ def test_page_of_a_predictor_that_has_seen_every_shape_makes_no_claim_of_trust(f
     fitted.save(folder / PREDICTOR_FILE)
     assert "trusted" not in write_report(folder).read_text()
     assert "agreement.png" not in plots(folder)
+
+
+def column(text, heading):
+    """The cells below a heading of the first table that has it."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if f"| {heading} |" in line)
+    place = lines[start].split("|").index(f" {heading} ")
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    return [row.split("|")[place].strip() for row in rows]
+
+
+def test_budgets_that_matter_are_answered_by_the_best_measured_shape(folder):
+    findings = Findings.read(folder)
+    budgets = [findings.space.num_parameters(shape) for shape in ([20, 20, 20], [36, 36, 36])]
+    text = write_report(folder, max_cost=budgets).read_text()
+    assert column(text, "budget") == [f"{budget:,}" for budget in budgets]
+    shapes = [json.loads(cell) for cell in column(text, "shape")]
+    for budget, shape, perplexity in zip(budgets, shapes, column(text, "measured perplexity")):
+        within = [r for r in findings.records if findings.space.num_parameters(r["shape"]) <= budget]
+        best = min(within, key=lambda record: record["loss"])
+        assert shape == best["shape"]
+        assert perplexity == f"{best['perplexity']:.2f}"
+    assert "The best measured shape" not in write_report(folder).read_text()
+
+
+def test_every_row_names_the_best_measured_perplexity_at_its_cost(folder):
+    findings = Findings.read(folder)
+    text = write_report(folder, budgets=6).read_text()
+    for shape, lowest in zip(column(text, "shape"), column(text, "best measured")):
+        cost = findings.space.num_parameters(json.loads(shape))
+        within = [r["perplexity"] for r in findings.records if findings.space.num_parameters(r["shape"]) <= cost]
+        assert lowest == f"{min(within):.2f}"
+
+
+@pytest.mark.parametrize(("rmse", "expected"), [(1e-9, "Cross-validation promised 0.000"), (9.0, "That is about what")])
+def test_page_says_whether_new_shapes_are_predicted_as_well_as_promised(folder, rmse, expected):
+    predictor = ShapePredictor.load(folder / PREDICTOR_FILE)
+    predictor.quality = replace(predictor.quality, rmse=rmse)
+    predictor.save(folder / PREDICTOR_FILE)
+    assert expected in write_report(folder).read_text()
+
+
+def test_dropped_layers_that_the_predictor_does_not_know_are_no_test_of_it(folder):
+    with (folder / RECORDS_FILE).open("a") as stream:
+        stream.write('{"shape": [0, 48, 48], "loss": 1.0, "perplexity": 2.718281828459045, "accuracy": 0.5}\n')
+    assert "4 shapes were measured that the predictor was not fitted on" in write_report(folder).read_text()
+
+
+def test_only_the_front_in_the_table_has_stars(folder, monkeypatch):
+    starred = {}
+    monkeypatch.setattr(
+        "supershaper_hf.search.plot_front", lambda file, *_, chosen, **__: starred.update({file.stem: len(chosen)})
+    )
+    monkeypatch.setattr("supershaper_hf.report._profile_section", lambda *_: "")
+    write_report(folder, "latency")
+    assert starred["front_latency"] > 0
+    assert starred["front_parameters"] == 0
 
 
 def test_same_files_make_the_same_page(folder):

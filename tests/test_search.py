@@ -352,7 +352,7 @@ TWO = ParetoFront(
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (2000, "This front has the costs ['parameters', 'latency']: give max_cost as a dict of bounds."),
+        (2000, 'This front has two costs: give max_cost={"parameters": ..., "latency": ...}.'),
         ({"flops": 1}, "Unknown cost(s) ['flops'] in max_cost. This front has ['parameters', 'latency']."),
         ({"parameters": 1000, "latency": 0.3}, "No shape is within all of max_cost={'parameters': 1000, 'latency'"),
         ({"parameters": 5000, "latency": 0.2}, "max_cost=0.2 latency is below the cheapest subnet, which has 0.25"),
@@ -400,7 +400,10 @@ def test_plot_shows_the_first_cost_and_perplexities(monkeypatch, tmp_path):
     file, name, costs, perplexities = drawn["v"]
     assert (file, name, costs.tolist()) == (tmp_path / "front.png", "parameters", [1000, 2000])
     np.testing.assert_allclose(perplexities, np.exp([2.0, 1.0]))
-    assert drawn["p"] == {"measured": [(1, 2.0)]}
+    assert drawn["p"] == {"steps": False, "measured": [(1, 2.0)]}
+    one = pareto_front(SPACE, FALLING)
+    one.plot(tmp_path / "front.png")
+    assert drawn["p"]["steps"]
 
 
 @pytest.mark.parametrize("cost", ["latency", ["parameters", "latency"]], ids=str)

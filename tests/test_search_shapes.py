@@ -17,6 +17,7 @@ from test_data import random_documents
 from test_processes import free_port
 
 from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperConfig, SuperShaperForMaskedLM
+from supershaper_hf.latency import LatencyTable
 from supershaper_hf.records import read_records
 
 
@@ -71,11 +72,12 @@ def test_everything_is_written_and_the_page_is_printed(first_run):
 
 def check_that_the_front_was_measured(folder):
     """Every row of the page's table names a measured shape and its perplexity."""
-    table = (folder / "report.md").read_text().split("| parameters | GFLOPs")[1].split("\n\n")[0].splitlines()[2:]
+    table = (folder / "report.md").read_text().split("| best measured | shape |\n")[1].split("\n\n")[0].splitlines()[1:]
     measured = {tuple(record["shape"]): record["perplexity"] for record in read_records(folder / "records.jsonl")}
     for line in table:
-        *_, perplexity, shape, _ = line.split(" | ") if line.endswith(" | ") else [*line.strip("| ").split(" | "), ""]
+        *_, perplexity, lowest, shape = line.strip("| ").split(" | ")
         assert float(perplexity) == round(measured[tuple(json.loads(shape))], 2)
+        assert float(lowest) <= float(perplexity)
 
 
 def test_shapes_of_the_front_are_measured_after_the_fit(first_run):
@@ -165,10 +167,25 @@ def test_records_of_another_model_are_refused(first_run, inputs, tmp_path):
     assert "holds records of another model" in done.stderr
 
 
-def test_front_of_latency_is_in_the_table(first_run, inputs, tmp_path):
-    done = search(inputs, tmp_path / "search", "--latency=cpu", "--cost=latency")
+def test_budget_in_seconds_is_searched_for_and_answered(inputs, tmp_path):
+    folder = tmp_path / "search"
+    folder.mkdir()
+    config = SuperShaperConfig.from_pretrained(inputs[1])
+    table = LatencyTable.measure(config, sequence_length=12, repeats=3)
+    table.save(folder / "latency.json")
+    least, most = table.predict([[8] * 6, [48] * 6])
+    budget = (least + most) / 2
+    done = search(inputs, folder, "--latency=cpu", "--cost=latency", f"--max_cost={budget}")
     assert done.returncode == 0, done.stderr
     assert "The exact Pareto front of latency" in done.stdout
+    answer = done.stdout.split("The best measured shape for each budget:")[1].split("\n\n")[1].splitlines()[2]
+    cells = answer.strip("| ").split(" | ")
+    assert cells[0] == f"{budget * 1e3:.2f} ms"
+    shape = json.loads(cells[-1])
+    records = read_records(folder / "records.jsonl")
+    within = [record for record in records if table.predict([record["shape"]])[0] <= budget]
+    assert shape == min(within, key=lambda record: record["loss"])["shape"]
+    assert sum(table.predict([r["shape"]])[0] > 0.8 * budget for r in within) >= 6  # the rounds looked there
 
 
 def test_latency_of_other_conditions_is_not_taken_for_this_one(first_run, inputs, tmp_path):
@@ -190,6 +207,8 @@ def test_layers_that_were_dropped_in_an_earlier_search_do_not_harm(inputs, tmp_p
     [
         (["--cost=watts"], "--cost watts is unknown. Allowed: parameters, flops, latency."),
         (["--cost=latency"], "--cost latency and --insensitivity need --latency DEVICE."),
+        (["--latency=gpu"], "device='gpu' is not here or cannot be timed. Allowed: ['cpu'"),
+        (["--max_cost=100"], "max_cost=100 cannot be met: the cheapest shape has parameters"),
         (["--num_shapes=5"], "num_shapes=5 and rounds=4"),
     ],
 )

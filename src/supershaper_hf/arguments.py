@@ -3,6 +3,7 @@
 `HfArgumentParser` makes the command line of `examples/run_super_pretraining.py` from these fields.
 """
 
+import argparse
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,10 @@ from .shapes import DISTRIBUTIONS
 
 SAMPLINGS = ("sandwich", "random", "fixed")
 PRECISIONS = ("no", "bf16", "fp16")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Of a script's `--help`: defaults are shown, the description keeps its lines."""
 
 
 def option(default: Any, help: str) -> Any:

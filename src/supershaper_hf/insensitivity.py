@@ -197,7 +197,7 @@ def insensitivity_rows(records: Sequence[Insensitivity]) -> list[dict[str, Any]]
     """Return one row of text per record, for `tables.markdown_table`."""
     return [
         {
-            "parameters": f"{np.mean(record.parameters) / 1e6:,.1f} M",
+            "parameters": f"{np.mean(record.parameters):,.0f}",
             "their spread": f"{record.parameter_spread:.2%}",
             "shapes": len(record.shapes),
             "mean": _milliseconds(np.mean(record.seconds)),

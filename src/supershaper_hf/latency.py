@@ -30,7 +30,7 @@ import torch
 from .configuration_supershaper import SuperShaperConfig
 from .costs import ChainCost, chain_cost, parameter_cost
 from .folders import write_file
-from .timing import Workload, check_count, device_name, local_devices
+from .timing import Workload, check_count, device_name, local_devices, parse_device
 
 
 FORMAT = "supershaper-hf latency table 1"
@@ -313,7 +313,7 @@ class LatencyProbe:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ):
-        self._workload = Workload(config, torch.device(device), batch_size, sequence_length, dtype, seed)
+        self._workload = Workload(config, parse_device(device), batch_size, sequence_length, dtype, seed)
         self.width_choices = list(config.width_choices or [])
         self.walk = walk_through_pairs(self.width_choices, seed)
         self._model = self._workload.model(self.walk[1:], seed)

@@ -32,17 +32,19 @@ def plot_front(
     costs: np.ndarray,
     perplexities: np.ndarray,
     *,
+    steps: bool = True,
     measured: Sequence[Point] = (),
     chosen: Sequence[Point] = (),
     named: Mapping[str, Point] | None = None,
 ) -> None:
-    """Write a PNG of cost against perplexity: the predicted front as a line, measured shapes as dots.
+    """Write a PNG of cost against perplexity: the predicted front as steps, measured shapes as dots.
 
     Args:
         file: Where to write it.
         cost: `"parameters"`, `"flops"` or `"latency"`, for the label of the axis.
         costs: (n,) of the front's points.
         perplexities: (n,) of the front's points, predicted.
+        steps: Whether this cost alone decides what is on the front; with two costs its points are drawn as dots.
         measured: Cost and perplexity of measured shapes, drawn as dots.
         chosen: Cost and perplexity of measured shapes of the front, drawn as stars.
         named: Cost and perplexity of single shapes by name; the first one is highlighted.
@@ -51,7 +53,11 @@ def plot_front(
     if len(measured):
         axes.plot(*np.transpose(measured), ".", markersize=5, color="0.6", label=f"{len(measured)} measured shapes")
     by_cost = np.argsort(costs, kind="stable")
-    axes.plot(costs[by_cost], perplexities[by_cost], color="C0", label="predicted Pareto front (exact)")
+    front: dict[str, Any] = {"color": "C0", "label": "predicted Pareto front (exact)"}
+    if steps:  # between two points, the cheaper one is the best
+        axes.step(costs[by_cost], perplexities[by_cost], where="post", **front)
+    else:
+        axes.plot(costs, perplexities, ".", markersize=3, **front)
     if len(chosen):
         axes.plot(*np.transpose(chosen), "*", markersize=9, color="C3", label="shapes of the front, measured")
     for number, ((name, point), marker) in enumerate(zip((named or {}).items(), itertools.cycle("*osv^DPX*p"))):

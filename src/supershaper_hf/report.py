@@ -26,6 +26,7 @@ from .latency import LatencyTable
 from .plots import plot_agreement
 from .predictor import ShapePredictor
 from .records import Record, read_records
+from .rounds import best_measured
 from .search import ParetoFront, pareto_front
 from .shapes import SHAPE_NAMES, SearchSpace
 from .tables import markdown_table
@@ -34,6 +35,7 @@ from .tables import markdown_table
 RECORDS_FILE, PREDICTOR_FILE = "records.jsonl", "predictor.json"
 LATENCY_FILE, INSENSITIVITY_FILE = "latency.json", "insensitivity.json"
 PAGE_FILE, FRONT_FILE = "report.md", "front.csv"
+TOLERATED = 1.25  # error on new shapes over that of cross-validation, before the page warns
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class Findings:
 
     @classmethod
     def read(cls, folder: str | Path, sequence_length: int = 128) -> "Findings":
-        """Read the files of a search. Where latency was measured, its `sequence_length` is taken.
+        """Read the files of a search.
+
+        Where latency was measured, its `sequence_length` is taken, and never more than the model's longest input.
 
         Raises:
             OSError: If a file that is needed is missing.
@@ -77,7 +81,7 @@ class Findings:
             ShapePredictor.load(folder / PREDICTOR_FILE),
             table,
             json.loads(rows.read_text(encoding="utf-8")) if rows.exists() else None,
-            sequence_length if table is None else table.sequence_length,
+            min(sequence_length, space.config.max_position_embeddings) if table is None else table.sequence_length,
         )
 
     def front(self, cost: str) -> ParetoFront:
@@ -88,6 +92,10 @@ class Findings:
         """Return the costs (n,) of `shapes`."""
         terms = resolve_cost(self._cost(cost), self.space.config, self.sequence_length)
         return chain_cost(terms, self.space.config.hidden_size, np.array(shapes))
+
+    def best_measured(self, max_cost: float, cost: str) -> list[int]:
+        """Return the measured shape with the lowest loss that costs at most `max_cost`."""
+        return best_measured(self.space, self.records, max_cost, self._cost(cost), self.sequence_length)
 
     def rows(self, shapes: np.ndarray) -> list[dict[str, Any]]:
         """Return what is known of each of `shapes` (n, layers): costs, prediction and, if it was made, measurement."""
@@ -123,7 +131,13 @@ class Findings:
         return self.table
 
 
-def write_report(folder: str | Path, cost: str = "parameters", budgets: int = 8, sequence_length: int = 128) -> Path:
+def write_report(
+    folder: str | Path,
+    cost: str = "parameters",
+    budgets: int = 8,
+    sequence_length: int = 128,
+    max_cost: Sequence[float] = (),
+) -> Path:
     """Write `report.md`, `front.csv` and the plots of a search into its folder; return the path of the page.
 
     Args:
@@ -131,10 +145,12 @@ def write_report(folder: str | Path, cost: str = "parameters", budgets: int = 8,
         cost: Of the front in the table: `"parameters"`, `"flops"` or `"latency"`.
         budgets: Rows of the table, evenly spaced over the cost of the front.
         sequence_length: Tokens per sequence, for FLOPs; where latency was measured, the length it was measured for.
+        max_cost: Budgets that matter most, in the unit of `cost`: the best measured shape of each is shown first.
 
     Raises:
         OSError: If a file is missing.
-        ValueError: If a file is damaged, or `cost` is latency and none was measured.
+        ValueError: If a file is damaged, `cost` is latency and none was measured, or no measured shape is as cheap as
+            one of `max_cost`.
 
     Example:
         >>> write_report("outputs/search")  # doctest: +SKIP
@@ -146,7 +162,8 @@ def write_report(folder: str | Path, cost: str = "parameters", budgets: int = 8,
     write_csv(folder / FRONT_FILE, findings.rows(front.shapes))
     sections = [
         _summary(findings, front, cost),
-        _front_section(folder, findings, rows),
+        _chosen_section(findings, cost, max_cost),
+        _front_section(folder, findings, cost, rows),
         _trust_section(folder, findings),
         _profile_section(folder, findings),
         _latency_section(findings),
@@ -175,31 +192,73 @@ def _summary(findings: Findings, front: ParetoFront, cost: str) -> str:
     )
 
 
-def _front_section(folder: Path, findings: Findings, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write a plot for each cost; return the table of a few budgets and the plots."""
-    images = []
-    for cost in ("parameters",) if findings.table is None else ("parameters", "latency"):
-        finite = [record for record in findings.records if np.isfinite(record["perplexity"])]
-        values = findings.costs([record["shape"] for record in finite], cost).tolist()
-        points = [(value, record["perplexity"]) for value, record in zip(values, finite)]
-        chosen = {tuple(row["shape"]) for row in rows}
-        stars = [point for point, record in zip(points, finite) if tuple(record["shape"]) in chosen]
-        name = f"front_{cost}.png"
-        findings.front(cost).plot(folder / name, measured=[p for p in points if p not in stars], chosen=stars)
-        images.append(f"![{cost} against perplexity: measured shapes and the predicted front]({name})")
+def _chosen_section(findings: Findings, cost: str, max_cost: Sequence[float]) -> str:
+    """Return the best measured shape for each of the budgets that matter most."""
+    if not max_cost:
+        return ""
+    shapes = np.array([findings.best_measured(budget, cost) for budget in max_cost])
     table = [
         {
-            "parameters": row["parameters"],
-            f"GFLOPs ({findings.sequence_length} tokens)": row["flops"] / 1e9,
-            **({} if row["latency"] is None else {"ms": row["latency"] * 1e3}),
+            "budget": _amount(budget, cost),
+            **_costs_of(row, findings),
+            "measured perplexity": row["measured_perplexity"],
+            "shape": row["shape"],
+        }
+        for budget, row in zip(max_cost, findings.rows(shapes))
+    ]
+    return f"The best measured shape for each budget:\n\n{markdown_table(table)}"
+
+
+def _front_section(folder: Path, findings: Findings, cost: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of a few budgets and a plot for each cost."""
+    finite = [record for record in findings.records if np.isfinite(record["perplexity"])]
+    perplexities = np.array([record["perplexity"] for record in finite])
+    costs = findings.costs([record["shape"] for record in finite], cost)
+    table = [
+        {
+            **_costs_of(row, findings),
             "predicted perplexity": f"{row['predicted_perplexity']:.2f} "
             f"± {row['predicted_perplexity'] * row['predicted_deviation']:.2f}",
             "measured": "" if row["measured_perplexity"] is None else f"{row['measured_perplexity']:.2f}",
+            "best measured": float(min(perplexities[costs <= row[cost]], default=np.inf)),
             "shape": row["shape"],
         }
         for row in rows
     ]
-    return "\n\n".join([markdown_table(table), *images])
+    explained = (
+        f"Each row is the shape that is predicted to be the best for its {cost}; `best measured` is the lowest "
+        "perplexity of all measured shapes that cost no more."
+    )
+    chosen = {tuple(row["shape"]) for row in rows}
+    axes = dict.fromkeys([cost, "parameters", *(["latency"] if findings.table else [])])
+    plots = [_front_plot(folder, findings, finite, axis, chosen if axis == cost else set()) for axis in axes]
+    return "\n\n".join([explained, markdown_table(table), *plots])
+
+
+def _front_plot(
+    folder: Path, findings: Findings, records: Sequence[Record], cost: str, chosen: set[tuple[int, ...]]
+) -> str:
+    """Plot the front of a cost with all records, those in `chosen` as stars."""
+    values = findings.costs([record["shape"] for record in records], cost).tolist()
+    points: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for value, record in zip(values, records):
+        points[tuple(record["shape"]) in chosen].append((value, record["perplexity"]))
+    name = f"front_{cost}.png"
+    findings.front(cost).plot(folder / name, measured=points[False], chosen=points[True])
+    return f"![{cost} against perplexity: measured shapes and the predicted front]({name})"
+
+
+def _costs_of(row: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
+    """Return the costs in a row of `Findings.rows` as columns of a table."""
+    return {
+        "parameters": row["parameters"],
+        f"GFLOPs ({findings.sequence_length} tokens)": row["flops"] / 1e9,
+        **({} if row["latency"] is None else {"ms": row["latency"] * 1e3}),
+    }
+
+
+def _amount(budget: float, cost: str) -> str:
+    return f"{budget * 1e3:.2f} ms" if cost == "latency" else f"{budget:,.0f}"
 
 
 def _trust_section(folder: Path, findings: Findings) -> str:
@@ -211,12 +270,18 @@ def _trust_section(folder: Path, findings: Findings) -> str:
     losses = np.array([record["loss"] for record in records])
     predicted, deviations = findings.predictor.predict(shapes), findings.predictor.uncertainty(shapes)
     plot_agreement(folder / "agreement.png", losses, predicted, deviations)
+    error = np.sqrt(np.mean((predicted - losses) ** 2))
+    conclusion = "That is about what cross-validation promised."
+    if findings.predictor.quality is not None and error > TOLERATED * findings.predictor.quality.rmse:
+        conclusion = (
+            f"Cross-validation promised {findings.predictor.quality.rmse:.3f}: shapes that are chosen because their "
+            "prediction is low tend to disappoint. Trust measurements more than predictions here."
+        )
     within = (np.abs(predicted - losses) <= 2 * deviations).sum()
     return (
         "## Can the predictions be trusted?\n\n"
-        f"{len(records)} shapes were measured after the predictor was fitted: it is off by "
-        f"{np.sqrt(np.mean((predicted - losses) ** 2)):.3f} nats (root mean square), and {within} of them lie within "
-        "two of its standard deviations.\n\n"
+        f"{len(records)} shapes were measured that the predictor was not fitted on: it is off by {error:.3f} nats "
+        f"(root mean square), and {within} of them lie within two of its standard deviations. {conclusion}\n\n"
         "![predicted against measured losses](agreement.png)"
     )
 
@@ -243,6 +308,7 @@ def _profile_section(folder: Path, findings: Findings) -> str:
     ]
     return (
         f"## What good shapes have in common\n\n{profile.sentence()}\n\n"
+        "Relative width: a layer's width over the mean width of the shape, averaged over the front.\n\n"
         "![relative width and importance of each layer](profile.png)\n\n"
         f"Predicted for {budget:,} parameters:\n\n{markdown_table(rows)}"
     )
@@ -260,7 +326,9 @@ def _latency_section(findings: Findings) -> str:
         )
     if findings.insensitivity:
         parts.append(
-            "Shapes of equal size, and how much their latency differs (standard deviation over mean):\n\n"
+            "Shapes of equal size, and how much their latency differs (standard deviation over mean). Noise is the "
+            "spread that equally fast shapes would show, told from two copies of each; the verdict is an F-test at "
+            "5 %, so a spread somewhat above the noise may still be chance.\n\n"
             f"{markdown_table(findings.insensitivity)}"
         )
     return "\n\n".join(parts)
@@ -272,8 +340,9 @@ def main() -> None:
     parser.add_argument("--cost", default="parameters", choices=["parameters", "flops", "latency"])
     parser.add_argument("--budgets", type=int, default=8, help="rows of the table")
     parser.add_argument("--sequence_length", type=int, default=128, help="of FLOPs, where no latency was measured")
+    parser.add_argument("--max_cost", type=float, nargs="*", default=[], help="budgets that matter most")
     args = parser.parse_args()
-    print(write_report(args.folder, args.cost, args.budgets, args.sequence_length))
+    print(write_report(args.folder, args.cost, args.budgets, args.sequence_length, args.max_cost))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ class ParetoFront:
         """
         if not isinstance(max_cost, Mapping):
             if len(self.costs) > 1:
-                raise ValueError(f"This front has the costs {list(self.costs)}: give max_cost as a dict of bounds.")
+                one, other = self.costs
+                raise ValueError(f'This front has two costs: give max_cost={{"{one}": ..., "{other}": ...}}.')
             max_cost = dict.fromkeys(self.costs, max_cost)
         if unknown := sorted(set(max_cost) - set(self.costs)):
             raise ValueError(f"Unknown cost(s) {unknown} in max_cost. This front has {list(self.costs)}.")
@@ -78,7 +79,7 @@ class ParetoFront:
     def plot(self, file: str | Path, **points: Any) -> None:
         """Write a PNG of the (first) cost against predicted perplexity; `points` as for `plots.plot_front`."""
         name, costs = next(iter(self.costs.items()))
-        plot_front(file, name, costs, np.exp(self.losses), **points)
+        plot_front(file, name, costs, np.exp(self.losses), steps=len(self.costs) == 1, **points)
 
 
 def pareto_front(

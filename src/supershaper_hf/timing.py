@@ -50,7 +50,7 @@ class SubnetTimer:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ):
-        self._workload = Workload(config, torch.device(device), batch_size, sequence_length, dtype, seed)
+        self._workload = Workload(config, parse_device(device), batch_size, sequence_length, dtype, seed)
         self._models = [self._workload.model(shape, seed + index) for index, shape in enumerate(shapes)]
         self._batch = self._workload.batch()
         self._random = np.random.default_rng(seed)
@@ -73,6 +73,19 @@ class SubnetTimer:
             sample[index] = clock.intervals(stamps)[0]
         if keep:
             self._samples.append(sample)
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """Return a device that is here and can be timed, or raise a ValueError."""
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    try:
+        found = torch.device(device)
+    except RuntimeError:  # no name of a device
+        found = None
+    if found is None or not present.get(found.type):
+        allowed = [kind for kind, here in present.items() if here]
+        raise ValueError(f"device={str(device)!r} is not here or cannot be timed. Allowed: {allowed}.")
+    return found
 
 
 def device_name(device: str | torch.device) -> str:
@@ -128,10 +141,6 @@ class Workload:
             )
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(f"dtype={self.dtype!r} is not a floating-point type. Use torch.float32, or a shorter one.")
-        present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if not present.get(self.device.type):
-            allowed = [kind for kind, here in present.items() if here]
-            raise ValueError(f"device={str(self.device)!r} is not here or cannot be timed. Allowed: {allowed}.")
 
     @property
     def clock(self) -> "Clock":
