@@ -163,7 +163,7 @@ def search(
         f"\nMeasured {len(records)} shapes. Predictor: {predictor.quality}.\n"
         f"The exact front over {space.size:,} shapes has {len(front)} points. Budget: {budget:,} parameters.\n"
         f"{derive_profile(space, predictor).sentence()}\n"
-        f"All of it: {write_report(folder)}"
+        f"All of it: {write_report(folder, max_cost=[budget])}"
     )
     return best_measured(space, records, budget), records, front
 
