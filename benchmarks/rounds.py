@@ -135,13 +135,14 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", help="documents; the tenth that the quickstart holds out is used")
     parser.add_argument("--max_sequences", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--counts", type=int, nargs="+", default=[24, 36, 48, 72, 96, 144, 216], help="measurements")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "Shapes left out")  # after 24 measurements that is no surprise
     if args.model:
         truth = of_supernet(args.model, args.text, args.max_sequences)
         smallest, largest = (truth.space.num_parameters(s) for s in (truth.space.smallest, truth.space.largest))
         budgets = [smallest + part * (largest - smallest) for part in (0.25, 0.5, 0.75)]
-        compare([truth] * args.seeds, budgets, (24, 36, 48, 72, 96, 144, 216), partial(truth.best_known, budgets))
+        compare([truth] * args.seeds, budgets, args.counts, partial(truth.best_known, budgets))
         print(f"{len(truth.known):,} shapes measured")
         return
     space = SearchSpace(SuperShaperConfig(vocab_size=28996))
@@ -154,7 +155,7 @@ def main() -> None:
     for budgets in (list(BUDGETS), MANY_BUDGETS):
         truths = [Truth(space, partial(deviating, fitted, noise, seed)) for seed in range(args.seeds)]
         best = fitted.predict([front.best(budget) for budget in budgets])
-        compare(truths, budgets, (24, 36, 48, 72, 96, 144, 216), lambda best=best: best)
+        compare(truths, budgets, args.counts, lambda best=best: best)
 
 
 if __name__ == "__main__":
