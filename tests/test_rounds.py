@@ -216,6 +216,22 @@ def test_budget_that_no_shape_meets_is_refused(fitted, max_cost):
         measure_in_rounds(SPACE, Measure(), 40, max_cost=max_cost)
 
 
+def test_budgets_take_turns(fitted):
+    low, high = (SPACE.num_parameters([width] * 5) for width in (20, 48))
+    proposed = propose_shapes(SPACE, fitted, 8, set(), seed=0, max_cost=[low, high])
+    within = [SPACE.num_parameters(shape) <= low for shape in proposed]
+    assert within == [True, False] * 4
+
+
+def test_other_seeds_draw_other_shapes(fitted):
+    budget = SPACE.num_parameters([36] * 5)
+    assert shapes_of(measure_in_rounds(SPACE, Measure(), 20)) != shapes_of(
+        measure_in_rounds(SPACE, Measure(), 20, seed=1)
+    )
+    first, other = (propose_shapes(SPACE, fitted, 8, set(), seed, max_cost=budget) for seed in (0, 1))
+    assert first != other
+
+
 @pytest.mark.parametrize("length", [8, 500])
 def test_budget_in_flops_is_for_the_length_that_is_given(fitted, length):
     budget = SPACE.flops([36] * 5, length)
