@@ -1,8 +1,5 @@
 import json
 import math
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -10,8 +7,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import tiny_model
+from launching import start
 from test_data import random_documents
-from test_processes import free_port
 
 from supershaper_hf.batches import fixed_masks
 from supershaper_hf.data import tokenize
@@ -249,10 +246,9 @@ def test_accelerator_of_one_process_changes_nothing(batches):
 
 
 DIFFERENT = """
-import sys
-sys.path.insert(0, sys.argv[1])
 from accelerate import Accelerator
 from conftest import tiny_model
+from launching import start
 from supershaper_hf.evaluation import evaluate_shapes
 import torch
 
@@ -272,12 +268,9 @@ def test_processes_that_ask_for_different_shapes_are_told_so(tmp_path):
     """Else each would measure its own shape on its share of the text, and add up losses of different shapes."""
     script = tmp_path / "script.py"
     script.write_text(DIFFERENT)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    command = [sys.executable, *launcher, f"--master-port={free_port()}", str(script), os.path.dirname(__file__)]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    output, _ = start(2, script).communicate(timeout=120)
     for rank in (0, 1):
-        assert f"rank {rank}: Processes [1] ask for other shapes than process 0" in done.stdout, done.stderr
+        assert f"rank {rank}: Processes [1] ask for other shapes than process 0" in output
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -20,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import SPECIAL_TOKENS, WORDS, assert_same, tiny_model
+from launching import start
 from safetensors.torch import load_file
 from test_data import random_documents
 from transformers import AutoModelForMaskedLM, BertTokenizer
@@ -106,21 +105,7 @@ def no_measured_peak():
 
 def launch(*arguments):
     """Start two processes of `work`."""
-    # `accelerate launch --cpu` starts one process only, whatever it is told; on several it runs torchrun.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    command += [f"--master-port={free_port()}", __file__, *map(str, arguments)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    return start(2, __file__, *arguments)
 
 
 def read_metrics(folder):

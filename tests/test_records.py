@@ -9,8 +9,6 @@ import math
 import os
 import resource
 import signal
-import socket
-import subprocess
 import sys
 import time
 from functools import partial
@@ -21,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from conftest import SPECIAL_TOKENS, WORDS, randomize, tiny_model
 from datasets import Dataset
+from launching import start
 from test_data import random_documents
 from transformers import BertTokenizer
 
@@ -460,27 +459,6 @@ def test_file_that_cannot_be_made_is_named(tmp_path, batches):
         evaluate_shapes(MODEL, batches, SHAPES, records_file=tmp_path)
 
 
-def start(processes, mode, folder, *arguments):
-    """Start `work` on one process, or on several under torch's launcher."""
-    launcher = [
-        *("-m", "torch.distributed.run", f"--nproc-per-node={processes}"),
-        *("--master-addr=127.0.0.1", f"--master-port={free_port()}"),
-    ]
-    command = [sys.executable, *(launcher if processes else []), __file__, mode, str(folder), *map(str, arguments)]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def finish(process):
     output, _ = process.communicate(timeout=110)
     assert process.returncode == 0, output
@@ -492,7 +470,7 @@ def test_full_disk_keeps_what_is_there_and_is_repaired(file, batches, whole):
     line = len(json.dumps(whole[0]))
     evaluate_shapes(MODEL, batches, [], records_file=file)
     limit = file.stat().st_size + 2 * line + line // 2
-    output = finish(start(0, "full", file.parent, limit))
+    output = finish(start(0, __file__, "full", file.parent, limit))
     assert f"OSError: {file} could not be read or written: [Errno 27] File too large" in output
     assert file.stat().st_size == limit
     with pytest.warns(UserWarning, match=r"1 damaged line\(s\) do not count.*half a line"):
@@ -561,7 +539,7 @@ def kill(process, folder, count):
 def killed(tmp_path_factory):
     """Two runs at once, of one process and of two, killed amid a shape: folder by number of processes."""
     folders = {processes: tmp_path_factory.mktemp("killed") for processes in (0, 2)}
-    started = {processes: start(processes, "stop", folder) for processes, folder in folders.items()}
+    started = {processes: start(processes, __file__, "stop", folder) for processes, folder in folders.items()}
     for processes, folder in folders.items():
         kill(started[processes], folder, processes or 1)
     return folders
@@ -574,8 +552,8 @@ def resumed(killed, tmp_path_factory):
     strange = tmp_path_factory.mktemp("strange")
     evaluate_shapes(nudge(tiny_model()), masked_batches(), SHAPES[:1], records_file=strange / "records.jsonl")
     started = {
-        2: start(2, "together", killed[0], strange, tmp_path_factory.mktemp("disk")),
-        3: start(3, "together", killed[2], strange, tmp_path_factory.mktemp("disk")),
+        2: start(2, __file__, "together", killed[0], strange, tmp_path_factory.mktemp("disk")),
+        3: start(3, __file__, "together", killed[2], strange, tmp_path_factory.mktemp("disk")),
     }
     found = {}
     for processes, process in started.items():

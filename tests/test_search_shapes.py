@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,8 +12,8 @@ import pytest
 from conftest import randomize, tiny_config
 from datasets import Dataset
 from hub_server import HubServer
+from launching import ENVIRONMENT, launcher
 from test_data import random_documents
-from test_processes import free_port
 
 from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperConfig, SuperShaperForMaskedLM
 from supershaper_hf.latency import LatencyTable
@@ -23,12 +22,6 @@ from supershaper_hf.records import read_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:Shapes left out")  # random weights: no width is better
 SCRIPT = Path(__file__).parents[1] / "examples" / "search_shapes.py"
-ENVIRONMENT = os.environ | {
-    "GLOO_SOCKET_IFNAME": "lo",
-    "OMP_NUM_THREADS": "1",
-    "TQDM_DISABLE": "1",
-    "ACCELERATE_USE_CPU": "true",
-}
 OPTIONS = ["--num_shapes=24", "--max_length=12", "--batch_size=8", "--masking_rate=0.4", "--budgets=4"]
 
 
@@ -136,9 +129,7 @@ def test_killed_run_goes_on_and_ends_with_the_same_records(first_run, inputs, tm
 
 def test_two_processes_write_what_one_does(first_run, inputs, tmp_path):
     _, folder = first_run
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    launcher.append(f"--master-port={free_port()}")
-    done = search(inputs, tmp_path / "search", "--max_cost=90000", launcher=launcher)
+    done = search(inputs, tmp_path / "search", "--max_cost=90000", launcher=launcher())
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "search" / "records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
     assert done.stdout.count("Written: ") == 1

@@ -6,8 +6,8 @@ processes. (Bit for bit as far as one batch's forward pass does not: on the same
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,31 +68,38 @@ def evaluate_shapes(
     config = model.config
     own: Sequence[int] = config.hidden_sizes or []  # never None in a model
     asked = [tuple(own if shape is None else config.normalize_shape(shape)) for shape in shapes]
+    distinct = dict(zip(asked, shapes, strict=True))
     evaluation = Evaluation(model, batches, accelerator)
     known: dict[tuple[int, ...], Record] = {}
-    if records_file is not None:
-        header = make_header(model, batches, evaluation.precision())
-        known = {tuple(record["shape"]): record for record in recorded(records_file, header, accelerator)}
-    distinct = dict(zip(asked, shapes, strict=True))
-    missing = [shape for shape in distinct if shape not in known]
-    bar = tqdm(
-        missing,
-        desc=description,
-        total=len(distinct),
-        initial=len(distinct) - len(missing),
-        disable=len(missing) < 2 or (accelerator is not None and not accelerator.is_main_process),
-        leave=accelerator is None,
-    )
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
+        if records_file is not None:
+            header = make_header(model, batches, evaluation.precision())
+            known = {tuple(record["shape"]): record for record in recorded(records_file, header, accelerator)}
+        missing = [shape for shape in distinct if shape not in known]
+        bar = tqdm(
+            missing,
+            desc=description,
+            total=len(distinct),
+            initial=len(distinct) - len(missing),
+            disable=len(missing) < 2 or (accelerator is not None and not accelerator.is_main_process),
+            leave=accelerator is None,
+        )
         for shape in bar:
             known[shape] = record = {"shape": list(shape), **evaluation.measure(distinct[shape])}
             if records_file is not None:
                 on_main_process(partial(append_record, records_file, record), accelerator)
+    return [copy.deepcopy(known[shape]) for shape in asked]
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Turn dropout off, and leave the model in the mode it was in, whatever happens."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    return [copy.deepcopy(known[shape]) for shape in asked]
 
 
 class Evaluation:
@@ -125,10 +132,8 @@ class Evaluation:
             seen.append(str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if enabled else "no")
 
         inputs = {name: tensor[:1] for name, tensor in self.share[0].items() if name != "labels"}
-        was_training = self.model.training
         with self.model.get_input_embeddings().register_forward_pre_hook(look), self.autocast():
-            self.model.eval()(**inputs)
-        self.model.train(was_training)
+            self.model(**inputs)
         return seen[0]
 
     def measure(self, shape: Sequence[int] | None) -> dict[str, float]:

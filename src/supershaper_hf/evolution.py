@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from .checks import check_count
 from .costs import ChainCost, HasChainCost, chain_cost, resolve_cost
 from .folders import write_file
 from .shapes import SearchSpace
@@ -130,8 +131,8 @@ def evolutionary_search(
         width_choices=space.width_choices,
         num_layers=space.num_layers,
     )
-    _at_least("iterations", iterations, 1)
-    _at_least("checkpoint_steps", checkpoint_steps, 1)
+    check_count("iterations", iterations, 1)
+    check_count("checkpoint_steps", checkpoint_steps, 1)
     problem = _Problem(space, predictor, settings, _resolve_costs(space, settings, latency))
     state = _start(problem, iterations, checkpoint)
     for iteration in range(len(state.history), iterations + 1):
@@ -165,9 +166,9 @@ class _Settings:
         if self.minimize not in MINIMIZABLE:
             raise ValueError(f"minimize={self.minimize!r}. Allowed: {', '.join(map(repr, MINIMIZABLE))}.")
         for name, least in (("sequence_length", 1), ("population_size", 2), ("num_parents", 1)):
-            _at_least(name, getattr(self, name), least)
+            check_count(name, getattr(self, name), least)
         for name in ("num_mutations", "num_crossovers", "seed"):
-            _at_least(name, getattr(self, name), 0)
+            check_count(name, getattr(self, name), 0)
         if self.num_parents > self.population_size:
             raise ValueError(
                 f"num_parents={self.num_parents} cannot be chosen from population_size={self.population_size}. "
@@ -184,11 +185,6 @@ class _Settings:
             raise ValueError(f"mutation_rate={self.mutation_rate} must be above 0 and at most 1.")
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate={self.drop_rate} must be at least 0 and below 1. Use 0 to drop no layer.")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
 
 
 def _check_bounds(constraints: Mapping[str, float]) -> dict[str, float]:

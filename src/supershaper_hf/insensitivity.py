@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from scipy.stats import f as f_distribution
 
+from .checks import check_count
 from .configuration_supershaper import SuperShaperConfig
 from .latency import LatencyTable
 from .shapes import SearchSpace
-from .timing import SubnetTimer, check_count
+from .timing import SubnetTimer
 
 
 COPIES = 2  # of each shape: two tell how far apart equal subnets are measured

@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from .checks import check_count
 from .configuration_supershaper import SuperShaperConfig
 from .costs import ChainCost, chain_cost, parameter_cost
 from .folders import write_file
-from .timing import Workload, check_count, device_name, local_devices, parse_device
+from .timing import Workload, device_name, local_devices, parse_device
 
 
 FORMAT = "supershaper-hf latency table 1"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .checks import check_count
 from .configuration_supershaper import SuperShaperConfig
 from .elastic import SuperShaperBottleneck
 from .modeling_supershaper import SuperShaperForMaskedLM, empty_model
@@ -107,11 +108,6 @@ def _processor() -> str:
     lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def check_count(name: str, count: Any, least: int = 1) -> None:
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < least:
-        raise ValueError(f"{name}={count!r} must be an integer of at least {least}.")
 
 
 @dataclass(frozen=True)
