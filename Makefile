@@ -26,7 +26,7 @@ check: .venv/installed ## Format, lint, types, and the modeling conventions of t
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	@$(BIN)/mlinter --no-cache --output-json .venv/mlinter.json src/supershaper_hf > .venv/mlinter.log 2>&1 || true
+	@$(BIN)/mlinter --no-cache --output-json .venv/mlinter.json src/supershaper_hf/model > .venv/mlinter.log 2>&1 || true
 	@$(BIN)/python -c 'import json; found = [f for f in json.load(open(".venv/mlinter.json"))["findings"] if f["rule"] != "$(MLINTER_EXCEPT)"]; print("mlinter:", found or "clean"); raise SystemExit(bool(found))'
 
 format: .venv/installed ## Rewrite the code in the project's format

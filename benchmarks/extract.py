@@ -21,9 +21,9 @@ from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperForMaskedL
 
 
 CHILD = {
-    "import only": "import supershaper_hf, supershaper_hf.conversion",
+    "import only": "import supershaper_hf, supershaper_hf.convert.bert",
     "from disk to disk": """
-from supershaper_hf.conversion import extract_from_folder
+from supershaper_hf.convert.bert import extract_from_folder
 extract_from_folder(source, shape, target)
 """,
     "load, extract, save": """

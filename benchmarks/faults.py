@@ -31,14 +31,14 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM, training
-from supershaper_hf.arguments import SuperPretrainingArguments
-from supershaper_hf.batches import MicroBatches, fixed_masks
-from supershaper_hf.checkpoints import list_checkpoints
-from supershaper_hf.data import tokenize, train_tokenizer
-from supershaper_hf.sandwich import sandwich_step
-from supershaper_hf.tables import markdown_table
-from supershaper_hf.text import load_text, split_text
-from supershaper_hf.training import super_pretrain
+from supershaper_hf.data.batches import MicroBatches, fixed_masks
+from supershaper_hf.data.documents import load_text, split_text
+from supershaper_hf.data.sequences import tokenize, train_tokenizer
+from supershaper_hf.report.tables import markdown_table
+from supershaper_hf.training.arguments import SuperPretrainingArguments
+from supershaper_hf.training.checkpoints import list_checkpoints
+from supershaper_hf.training.loop import super_pretrain
+from supershaper_hf.training.sandwich import sandwich_step
 
 
 TEXT = Path(__file__).parent.parent / "examples" / "data" / "presidential_addresses.txt"

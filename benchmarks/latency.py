@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from supershaper_hf import SearchSpace, SuperShaperConfig
-from supershaper_hf.insensitivity import insensitivity, insensitivity_rows, width_rows
-from supershaper_hf.latency import LatencyProbe, LatencyTable
-from supershaper_hf.tables import markdown_table
-from supershaper_hf.timing import SubnetTimer
+from supershaper_hf.latency.insensitivity import insensitivity, insensitivity_rows, width_rows
+from supershaper_hf.latency.table import LatencyProbe, LatencyTable
+from supershaper_hf.latency.timing import SubnetTimer
+from supershaper_hf.report.tables import markdown_table
 
 
 TARGET = 0.05

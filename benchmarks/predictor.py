@@ -19,9 +19,9 @@ import numpy as np
 from scipy.stats import kendalltau, spearmanr
 from sklearn.ensemble import GradientBoostingRegressor
 
-from supershaper_hf.predictor import ShapePredictor
-from supershaper_hf.records import read_records
-from supershaper_hf.tables import text_table
+from supershaper_hf.report.tables import text_table
+from supershaper_hf.search.predictor import ShapePredictor
+from supershaper_hf.search.records import read_records
 
 
 Fit = Callable[[np.ndarray, np.ndarray], Any]

@@ -10,8 +10,8 @@ the share of it that training reaches, which `benchmarks/train_step.py` measures
 import argparse
 
 from supershaper_hf import SearchSpace, SuperShaperConfig
-from supershaper_hf.costs import training_flops
-from supershaper_hf.tables import markdown_table
+from supershaper_hf.model.costs import training_flops
+from supershaper_hf.report.tables import markdown_table
 
 
 UPDATES, BATCH, LENGTH, MASKING_RATE = 175_214, 2_048, 128, 0.15

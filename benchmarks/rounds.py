@@ -25,12 +25,12 @@ from search import BUDGETS, synthetic_truth
 from transformers import AutoTokenizer
 
 from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperConfig, SuperShaperForMaskedLM, evaluate_shapes
-from supershaper_hf.batches import fixed_masks
-from supershaper_hf.data import tokenize
-from supershaper_hf.rounds import measure_in_rounds
-from supershaper_hf.search import pareto_front
-from supershaper_hf.tables import text_table
-from supershaper_hf.text import load_text, split_text
+from supershaper_hf.data.batches import fixed_masks
+from supershaper_hf.data.documents import load_text, split_text
+from supershaper_hf.data.sequences import tokenize
+from supershaper_hf.report.tables import text_table
+from supershaper_hf.search.pareto import pareto_front
+from supershaper_hf.search.rounds import measure_in_rounds
 
 
 MANY_BUDGETS = np.linspace(36e6, 110e6, 20).tolist()

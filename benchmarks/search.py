@@ -17,10 +17,10 @@ import numpy as np
 from predictor import read
 
 from supershaper_hf import SearchSpace, SuperShaperConfig
-from supershaper_hf.evolution import evolutionary_search
-from supershaper_hf.predictor import ShapePredictor
-from supershaper_hf.search import pareto_front
-from supershaper_hf.tables import text_table
+from supershaper_hf.report.tables import text_table
+from supershaper_hf.search.evolution import evolutionary_search
+from supershaper_hf.search.pareto import pareto_front
+from supershaper_hf.search.predictor import ShapePredictor
 
 
 BUDGETS = (45e6, 63e6, 80e6)

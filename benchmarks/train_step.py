@@ -21,11 +21,11 @@ from accelerate import Accelerator
 from torch.nn import functional
 
 from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperForMaskedLM
-from supershaper_hf.costs import training_flops
-from supershaper_hf.distillation import Objective
-from supershaper_hf.elastic import SuperShaperEncoder, elastic_linear
-from supershaper_hf.progress import matrix_product_rate
-from supershaper_hf.sandwich import decay_groups, sandwich_step
+from supershaper_hf.model.costs import training_flops
+from supershaper_hf.model.elastic import SuperShaperEncoder, elastic_linear
+from supershaper_hf.training.distillation import Objective
+from supershaper_hf.training.progress import matrix_product_rate
+from supershaper_hf.training.sandwich import decay_groups, sandwich_step
 
 
 LENGTH = 128

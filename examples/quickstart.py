@@ -28,22 +28,22 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM
-from supershaper_hf.arguments import SuperPretrainingArguments
-from supershaper_hf.batches import fixed_masks
-from supershaper_hf.data import check_vocabulary, tokenize, train_tokenizer
-from supershaper_hf.evaluation import evaluate_shapes
-from supershaper_hf.folders import check_output_folder
-from supershaper_hf.heuristics import derive_profile, shapes_at
-from supershaper_hf.hub import save_for_hub
-from supershaper_hf.predictor import ShapePredictor
-from supershaper_hf.records import Record
-from supershaper_hf.report import PREDICTOR_FILE, RECORDS_FILE, write_report
-from supershaper_hf.rounds import best_measured, measure_in_rounds
-from supershaper_hf.search import ParetoFront, pareto_front
-from supershaper_hf.shapes import SHAPE_NAMES
-from supershaper_hf.tables import markdown_table, text_table
-from supershaper_hf.text import load_text, split_text
-from supershaper_hf.training import super_pretrain
+from supershaper_hf.data.batches import fixed_masks
+from supershaper_hf.data.documents import load_text, split_text
+from supershaper_hf.data.sequences import check_vocabulary, tokenize, train_tokenizer
+from supershaper_hf.files import check_output_folder
+from supershaper_hf.model.shapes import SHAPE_NAMES
+from supershaper_hf.publish.hub import save_for_hub
+from supershaper_hf.report.page import PREDICTOR_FILE, RECORDS_FILE, write_report
+from supershaper_hf.report.tables import markdown_table, text_table
+from supershaper_hf.search.evaluation import evaluate_shapes
+from supershaper_hf.search.pareto import ParetoFront, pareto_front
+from supershaper_hf.search.predictor import ShapePredictor
+from supershaper_hf.search.profile import derive_profile, shapes_at
+from supershaper_hf.search.records import Record
+from supershaper_hf.search.rounds import best_measured, measure_in_rounds
+from supershaper_hf.training.arguments import SuperPretrainingArguments
+from supershaper_hf.training.loop import super_pretrain
 
 
 BUNDLED_TEXT = Path(__file__).parent / "data" / "presidential_addresses.txt"

@@ -23,16 +23,16 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
-from supershaper_hf.arguments import HelpFormatter, SuperPretrainingArguments, option
-from supershaper_hf.batches import fixed_masks
-from supershaper_hf.checkpoints import list_checkpoints
-from supershaper_hf.costs import training_flops
-from supershaper_hf.data import tokenize
-from supershaper_hf.distillation import OutsideTeacher
-from supershaper_hf.hub import push_folder
-from supershaper_hf.importance import reorder_channels
-from supershaper_hf.text import load_text, split_text
-from supershaper_hf.training import make_accelerator, super_pretrain
+from supershaper_hf.convert.importance import reorder_channels
+from supershaper_hf.data.batches import fixed_masks
+from supershaper_hf.data.documents import load_text, split_text
+from supershaper_hf.data.sequences import tokenize
+from supershaper_hf.model.costs import training_flops
+from supershaper_hf.publish.hub import push_folder
+from supershaper_hf.training.arguments import HelpFormatter, SuperPretrainingArguments, option
+from supershaper_hf.training.checkpoints import list_checkpoints
+from supershaper_hf.training.distillation import OutsideTeacher
+from supershaper_hf.training.loop import make_accelerator, super_pretrain
 
 
 @dataclass

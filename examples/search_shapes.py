@@ -23,21 +23,21 @@ from accelerate.utils import InitProcessGroupKwargs
 from transformers import AutoTokenizer, HfArgumentParser
 
 from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperForMaskedLM, evaluate_shapes, pareto_front
-from supershaper_hf.arguments import HelpFormatter, option
-from supershaper_hf.batches import MASKING_RATE, fixed_masks
-from supershaper_hf.costs import Cost
-from supershaper_hf.data import check_vocabulary, tokenize
-from supershaper_hf.evaluation import on_main_process
-from supershaper_hf.folders import write_file
-from supershaper_hf.heuristics import shapes_at
-from supershaper_hf.hub import push_folder
-from supershaper_hf.insensitivity import insensitivity, insensitivity_rows
-from supershaper_hf.latency import LatencyTable
-from supershaper_hf.records import Record, read_records, to_dataset
-from supershaper_hf.report import INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, write_report
-from supershaper_hf.rounds import measure_in_rounds
-from supershaper_hf.text import load_text
-from supershaper_hf.timing import device_name, parse_device
+from supershaper_hf.data.batches import MASKING_RATE, fixed_masks
+from supershaper_hf.data.documents import load_text
+from supershaper_hf.data.sequences import check_vocabulary, tokenize
+from supershaper_hf.files import write_file
+from supershaper_hf.latency.insensitivity import insensitivity, insensitivity_rows
+from supershaper_hf.latency.table import LatencyTable
+from supershaper_hf.latency.timing import device_name, parse_device
+from supershaper_hf.model.costs import Cost
+from supershaper_hf.publish.hub import push_folder
+from supershaper_hf.report.page import INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, write_report
+from supershaper_hf.search.evaluation import on_main_process
+from supershaper_hf.search.profile import shapes_at
+from supershaper_hf.search.records import Record, read_records, to_dataset
+from supershaper_hf.search.rounds import measure_in_rounds
+from supershaper_hf.training.arguments import HelpFormatter, option
 
 
 @dataclass

@@ -5,16 +5,16 @@ import math
 import pytest
 from accelerate.state import AcceleratorState
 from conftest import assert_same, tiny_config, tiny_model
-from test_data import random_documents
+from texts import random_documents
 
 from supershaper_hf import SearchSpace
-from supershaper_hf import progress as progress_module
-from supershaper_hf import training as training_module
-from supershaper_hf.arguments import SuperPretrainingArguments
-from supershaper_hf.batches import fixed_masks
-from supershaper_hf.data import tokenize
-from supershaper_hf.sandwich import sandwich_step
-from supershaper_hf.training import super_pretrain
+from supershaper_hf.data.batches import fixed_masks
+from supershaper_hf.data.sequences import tokenize
+from supershaper_hf.training import loop as training_module
+from supershaper_hf.training import progress as progress_module
+from supershaper_hf.training.arguments import SuperPretrainingArguments
+from supershaper_hf.training.loop import super_pretrain
+from supershaper_hf.training.sandwich import sandwich_step
 
 
 SPACE = SearchSpace(tiny_config())

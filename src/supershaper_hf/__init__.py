@@ -15,13 +15,10 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .configuration_supershaper import SuperShaperConfig
-from .evaluation import evaluate_shapes
-from .evolution import evolutionary_search
-from .hub import push_to_hub, save_for_hub
-from .importance import reorder_channels
-from .latency import LatencyTable
-from .modeling_supershaper import (
+from .convert.importance import reorder_channels
+from .latency.table import LatencyTable
+from .model.configuration_supershaper import SuperShaperConfig
+from .model.modeling_supershaper import (
     SuperShaperForMaskedLM,
     SuperShaperForMultipleChoice,
     SuperShaperForQuestionAnswering,
@@ -29,9 +26,12 @@ from .modeling_supershaper import (
     SuperShaperForTokenClassification,
     SuperShaperModel,
 )
-from .predictor import ShapePredictor
-from .search import ParetoFront, pareto_front
-from .shapes import SearchSpace
+from .model.shapes import SearchSpace
+from .publish.hub import push_to_hub, save_for_hub
+from .search.evaluation import evaluate_shapes
+from .search.evolution import evolutionary_search
+from .search.pareto import ParetoFront, pareto_front
+from .search.predictor import ShapePredictor
 
 
 __version__ = "0.1.0"

@@ -1,0 +1,215 @@
+"""Run subnets and stamp the time, on a CPU or a GPU: what `latency` and `insensitivity` measure with.
+
+`Workload` checks what is asked for and builds subnets and inputs, `Clock` stamps the time at which a device reaches a
+point of the program, `SubnetTimer` times whole subnets.
+"""
+
+import copy
+import itertools
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..checks import check_count
+from ..model.configuration_supershaper import SuperShaperConfig
+from ..model.elastic import SuperShaperBottleneck
+from ..model.modeling_supershaper import SuperShaperForMaskedLM, empty_model
+
+
+EVENTS = ("cuda", "mps")  # device types that run behind the program and stamp the time themselves
+
+
+class SubnetTimer:
+    """Times whole subnets, run one after another in every sweep, so that a slow moment of the machine meets all.
+
+    Every subnet is a model of its own with random weights, run as that of `LatencyProbe`.
+
+    Arguments and errors are those of `LatencyTable.measure`, and `shapes`: (n, layers), one subnet each; a shape may
+    occur more than once.
+
+    Example:
+        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
+        >>> timer = SubnetTimer(config, [[40, 96], [0, 16]], sequence_length=16)
+        >>> timer.sweep()
+        >>> timer.seconds.shape
+        (1, 2)
+    """
+
+    def __init__(
+        self,
+        config: SuperShaperConfig,
+        shapes: Sequence[Sequence[int]] | np.ndarray,
+        device: str | torch.device = "cpu",
+        batch_size: int = 1,
+        sequence_length: int = 128,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ):
+        self._workload = Workload(config, parse_device(device), batch_size, sequence_length, dtype, seed)
+        self._models = [self._workload.model(shape, seed + index) for index, shape in enumerate(shapes)]
+        self._batch = self._workload.batch()
+        self._random = np.random.default_rng(seed)
+        self._samples: list[np.ndarray] = []
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """What was measured so far, (sweeps, n)."""
+        return np.reshape(self._samples, (len(self._samples), len(self._models)))
+
+    @torch.inference_mode()
+    def sweep(self, keep: bool = True) -> None:
+        """Run every subnet once, in random order; without `keep` throw the seconds away, to warm up."""
+        clock, sample = self._workload.clock, np.empty(len(self._models))
+        for index in self._random.permutation(len(self._models)):
+            clock.synchronize()
+            stamps = [clock.stamp()]
+            self._models[index](**self._batch)
+            stamps.append(clock.stamp())
+            sample[index] = clock.intervals(stamps)[0]
+        if keep:
+            self._samples.append(sample)
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """Return a device that is here and can be timed, or raise a ValueError."""
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    try:
+        found = torch.device(device)
+    except RuntimeError:  # no name of a device
+        found = None
+    if found is None or not present.get(found.type):
+        allowed = [kind for kind, here in present.items() if here]
+        raise ValueError(f"device={str(device)!r} is not here or cannot be timed. Allowed: {allowed}.")
+    return found
+
+
+def device_name(device: str | torch.device) -> str:
+    """Return the name of a GPU, or of the processor with the number of threads torch uses."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()} GPU" if device.type == "mps" else f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def local_devices() -> list[str]:
+    """Return the names of the devices of this machine that a table can be measured on."""
+    gpus = [device_name(f"cuda:{index}") for index in range(torch.cuda.device_count())]
+    return [device_name("cpu"), *gpus, *([device_name("mps")] if torch.backends.mps.is_available() else [])]
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is run, on what: checks it, and makes its models and inputs."""
+
+    config: SuperShaperConfig
+    device: torch.device
+    batch_size: int
+    sequence_length: int
+    dtype: torch.dtype
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.config.width_choices is None:
+            raise ValueError(
+                f"This configuration belongs to a subnet with fixed hidden_sizes={self.config.hidden_sizes}. Measure "
+                "with the supernet's configuration."
+            )
+        check_count("batch_size", self.batch_size)
+        check_count("sequence_length", self.sequence_length)
+        longest = self.config.max_position_embeddings
+        if self.sequence_length > longest:
+            raise ValueError(
+                f"sequence_length={self.sequence_length} is above max_position_embeddings={longest}. Use at most "
+                f"{longest}."
+            )
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ValueError(f"dtype={self.dtype!r} is not a floating-point type. Use torch.float32, or a shorter one.")
+
+    @property
+    def clock(self) -> "Clock":
+        return Clock(self.device)
+
+    def model(self, shape: Sequence[int] | np.ndarray, seed: int) -> SuperShaperForMaskedLM:
+        """Build the subnet at `shape`, of any number of layers, with random weights in evaluation mode."""
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = len(shape)
+        model = empty_model(SuperShaperForMaskedLM, config.subnet_config(list(shape)))
+        model.to(self.dtype).to_empty(device=self.device)
+        model.tie_weights()
+        self._fill(model, seed)
+        return model.eval()
+
+    def bottleneck(self, width: int) -> torch.nn.Module:
+        """Build an output bottleneck from `width` to `hidden_size`."""
+        bottleneck = SuperShaperBottleneck(width, self.config.hidden_size, device="meta", dtype=self.dtype)
+        bottleneck.to_empty(device=self.device)
+        self._fill(bottleneck, self.seed)
+        return bottleneck
+
+    def states(self, width: int) -> torch.Tensor:
+        """Draw hidden states (batch, length, width)."""
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        size = (self.batch_size, self.sequence_length, width)
+        return torch.randn(size, generator=generator, device=self.device, dtype=self.dtype)
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """Draw random tokens without padding, and what a tokenizer returns with them."""
+        generator = torch.Generator().manual_seed(self.seed)
+        size = (self.batch_size, self.sequence_length)
+        ids = torch.randint(self.config.vocab_size, size, generator=generator)
+        batch = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    @torch.no_grad()
+    def _fill(self, module: torch.nn.Module, seed: int) -> None:
+        # Zeros and the identity of a new bottleneck would let a processor finish sooner, or draw less power.
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for name, parameter in module.named_parameters():
+            mean = 1.0 if name.endswith("LayerNorm.weight") else 0.0
+            parameter.normal_(mean, self.config.initializer_range, generator=generator)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Stamps the time at which a device reaches a point of the program, not the time at which the program asks."""
+
+    device: torch.device
+
+    @property
+    def _backend(self) -> Any:
+        return getattr(torch, self.device.type)
+
+    def synchronize(self) -> None:
+        """Wait for what the device still has to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type in EVENTS:
+            self._backend.synchronize()
+
+    def stamp(self) -> Any:
+        if self.device.type not in EVENTS:
+            return time.perf_counter()
+        event = self._backend.Event(enable_timing=True)
+        # By itself an event goes to the current GPU, which need not be this one.
+        event.record(*([torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []))
+        return event
+
+    def intervals(self, stamps: Sequence[Any]) -> np.ndarray:
+        """Return the seconds between neighbouring stamps, (stamps - 1,), once the device has reached the last."""
+        if self.device.type not in EVENTS:
+            return np.diff(stamps)
+        self.synchronize()
+        return np.array([before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(stamps)])

@@ -1,0 +1,1 @@
+"""Write everything a repository on the Hugging Face Hub needs into a folder, and upload it."""

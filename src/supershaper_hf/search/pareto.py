@@ -1,0 +1,258 @@
+"""Find the best shape for every budget at once: the exact Pareto front of an additive predictor and additive costs.
+
+Parameters, operations and seconds of a subnet are sums of terms that involve a layer and the width before it, and so is
+the predicted loss. So the best shape under a budget is a shortest path with a resource constraint, and dynamic
+programming over the layers finds it: for each width of the last kept layer, keep the partial shapes that no other
+partial shape ending in that width beats in all costs and loss. What is left after the last layer is the whole front.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..model.costs import ChainCost, Cost, resolve_cost
+from ..model.shapes import SearchSpace
+from ..report.plots import plot_front
+from .predictor import ShapePredictor
+
+
+PAIRWISE = 32  # rows that are compared each with each; more of them are halved
+
+
+@dataclass(frozen=True)
+class ParetoFront:
+    """The shapes that no other shape beats in all costs and in predicted loss, by increasing (first) cost.
+
+    Attributes:
+        shapes: (n, layers) integers; 0 drops a layer.
+        costs: (n,) numbers by name: `"parameters"`, `"flops"`, `"latency"` (seconds); one or two of them.
+        losses: (n,) predicted losses in nats; with one cost decreasing.
+    """
+
+    shapes: np.ndarray
+    costs: dict[str, np.ndarray]
+    losses: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def best(self, max_cost: float | Mapping[str, float]) -> list[int]:
+        """Return the shape with the lowest predicted loss that costs at most `max_cost`.
+
+        Args:
+            max_cost: A number, or for two costs bounds by name.
+
+        Raises:
+            ValueError: If no shape is that cheap, or a name is not one of the front's costs.
+        """
+        if not isinstance(max_cost, Mapping):
+            if len(self.costs) > 1:
+                one, other = self.costs
+                raise ValueError(f'This front has two costs: give max_cost={{"{one}": ..., "{other}": ...}}.')
+            max_cost = dict.fromkeys(self.costs, max_cost)
+        if unknown := sorted(set(max_cost) - set(self.costs)):
+            raise ValueError(f"Unknown cost(s) {unknown} in max_cost. This front has {list(self.costs)}.")
+        fits = np.ones(len(self), dtype=bool)
+        for name, bound in max_cost.items():
+            cheapest = self.costs[name].min()
+            if cheapest > bound:
+                raise ValueError(
+                    f"max_cost={_amount(bound)} {name} is below the cheapest subnet, which has {_amount(cheapest)} "
+                    f"{name}. Raise the budget."
+                )
+            fits &= self.costs[name] <= bound
+        if not fits.any():
+            raise ValueError(f"No shape is within all of max_cost={dict(max_cost)} at once. Raise one of the budgets.")
+        return self.shapes[np.where(fits, self.losses, np.inf).argmin()].tolist()
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return one record per point: `shape`, the costs by name, predicted `loss` and `perplexity`."""
+        costs = zip(*(values.tolist() for values in self.costs.values()))
+        return [
+            {"shape": shape, **dict(zip(self.costs, row)), "loss": loss, "perplexity": float(np.exp(loss))}
+            for shape, row, loss in zip(self.shapes.tolist(), costs, self.losses.tolist())
+        ]
+
+    def plot(self, file: str | Path, **points: Any) -> None:
+        """Write a PNG of the (first) cost against predicted perplexity; `points` as for `plots.plot_front`."""
+        name, costs = next(iter(self.costs.items()))
+        plot_front(file, name, costs, np.exp(self.losses), steps=len(self.costs) == 1, **points)
+
+
+def pareto_front(
+    space: SearchSpace,
+    predictor: ShapePredictor,
+    cost: Cost | Sequence[Cost] = "parameters",
+    sequence_length: int = 128,
+) -> ParetoFront:
+    """Return the exact Pareto front of one or two costs against the predicted loss over all shapes of `space`.
+
+    Layers can be dropped where the predictor was fitted on shapes that drop them.
+
+    Args:
+        space: The search space.
+        predictor: Fitted on this space's widths.
+        cost: `"parameters"`, `"flops"`, a `LatencyTable`, or a sequence of two of these. The front of two costs can
+            have very many points.
+        sequence_length: Tokens per sequence, for FLOPs.
+
+    Raises:
+        ValueError: If a cost is unknown or given twice, or the predictor was fitted on another space.
+
+    Example:
+        >>> import itertools
+        >>> from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperConfig, pareto_front
+        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
+        >>> space = SearchSpace(config)
+        >>> shapes = list(itertools.product(space.width_choices, repeat=2))
+        >>> predictor = ShapePredictor.fit(shapes, [4 - a / 90 - b / 50 for a, b in shapes])
+        >>> pareto_front(space, predictor).best(max_cost=600_000)
+        [24, 56]
+    """
+    choices = np.array(predictor.width_choices)
+    kept = choices[choices > 0].tolist()
+    if kept != space.width_choices or len(predictor.effects) != space.num_layers:
+        raise ValueError(
+            f"The predictor was fitted on {len(predictor.effects)} layers with the widths {kept}, but the search space "
+            f"has {space.num_layers} layers with the widths {space.width_choices}. Measure shapes that use every "
+            "width, and fit again."
+        )
+    costs = [cost] if isinstance(cost, str) or not isinstance(cost, Sequence) else cost
+    if not 1 <= len(costs) <= 2:
+        raise ValueError(f"cost has {len(costs)} entries. Allowed: one cost, or a sequence of two.")
+    terms = [resolve_cost(each, space.config, sequence_length) for each in costs]
+    if len({term.name for term in terms}) < len(terms):
+        raise ValueError(
+            f"Both costs are {terms[0].name!r}, so budgets could not tell them apart. Give one, or another."
+        )
+    layers = list(_extend(terms, space, predictor))
+    front = _leave(terms, space, layers[-1])
+    return ParetoFront(
+        shapes=np.array([0, *space.width_choices])[_trace(layers, front)],
+        costs={  # beside seconds, counts were floats until here
+            term.name: (front.costs[:, i] + term.fixed).astype(type(term.fixed)) for i, term in enumerate(terms)
+        },
+        losses=front.losses + predictor.intercept,
+    )
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """Partial shapes in one state that no other one in it beats. Positions count from 1 in the width choices.
+
+    Attributes:
+        costs: (n, costs).
+        losses: (n,) in nats.
+        position: (n,) what this layer is: position of its width, or 0 if it is dropped.
+        state: (n,) the state before this layer: position of the last kept width, or 0 if none was kept.
+        index: (n,) the partial shape in that state.
+    """
+
+    costs: np.ndarray
+    losses: np.ndarray
+    position: np.ndarray
+    state: np.ndarray
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def extended(self, costs: Sequence[float], loss: float, position: int, state: int) -> "_Partial":
+        """Return these partial shapes, which are in `state`, with one more layer."""
+        count = len(self)
+        return _Partial(
+            self.costs + np.array(costs),
+            self.losses + loss,
+            np.full(count, position, dtype=np.int16),
+            np.full(count, state, dtype=np.int16),
+            np.arange(count),
+        )
+
+
+def _extend(terms: Sequence[ChainCost], space: SearchSpace, predictor: ShapePredictor) -> Iterator[dict[int, _Partial]]:
+    """Yield, layer by layer, the partial shapes of each state that no other in it beats."""
+    unknown_zero = int(predictor.width_choices[0] != 0)
+    effects = np.pad(predictor.effects, ((0, 0), (unknown_zero, 0)))
+    pairs = np.pad(predictor.pair_effects, ((0, 0), (unknown_zero, 0), (unknown_zero, 0)))
+    sources = [space.config.hidden_size, *space.width_choices]  # state 0: fed by the embeddings
+    nothing = np.zeros(1, dtype=np.int16)
+    integral = all(isinstance(term.fixed, int) for term in terms)
+    costs = np.zeros((1, len(terms)), dtype=np.int64 if integral else np.float64)
+    states = {0: _Partial(costs, np.zeros(1), nothing, nothing, np.zeros(1, dtype=np.int64))}
+    for layer, droppable in enumerate(predictor.droppable):
+        candidates: dict[int, list[_Partial]] = {}
+        for state, partial in states.items():
+            if droppable:
+                dropped = partial.extended([0] * len(terms), effects[layer, 0], 0, state)
+                candidates.setdefault(state, []).append(dropped)
+            for position, width in enumerate(space.width_choices, start=1):
+                step = [term.enter(sources[state], width) + term.layer(width) for term in terms]
+                loss = effects[layer, position] + pairs[layer, state, position]
+                candidates.setdefault(position, []).append(partial.extended(step, loss, position, state))
+        states = {state: _non_dominated(found) for state, found in sorted(candidates.items())}
+        yield states
+
+
+def _leave(terms: Sequence[ChainCost], space: SearchSpace, states: dict[int, _Partial]) -> _Partial:
+    """Return the whole shapes that no other beats: state and index tell where each one ends."""
+    ends = [
+        partial.extended([term.leave(space.width_choices[state - 1]) for term in terms], 0.0, 0, state)
+        for state, partial in states.items()
+        if state > 0  # at least one layer is kept
+    ]
+    return _non_dominated(ends)
+
+
+def _trace(layers: list[dict[int, _Partial]], front: _Partial) -> np.ndarray:
+    """Follow the front's points back to the first layer: (n, layers) positions, from 1 in the width choices."""
+    state, index = front.state, front.index
+    columns = []
+    for states in reversed(layers):
+        position, before, index_before = (np.empty(len(front), dtype=np.int64) for _ in range(3))
+        for number, partial in states.items():
+            here = state == number
+            position[here] = partial.position[index[here]]
+            before[here], index_before[here] = partial.state[index[here]], partial.index[index[here]]
+        state, index = before, index_before
+        columns.append(position)
+    return np.column_stack(columns[::-1])
+
+
+def _non_dominated(candidates: Sequence[_Partial]) -> _Partial:
+    """Merge candidates and keep those that no other equals or beats in all costs and loss."""
+    costs, losses, position, state, index = (
+        np.concatenate([getattr(candidate, field.name) for candidate in candidates]) for field in fields(_Partial)
+    )
+    order = np.lexsort((losses, *costs.T[::-1]))  # by first cost, then second cost, then loss
+    rest = np.column_stack([costs[order, 1:], losses[order]])
+    kept = order[_lowest(rest) if rest.shape[1] == 1 else _undominated(rest)]
+    return _Partial(costs[kept], losses[kept], position[kept], state[kept], index[kept])
+
+
+def _lowest(losses: np.ndarray) -> np.ndarray:
+    """Tell which rows of `losses` (n, 1) are below all before them."""
+    return losses[:, 0] < np.minimum.accumulate(np.concatenate([[np.inf], losses[:-1, 0]]))
+
+
+def _undominated(rows: np.ndarray) -> np.ndarray:
+    """Tell which rows of `rows` (n, 2), second cost and loss, have no row before them that is as low in both.
+
+    Divide and conquer: rows of the second half also have to be below the staircase of the first.
+    """
+    n = len(rows)
+    if n <= PAIRWISE:
+        as_low = (rows[:, None] <= rows[None]).all(axis=2)  # [i, j]: i is as low as j
+        return np.logical_not(np.triu(as_low, 1).any(axis=0))
+    first, second = _undominated(rows[: n // 2]), _undominated(rows[n // 2 :])
+    stairs = rows[: n // 2][first]
+    stairs = stairs[np.argsort(stairs[:, 0], kind="stable")]
+    lowest = np.concatenate([[np.inf], np.minimum.accumulate(stairs[:, 1])])
+    below = lowest[np.searchsorted(stairs[:, 0], rows[n // 2 :, 0], side="right")] > rows[n // 2 :, 1]
+    return np.concatenate([first, second & below])
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"

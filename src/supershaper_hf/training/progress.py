@@ -1,0 +1,261 @@
+"""What a run knows and tells of itself: counters, records, speed, loss spikes, and the summary at the end.
+
+`Progress` is all that a checkpoint keeps of it. `Monitor` shows it: a progress bar, `metrics.jsonl`, trackers of
+Accelerate, and after each evaluation a table and `evaluation.png`.
+"""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ..report.plots import plot_evaluations
+from ..report.tables import text_table
+from .arguments import SuperPretrainingArguments
+
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "training_summary.json"
+PLOT_FILE = "evaluation.png"
+MEASURES = ("loss", "perplexity", "accuracy")
+SPIKE_WINDOW = 50  # records that a new loss is compared with
+SPIKE_DEVIATIONS = 6.0
+
+
+@dataclass
+class Progress:
+    """Counters of a run over all processes. They are part of each checkpoint."""
+
+    step: int = 0
+    sequences: int = 0
+    tokens: int = 0  # padding left out
+    padded_tokens: int = 0  # padding included
+    labelled: int = 0
+    flops: float = 0.0  # of the model's matrix products, forward and backward
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    perplexity: float | None = None  # of the first shape, when last evaluated
+    loss_spikes: list[dict[str, float]] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)
+
+    def watch(self, loss: float) -> bool:
+        """Take note of a step's loss in nats; return whether it stands out from the last ones, and remember if so."""
+        recent = self.recent_losses
+        spike = False
+        if math.isfinite(loss):
+            if len(recent) >= SPIKE_WINDOW:
+                mean, deviation = statistics.fmean(recent), statistics.pstdev(recent)
+                spike = loss > mean + SPIKE_DEVIATIONS * deviation
+                if spike:
+                    self.loss_spikes.append({"step": self.step, "loss": loss, "mean_before": mean})
+            self.recent_losses = [*recent, loss][-SPIKE_WINDOW:]
+        return spike
+
+
+@dataclass
+class TrainingSummary:
+    """How a run ended. `status` is "finished", "interrupted" or "target reached".
+
+    Attributes:
+        records: One per logged step: `step`, `loss` of each trained shape in nats, `learning_rate`, `gradient_norm`,
+            `tokens_per_second`, `share_of_peak`; one per evaluation: `step`, `evaluation`.
+    """
+
+    status: str
+    progress: Progress
+    arguments: dict[str, Any]
+    processes: int
+    device: str
+    parameters: int
+    records: list[dict[str, Any]]
+
+    @property
+    def evaluation(self) -> dict[str, dict[str, float]]:
+        """The last evaluation: loss, perplexity and accuracy by name of shape."""
+        return next((record["evaluation"] for record in reversed(self.records) if "evaluation" in record), {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the records of single steps, which are in `metrics.jsonl`."""
+        return {
+            "status": self.status,
+            **{
+                key: value for key, value in asdict(self.progress).items() if key not in ("recent_losses", "perplexity")
+            },
+            "processes": self.processes,
+            "device": self.device,
+            "parameters": self.parameters,
+            "evaluation": self.evaluation,
+            "arguments": self.arguments,
+        }
+
+    def describe(self) -> str:
+        """Return the section on training of a model card, in Markdown."""
+        args, progress = self.arguments, self.progress
+        batch = args["batch_size"] * args["gradient_accumulation_steps"] * self.processes
+        what = {
+            "sandwich": f"the largest shape, the smallest and {args['random_shapes']} random one(s) per step",
+            "random": f"{args['random_shapes']} random shape(s) per step",
+            "fixed": "one shape only",
+        }[args["sampling"]]
+        return (
+            f"Masked language modelling, {what}. {progress.step:,} steps of {batch:,} sequences: {progress.tokens:,} "
+            f"tokens, {progress.flops:.2e} FLOPs, {progress.seconds / 3600:.2f} hours on {self.processes} x "
+            f"{self.device}. AdamW, peak learning rate {args['learning_rate']:g} ({args['lr_scheduler_type']}), "
+            f"masking {args['masking_rate']:.0%}, distillation weight {args['distillation_weight']:g}, "
+            f"precision {args['mixed_precision']}, seed {args['seed']}."
+        )
+
+
+class Monitor:
+    """Shows a run on the main process; the other processes only count.
+
+    Args:
+        accelerator: Tells the process and holds the trackers.
+        args: `output_dir`, `logging_steps` and `report_to` are used.
+        progress: The counters, fresh or from a checkpoint.
+        description: Label of the progress bar.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, args: SuperPretrainingArguments, progress: Progress, description: str
+    ) -> None:
+        self.accelerator, self.args, self.progress = accelerator, args, progress
+        self.folder = None if args.output_dir is None else Path(args.output_dir)
+        self.records = self._records_so_far()
+        self.peak = matrix_product_rate(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
+        self.bar = tqdm(
+            total=args.max_steps,
+            initial=progress.step,
+            desc=description,
+            disable=not accelerator.is_local_main_process,
+        )
+        self.last_time = time.perf_counter()
+        self.started = self.last_time - progress.seconds
+        self.last_tokens, self.last_flops = progress.tokens, progress.flops
+        if args.report_to:
+            accelerator.init_trackers("supershaper", config={k: str(v) for k, v in vars(args).items()})
+
+    def step(self, losses: Sequence[float], learning_rate: float, gradient_norm: float) -> None:
+        """Show the step just done: the `losses` of its shapes in nats, over all processes."""
+        progress = self.progress
+        progress.seconds = time.perf_counter() - self.started
+        if progress.watch(losses[0]):
+            spike = progress.loss_spikes[-1]
+            self._say(f"Step {progress.step}: the loss is {losses[0]:.2f}, up from {spike['mean_before']:.2f}.")
+        self.bar.update()
+        if progress.step % self.args.logging_steps and progress.step != self.args.max_steps:
+            return
+        now = time.perf_counter()
+        elapsed = now - self.last_time
+        speed = (progress.tokens - self.last_tokens) / elapsed
+        share = (progress.flops - self.last_flops) / elapsed / self.peak
+        self.last_time, self.last_tokens, self.last_flops = now, progress.tokens, progress.flops
+        self.bar.set_postfix_str(f"loss {losses[0]:.3f}, {speed:,.0f} tokens/s, {share:.0%} of peak")
+        record = {
+            "step": progress.step,
+            "loss": list(losses),
+            "learning_rate": learning_rate,
+            "gradient_norm": gradient_norm,
+            "tokens_per_second": speed,
+            "share_of_peak": share,
+        }
+        self._record(record)
+        self._track({"loss": losses[0], **{f"loss_{i}": loss for i, loss in enumerate(losses)}}, record)
+
+    def evaluated(self, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Show an evaluation: `loss`, `perplexity` and `accuracy` by name of shape."""
+        self._record({"step": self.progress.step, "evaluation": results})
+        rows = [{"shape": name, **{key: row[key] for key in MEASURES}} for name, row in results.items()]
+        self._say(f"Evaluation after step {self.progress.step}:\n{text_table(rows)}")
+        if self.folder is not None and self.accelerator.is_main_process:
+            plot_evaluations(self.folder / PLOT_FILE, self.records)
+        self._track({f"eval/{name}/{key}": row[key] for name, row in results.items() for key in MEASURES}, {})
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the training speed what happens here: evaluating and saving."""
+        start = time.perf_counter()
+        yield
+        self.last_time += time.perf_counter() - start
+
+    def close(self) -> None:
+        """End the bar and the trackers. `end_training` would also disconnect the processes, which go on to save."""
+        self.bar.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def _records_so_far(self) -> list[dict[str, Any]]:
+        """Read back the records up to the step to go on from; a crash may have left later ones, or half a line."""
+        if self.folder is None or not self.accelerator.is_main_process:
+            return []
+        file = self.folder / METRICS_FILE
+        records = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        records = [record for record in records if record["step"] <= self.progress.step]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rewritten = file.with_suffix(".partial")
+        rewritten.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+        rewritten.replace(file)
+        return records
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            self.bar.write(text)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        if self.folder is not None and self.accelerator.is_main_process:
+            with (self.folder / METRICS_FILE).open("a") as file:
+                file.write(f"{to_json(record)}\n")
+
+    def _track(self, values: Mapping[str, float], record: Mapping[str, Any]) -> None:
+        if self.args.report_to:
+            numbers = {key: value for key, value in record.items() if isinstance(value, float)}
+            self.accelerator.log({**values, **numbers}, step=self.progress.step)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return `value` as JSON, with null for numbers that are not finite: JSON has none."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {key: finite(item) for key, item in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(item) for item in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def matrix_product_rate(device: torch.device, mixed_precision: str = "no", seconds: float = 0.2) -> float:
+    """Measure the best rate, in FLOP/s, of a square matrix product on `device` in the precision of training.
+
+    It is the peak that a training step is compared with: what this machine does, not what its data sheet says.
+    """
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+    size = 8192 if device.type == "cuda" else 1024
+    left = torch.ones(size, size, device=device, dtype=dtype)  # ones: training's random state stays untouched
+    best, deadline = 0.0, time.perf_counter() + seconds
+    while best == 0.0 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        torch.mm(left, left)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best

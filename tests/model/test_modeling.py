@@ -1,0 +1,282 @@
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same, randomize, run, tiny_batch, tiny_bert_config, tiny_config, tiny_model
+from torch import nn
+from transformers.models.bert.modeling_bert import BertLayer
+
+from supershaper_hf import (
+    SuperShaperForMaskedLM,
+    SuperShaperForSequenceClassification,
+    SuperShaperModel,
+)
+from supershaper_hf.model import elastic
+from supershaper_hf.model.elastic import SuperShaperAttention
+
+
+SHAPES = [[8, 20, 36], [48, 48, 48], [0, 36, 8], [20, 0, 48], [36, 8, 0], [0, 20, 0]]
+
+# The query, key and value channels that a layer keeps at width 20, written out: 4 heads of 12 narrowed to 5.
+HEAD_CHANNELS_AT_20 = {
+    "prefix": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19],
+    "per_head": [0, 1, 2, 3, 4, 12, 13, 14, 15, 16, 24, 25, 26, 27, 28, 36, 37, 38, 39, 40],
+}
+
+
+def kept_at_20(head_slicing):
+    """Name of each part of a layer -> the rows and columns of its weight that are kept at width 20."""
+    first, heads = list(range(20)), HEAD_CHANNELS_AT_20[head_slicing]
+    return {
+        "attention.self.query": (heads, first),
+        "attention.self.key": (heads, first),
+        "attention.self.value": (heads, first),
+        "attention.output.dense": (first, heads),
+        "attention.output.LayerNorm": (first,),
+        "intermediate.dense": (list(range(80)), first),
+        "output.dense": (first, list(range(80))),
+        "output.LayerNorm": (first,),
+    }
+
+
+# A subnet equals its supernet
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_subnet_equals_supernet_layer_by_layer(model_class, head_slicing, shape):
+    supernet, batch = tiny_model(model_class, head_slicing=head_slicing), tiny_batch(model_class)
+    subnet = supernet.extract_subnet(shape)
+    actual = run(subnet, batch, output_hidden_states=True)
+    assert_same(actual, run(supernet, batch, shape=shape, output_hidden_states=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_subnet_equals_supernet_with_eager_attention(head_slicing, shape):
+    supernet, batch = tiny_model(head_slicing=head_slicing, attn_implementation="eager"), tiny_batch()
+    subnet = supernet.extract_subnet(shape)
+    actual = run(subnet, batch, output_attentions=True)
+    assert_same(actual, run(supernet, batch, shape=shape, output_attentions=True))
+
+
+@pytest.mark.parametrize(("length", "merges"), [(6, 0), (17, 1), (18, 2)])
+def test_supernet_merges_bottlenecks_where_that_is_cheaper(length, merges):
+    """At shape [8, 20, 36] merging pays from 7 tokens between the first layers, from 18 between the last."""
+    supernet, batch = tiny_model(), tiny_batch(batch=1, length=length)
+    expected = run(supernet.extract_subnet([8, 20, 36]), batch)
+    with mock.patch.object(elastic, "merge", wraps=elastic.merge) as merge:
+        actual = run(supernet, batch, shape=[8, 20, 36])
+    assert merge.call_count == merges
+    assert_same(actual, expected)
+
+
+def test_no_shape_is_the_full_shape(model_class):
+    supernet, batch = tiny_model(model_class), tiny_batch(model_class)
+    assert_same(run(supernet, batch), run(supernet, batch, shape=[48, 48, 48]), atol=0)
+
+
+def test_supernet_remembers_no_shape():
+    supernet, batch = tiny_model(), tiny_batch()
+    before = run(supernet, batch)
+    run(supernet, batch, shape=[8, 0, 36])
+    assert_same(run(supernet, batch), before, atol=0)
+
+
+def test_untied_subnet_equals_supernet():
+    supernet, batch = tiny_model(tie_word_embeddings=False), tiny_batch()
+    subnet = supernet.extract_subnet([8, 0, 36])
+    assert not torch.equal(subnet.get_output_embeddings().weight, subnet.get_input_embeddings().weight)
+    assert_same(run(subnet, batch), run(supernet, batch, shape=[8, 0, 36]))
+
+
+def test_base_model_without_pooler():
+    supernet, batch = randomize(SuperShaperModel(tiny_config(), add_pooling_layer=False)), tiny_batch()
+    subnet = supernet.extract_subnet([8, 0, 36])
+    assert subnet.pooler is None
+    assert_same(run(subnet, batch), run(supernet, batch, shape=[8, 0, 36]))
+
+
+# What a subnet is made of
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_layer_of_a_subnet_is_a_bert_layer_of_its_width(head_slicing, attention):
+    supernet = tiny_model(head_slicing=head_slicing, attn_implementation=attention)
+    layer = supernet.extract_subnet([8, 20, 36]).bert.encoder.layer[1]
+    bert_layer = BertLayer(tiny_bert_config(hidden_size=20, attn_implementation=attention)).eval()
+    bert_layer.load_state_dict(layer.state_dict())
+    hidden_states = torch.randn(2, 9, 20)
+    mask = torch.zeros(2, 1, 9, 9)
+    mask[1, ..., -3:] = torch.finfo(torch.float32).min
+    with torch.no_grad():
+        assert_same(layer(hidden_states, mask), bert_layer(hidden_states, mask))
+
+
+def test_layer_of_a_subnet_keeps_the_chosen_channels(head_slicing):
+    supernet = tiny_model(head_slicing=head_slicing)
+    whole, cut = supernet.bert.encoder.layer[1], supernet.extract_subnet([8, 20, 36]).bert.encoder.layer[1]
+    for name, kept in kept_at_20(head_slicing).items():
+        assert_same(cut.get_submodule(name).weight, whole.get_submodule(name).weight[np.ix_(*kept)], atol=0)
+        assert_same(cut.get_submodule(name).bias, whole.get_submodule(name).bias[kept[0]], atol=0)
+
+
+def test_bottlenecks_of_a_subnet_are_those_of_the_kept_layers_multiplied():
+    supernet = tiny_model()
+    whole, cut = supernet.bert.encoder, supernet.extract_subnet([8, 0, 36]).bert.encoder
+    hidden = torch.randn(5, 48)
+    narrow, wide = hidden[:, :8], hidden[:, :36]
+    with torch.no_grad():
+        into_first = whole.input_bottleneck[0](hidden)[:, :8]
+        padded = nn.functional.pad(narrow, (0, 40))
+        between = whole.input_bottleneck[2](whole.output_bottleneck[0](padded))[:, :36]
+        out_of_last = whole.output_bottleneck[2](nn.functional.pad(wide, (0, 12)))
+        assert_same(cut.input_bottleneck[0](hidden), into_first)
+        assert_same(cut.input_bottleneck[1](narrow), between)
+        assert_same(cut.output_bottleneck[0](wide), out_of_last)
+    assert (len(cut.input_bottleneck), len(cut.layer), len(cut.output_bottleneck)) == (2, 2, 1)
+
+
+def test_new_supernet_starts_from_identity_bottlenecks():
+    encoder = SuperShaperForMaskedLM(tiny_config()).bert.encoder
+    for bottleneck in [*encoder.input_bottleneck, *encoder.output_bottleneck]:
+        assert torch.equal(bottleneck.weight, torch.eye(48))
+        assert not bottleneck.bias.any()
+
+
+def test_new_layer_norms_and_embeddings_are_initialised_as_in_bert():
+    model = SuperShaperModel(tiny_config(initializer_range=0.5))
+    assert torch.equal(model.embeddings.LayerNorm.weight, torch.ones(48))
+    assert model.encoder.layer[0].intermediate.dense.weight.std().item() == pytest.approx(0.5, rel=0.1)
+    assert model.embeddings.position_embeddings.weight.std().item() == pytest.approx(0.5, rel=0.1)
+    assert not model.embeddings.word_embeddings.weight[0].any()
+
+
+# Extraction
+
+
+def test_subnet_is_of_the_same_class_and_in_evaluation_mode(model_class):
+    supernet = tiny_model(model_class).train()
+    subnet = supernet.extract_subnet([8, 0, 36])
+    assert type(subnet) is model_class
+    assert not any(module.training for module in subnet.modules())
+    assert supernet.training
+
+
+def test_subnet_keeps_the_dtype(model_class):
+    subnet = tiny_model(model_class).to(torch.bfloat16).extract_subnet([8, 0, 36])
+    assert {tensor.dtype for tensor in subnet.state_dict().values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("shape", [[8, 0, 36], [48, 48, 48]], ids=str)
+def test_subnet_owns_its_memory_and_no_more(model_class, shape):
+    supernet = tiny_model(model_class)
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in supernet.state_dict().values()}
+    for tensor in supernet.extract_subnet(shape).state_dict().values():
+        storage = tensor.untyped_storage()
+        assert storage.data_ptr() not in theirs
+        assert storage.nbytes() == tensor.numel() * tensor.itemsize
+        assert tensor.is_contiguous()
+
+
+def test_changing_a_subnet_leaves_the_supernet_alone(model_class):
+    supernet, batch = tiny_model(model_class), tiny_batch(model_class)
+    before = run(supernet, batch)
+    randomize(supernet.extract_subnet([48, 48, 48]), seed=1)
+    assert_same(run(supernet, batch), before, atol=0)
+
+
+def test_subnet_ties_its_own_embeddings():
+    subnet = tiny_model().extract_subnet([8, 0, 36])
+    assert subnet.get_output_embeddings().weight is subnet.get_input_embeddings().weight
+
+
+def test_subnet_keeps_labels_and_problem_type():
+    labels = {0: "negative", 1: "neutral", 2: "positive"}
+    supernet = tiny_model(
+        SuperShaperForSequenceClassification, id2label=labels, problem_type="multi_label_classification"
+    )
+    config = supernet.extract_subnet([8, 0, 36]).config
+    assert config.id2label == labels
+    assert config.problem_type == "multi_label_classification"
+
+
+def test_subnet_can_be_trained(model_class):
+    subnet = tiny_model(model_class).extract_subnet([8, 0, 36])
+    subnet(**tiny_batch(model_class))[0].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in subnet.base_model.encoder.parameters())
+
+
+def test_subnet_takes_no_shape(model_class):
+    subnet = tiny_model(model_class).extract_subnet([8, 0, 36])
+    with pytest.raises(ValueError, match=r"it is not elastic\. Pass shape to the supernet it was cut from"):
+        subnet(**tiny_batch(model_class), shape=[8, 36])
+    with pytest.raises(ValueError, match="it is not elastic"):
+        subnet.extract_subnet([8, 36])
+
+
+def test_wrong_shape_is_refused_by_every_head(model_class):
+    supernet = tiny_model(model_class)
+    with pytest.raises(ValueError, match="width 40 of layer 2 is not one of the width choices"):
+        supernet(**tiny_batch(model_class), shape=[8, 20, 40])
+    with pytest.raises(ValueError, match="width 40 of layer 2 is not one of the width choices"):
+        supernet.extract_subnet([8, 20, 40])
+
+
+def test_publishing_options_need_a_repository():
+    with pytest.raises(TypeError, match=r"\['private', 'token'\] only make sense with repo_id='user/name'"):
+        tiny_model().extract_subnet([8, 0, 36], token="secret", private=True)
+
+
+# Gradients
+
+
+def gradients(supernet, *shapes):
+    """Gradients of the summed losses at `shapes`, all forward passes before the one backward pass."""
+    batch = tiny_batch()
+    supernet.zero_grad()
+    torch.manual_seed(0)
+    sum(supernet(**batch, labels=batch["input_ids"], shape=shape).loss for shape in shapes).backward()
+    return {name: parameter.grad for name, parameter in supernet.named_parameters() if parameter.grad is not None}
+
+
+def test_two_shapes_before_one_backward_give_the_sum_of_their_gradients(head_slicing):
+    supernet = tiny_model(head_slicing=head_slicing, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    first, second = gradients(supernet, [8, 20, 36]), gradients(supernet, [36, 0, 8])
+    total = {name: gradient + second.get(name, 0) for name, gradient in first.items()}
+    assert_same(gradients(supernet, [8, 20, 36], [36, 0, 8]), total)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(head_slicing, use_reentrant):
+    supernet = tiny_model(head_slicing=head_slicing).train()
+    expected = gradients(supernet, [8, 20, 36], [36, 0, 8])
+    # Renamed in transformers 5.2x; the old name is deprecated in the newest and the only one in the oldest supported.
+    newest = hasattr(supernet, "activation_checkpointing_enable")
+    enable = supernet.activation_checkpointing_enable if newest else supernet.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    with mock.patch.object(
+        SuperShaperAttention, "forward", autospec=True, side_effect=SuperShaperAttention.forward
+    ) as forward:
+        actual = gradients(supernet, [8, 20, 36], [36, 0, 8])
+    assert forward.call_count == 2 * 5  # each layer ran again in the backward pass
+    assert_same(actual, expected, atol=0)
+
+
+def test_gradients_are_zero_outside_the_slice(head_slicing):
+    supernet = tiny_model(head_slicing=head_slicing)
+    gradients(supernet, [48, 20, 48])
+    layer, encoder = supernet.bert.encoder.layer[1], supernet.bert.encoder
+    everything = list(range(48))
+    kept = {layer.get_submodule(name).weight: channels for name, channels in kept_at_20(head_slicing).items()}
+    kept[encoder.input_bottleneck[1].weight] = (list(range(20)), everything)
+    kept[encoder.output_bottleneck[1].weight] = (everything, list(range(20)))
+    for weight, channels in kept.items():
+        assert weight.grad[np.ix_(*channels)].any()
+        weight.grad[np.ix_(*channels)] = 0
+        assert not weight.grad.any()
+
+
+def test_dropped_layer_has_no_gradient():
+    used = gradients(tiny_model(), [8, 0, 36])
+    assert any("encoder.layer.0." in name for name in used)
+    assert not any("encoder.layer.1." in name or "bottleneck.1." in name for name in used)

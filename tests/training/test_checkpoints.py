@@ -1,0 +1,639 @@
+"""How a run survives on one process: checkpoints, signals, SIGKILL, a full disk, text that vanishes."""
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import threading
+from functools import partial
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import SPECIAL_TOKENS, WORDS, assert_same, tiny_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from texts import random_documents
+from transformers import BertTokenizer
+
+from supershaper_hf.data.batches import MicroBatches, fixed_masks
+from supershaper_hf.data.documents import load_text
+from supershaper_hf.data.sequences import tokenize
+from supershaper_hf.training import checkpoints
+from supershaper_hf.training import loop as training
+from supershaper_hf.training import progress as progress_module
+from supershaper_hf.training.arguments import SuperPretrainingArguments
+from supershaper_hf.training.checkpoints import (
+    MANIFEST,
+    caught_signals,
+    find_damage,
+    list_checkpoints,
+    newest_good_checkpoint,
+)
+from supershaper_hf.training.loop import super_pretrain
+from supershaper_hf.training.sandwich import sandwich_step
+
+
+STEPS = 8
+TIMES = {"tokens_per_second", "share_of_peak"}
+FAULTS = [OSError(28, "No space left on device"), RuntimeError("write failed"), SafetensorError("I/O error")]
+
+
+@pytest.fixture(autouse=True)
+def no_measured_peak(monkeypatch):
+    """Measuring it takes a fifth of a second in each run."""
+    monkeypatch.setattr(progress_module, "matrix_product_rate", lambda *_: 1e9)
+
+
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """Python's own handler of Ctrl-C, which a job in the background of a shell lacks."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    messages = []
+    for module in (checkpoints, training):
+        monkeypatch.setattr(module.logger, "warning", messages.append)
+    return messages
+
+
+def write_weights(folder):
+    (folder / "weights.bin").write_bytes(b"0123456789")
+    (folder / "part").mkdir(exist_ok=True)
+    (folder / "part" / "more.bin").write_bytes(b"abc")
+
+
+def save(accelerator, folder, *steps, keep=9, write=write_weights):
+    """Write small checkpoints; return the last one."""
+    for step in steps:
+        checkpoint = checkpoints.save_checkpoint(accelerator, folder, step, write, keep)
+    return checkpoint
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def steps_in(folder):
+    return [int(checkpoint.name.removeprefix("checkpoint-")) for checkpoint in list_checkpoints(folder)]
+
+
+def train(folder=None, text=None, **changes):
+    """Train for eight steps with dropout, dropped layers, evaluations and checkpoints; return model and summary."""
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(SPECIAL_TOKENS + WORDS)})
+    text = tokenize(random_documents(12, words=27), tokenizer, 12) if text is None else text
+    evaluation = fixed_masks(tokenize(random_documents(4, seed=1), tokenizer, 12), tokenizer, 8, masking_rate=0.4)
+    values = {"max_steps": STEPS, "save_steps": 3, "eval_steps": 4, "logging_steps": 1, "batch_size": 4}
+    values |= {"learning_rate": 1e-2, "max_length": 12, "drop_rate": 0.3, "gradient_accumulation_steps": 2}
+    values["output_dir"] = None if folder is None else str(folder)
+    model = tiny_model()
+    args = SuperPretrainingArguments(**{**values, **changes})
+    return model, super_pretrain(model, tokenizer, text, args, eval_batches=evaluation)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress_module, "matrix_product_rate", lambda *_: 1e9)
+        train(folder)
+    return folder
+
+
+def read_metrics(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def read_summary(folder):
+    summary = json.loads((folder / "training_summary.json").read_text())
+    assert summary.pop("seconds") > 0
+    del summary["arguments"]["output_dir"]
+    return summary
+
+
+def assert_equal_runs(folder, whole):
+    """Bit for bit: the last and the best model, what was measured on the way, the checkpoints."""
+    for name in ("last", "best"):
+        ours, expected = (load_file(path / name / "model.safetensors") for path in (folder, whole))
+        assert ours.keys() == expected.keys()
+        assert [key for key, tensor in ours.items() if not torch.equal(tensor, expected[key])] == []
+    assert read_metrics(folder) == read_metrics(whole)
+    assert read_summary(folder) == read_summary(whole)
+    assert steps_in(folder)[0] == steps_in(whole)[0]
+    assert names(folder / "last") == names(whole / "last")
+    assert [find_damage(checkpoint) for checkpoint in list_checkpoints(folder)] == [None] * len(steps_in(folder))
+
+
+# Complete or absent
+
+
+def test_checkpoint_holds_what_was_written_and_a_manifest_of_it(accelerator, tmp_path):
+    folder = save(accelerator, tmp_path / "new" / "run", 3)
+    assert folder == tmp_path / "new" / "run" / "checkpoint-00000003"
+    assert names(tmp_path / "new" / "run") == ["checkpoint-00000003"]
+    assert names(folder) == ["manifest.json", "part", "random_states_0.pkl", "weights.bin"]
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert sorted(manifest) == ["part/more.bin", "random_states_0.pkl", "weights.bin"]
+    assert manifest["weights.bin"] == {
+        "size": 10,
+        "sha256": "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882",
+    }
+
+
+def test_checkpoint_appears_only_when_it_is_complete_and_on_the_disk(accelerator, tmp_path, monkeypatch):
+    """Files, their folders and the manifest are forced to the disk before the name is given, the name after."""
+    done = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(Path, "replace", lambda path, target: (done.append("renamed"), replace(path, target)))
+    save(accelerator, tmp_path, 3)
+    before, after = done[: done.index("renamed")], done[done.index("renamed") + 1 :]
+    files = {MANIFEST, "part", "part/more.bin", "random_states_0.pkl", "weights.bin"}
+    partial_folder = tmp_path / ".checkpoint-00000003.partial"
+    assert set(before) == {str(partial_folder), *(str(partial_folder / file) for file in files)}
+    assert after == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
+def test_failed_write_leaves_no_checkpoint_and_keeps_the_older_one(accelerator, tmp_path, error):
+    older = save(accelerator, tmp_path, 3)
+
+    def fail(folder):
+        write_weights(folder)
+        raise error
+
+    message = (
+        f"{tmp_path / 'checkpoint-00000006'} could not be written: {error}. The newest checkpoint is {older}. Solve "
+        "that (is the disk full?), then start the same command again: it goes on from there."
+    )
+    with pytest.raises(OSError, match=re.escape(message)) as raised:
+        save(accelerator, tmp_path, 6, keep=1, write=fail)
+    assert raised.value.__cause__ is error
+    assert names(tmp_path) == ["checkpoint-00000003"]
+    assert find_damage(older) is None
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
+def test_failing_accelerate_is_a_failed_write_too(accelerator, tmp_path, monkeypatch, error):
+    def fail(folder):
+        raise error
+
+    monkeypatch.setattr(accelerator, "save_state", fail)
+    level = logging.getLogger("accelerate.utils.other").level
+    with pytest.raises(OSError, match=r"There is no older checkpoint\. Solve that"):
+        save(accelerator, tmp_path, 6)
+    assert names(tmp_path) == []
+    assert logging.getLogger("accelerate.utils.other").level == level
+
+
+@pytest.mark.parametrize("function", ["mkdir", "replace"])
+def test_failing_folder_is_a_failed_write_too(accelerator, tmp_path, monkeypatch, function):
+    save(accelerator, tmp_path, 3)
+
+    def fail(path, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, function, fail)
+        with pytest.raises(OSError, match=r"checkpoint-00000006 could not be written: .*\(is the disk full\?"):
+            save(accelerator, tmp_path, 6, write=lambda folder: None)
+    assert names(tmp_path) == ["checkpoint-00000003"]
+
+
+def test_failing_manifest_is_a_failed_write_too(accelerator, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="could not be written"):
+        save(accelerator, tmp_path, 6)
+    assert names(tmp_path) == []
+
+
+def test_mistakes_in_the_code_are_not_called_a_full_disk(accelerator, tmp_path):
+    def fail(folder):
+        raise TypeError("not JSON")
+
+    with pytest.raises(TypeError, match="not JSON"):
+        save(accelerator, tmp_path, 6, write=fail)
+    assert steps_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_rotation_keeps_the_newest(accelerator, tmp_path, keep):
+    save(accelerator, tmp_path, 8, 9, 10, 100, keep=keep)
+    assert steps_in(tmp_path) == [100, 10, 9, 8][:keep]
+
+
+def test_older_checkpoint_stays_until_the_new_one_is_there(accelerator, tmp_path):
+    save(accelerator, tmp_path, 3, keep=1)
+    seen = []
+    save(accelerator, tmp_path, 6, keep=1, write=lambda folder: seen.append(steps_in(tmp_path)))
+    assert seen == [[3]]
+
+
+def test_checkpoints_after_the_step_cannot_push_out_good_ones(accelerator, tmp_path):
+    """A run goes on from step 3 because what is newer is damaged."""
+    save(accelerator, tmp_path, 3, 6, 9)
+    for step in (6, 9):
+        (tmp_path / f"checkpoint-0000000{step}" / "weights.bin").write_bytes(b"")
+    good = save(accelerator, tmp_path, 4, keep=2)
+    assert newest_good_checkpoint(accelerator, tmp_path) == good
+    assert steps_in(tmp_path) == [4, 3]
+
+
+def test_leftovers_of_a_kill_are_ignored_and_removed(accelerator, tmp_path):
+    good = save(accelerator, tmp_path, 3)
+    for step in (5, 6):
+        leftover = tmp_path / f".checkpoint-0000000{step}.partial"
+        shutil.copytree(good, leftover)
+        (leftover / "strange.bin").write_bytes(b"?")
+    assert newest_good_checkpoint(accelerator, tmp_path) == good
+    new = save(accelerator, tmp_path, 6)
+    assert names(new) == names(good)
+    assert find_damage(new) is None
+    assert names(tmp_path) == ["checkpoint-00000003", "checkpoint-00000006"]
+
+
+def test_new_checkpoint_takes_the_place_of_a_damaged_one(accelerator, tmp_path):
+    damaged = save(accelerator, tmp_path, 3)
+    (damaged / "strange.bin").write_bytes(b"?")
+    (damaged / "weights.bin").unlink()
+    assert save(accelerator, tmp_path, 3) == damaged
+    assert names(damaged) == ["manifest.json", "part", "random_states_0.pkl", "weights.bin"]
+    assert find_damage(damaged) is None
+
+
+# Damage
+
+
+def truncate(folder):
+    os.truncate(folder / "weights.bin", 9)
+
+
+def flip(folder):
+    (folder / "weights.bin").write_bytes(b"0123556789")
+
+
+def garble_manifest(folder):
+    (folder / MANIFEST).write_bytes(b"\xff\xfe")
+
+
+def halve_manifest(folder):
+    os.truncate(folder / MANIFEST, 100)
+
+
+def replace_in_manifest(old, new):
+    def replace(folder):
+        file = folder / MANIFEST
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+
+    return replace
+
+
+def put_folder_in_place(folder):
+    (folder / "weights.bin").unlink()
+    (folder / "weights.bin").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: None, None),
+        (truncate, "weights.bin has 9 bytes instead of 10"),
+        (flip, "weights.bin has changed: its checksum is wrong"),
+        (lambda folder: (folder / "weights.bin").unlink(), "weights.bin is missing"),
+        (lambda folder: (folder / "part" / "more.bin").unlink(), "part/more.bin is missing"),
+        (put_folder_in_place, "weights.bin is missing"),
+        (lambda folder: (folder / MANIFEST).unlink(), "manifest.json is missing"),
+        (lambda folder: (folder / MANIFEST).write_text(""), "manifest.json is not readable"),
+        (garble_manifest, "manifest.json is not readable"),
+        (halve_manifest, "manifest.json is not readable"),
+        (lambda folder: (folder / MANIFEST).write_text("null"), "manifest.json is not readable"),
+        (replace_in_manifest('"size"', '"siye"'), "manifest.json is not readable"),
+        (replace_in_manifest('"sha256"', '"sha257"'), "manifest.json is not readable"),
+        (replace_in_manifest("weights.bin", "weighfs.bin"), "weighfs.bin is missing"),
+        (replace_in_manifest('"size": 10', '"size": 1000'), "weights.bin has 10 bytes instead of 1,000"),
+    ],
+)
+def test_damage_is_found_and_named(accelerator, tmp_path, damage, reason):
+    folder = save(accelerator, tmp_path, 3)
+    damage(folder)
+    assert find_damage(folder) == reason
+
+
+def test_bad_sector_is_damage_too(accelerator, tmp_path, monkeypatch):
+    """A disk answers a read of one with an error."""
+    folder = save(accelerator, tmp_path, 3)
+
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoints, "digest", fail)
+    assert re.search("Input/output error", find_damage(folder))
+
+
+def test_newest_good_checkpoint_is_the_newest(accelerator, tmp_path, warnings):
+    assert newest_good_checkpoint(accelerator, tmp_path / "absent") is None
+    assert newest_good_checkpoint(accelerator, tmp_path) is None
+    newest = save(accelerator, tmp_path, 9, 10, 100)
+    assert newest_good_checkpoint(accelerator, str(tmp_path)) == newest
+    assert warnings == []
+
+
+def test_damaged_checkpoints_are_passed_over_and_named(accelerator, tmp_path, warnings):
+    save(accelerator, tmp_path, 3, 6, 9)
+    third, second, first = list_checkpoints(tmp_path)
+    truncate(third)
+    flip(second)
+    assert newest_good_checkpoint(accelerator, tmp_path) == first
+    assert warnings == [
+        f"{third} is damaged (weights.bin has 9 bytes instead of 10): falling back to the checkpoint before it.",
+        f"{second} is damaged (weights.bin has changed: its checksum is wrong): falling back to the checkpoint "
+        "before it.",
+    ]
+
+
+def test_only_damaged_checkpoints_are_an_error(accelerator, tmp_path, warnings):
+    save(accelerator, tmp_path, 3, 6)
+    second, first = list_checkpoints(tmp_path)
+    truncate(first)
+    (second / MANIFEST).unlink()
+    message = (
+        f"No checkpoint can be used. {second}: manifest.json is missing; {first}: weights.bin has 9 bytes instead of "
+        "10. Remove these folders to start from the beginning."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        newest_good_checkpoint(accelerator, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path, damage, warnings):
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    newest, older = list_checkpoints(folder)
+    assert steps_in(folder) == [8, 6]
+    file = newest / {"truncated": "optimizer.bin", "flipped": "model.safetensors", "missing": "stream_0.json"}[damage]
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(content[:-1])
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    shutil.rmtree(folder / "last")
+    train(folder)
+    assert_equal_runs(folder, whole)
+    (warning,) = warnings
+    assert warning.startswith(f"{newest} is damaged ({file.name} ")
+    assert older.exists()
+
+
+def test_checkpoint_has_what_a_run_goes_on_with(whole):
+    newest = list_checkpoints(whole)[0]
+    manifest = json.loads((newest / MANIFEST).read_text())
+    expected = {"model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl"}
+    assert manifest.keys() >= expected | {"progress.json", "stream_0.json", "config.json", "tokenizer.json"}
+    assert json.loads((newest / "progress.json").read_text())["progress"]["step"] == STEPS
+    assert_same(load_file(newest / "model.safetensors"), load_file(whole / "last" / "model.safetensors"), atol=0)
+
+
+def test_run_killed_after_reaching_its_target_only_writes_the_last_model(tmp_path):
+    changes = {"target_perplexity": 1e9, "max_steps": 6}
+    train(tmp_path, **changes)
+    expected = read_summary(tmp_path)
+    assert (expected["status"], expected["step"]) == ("target reached", 4)
+    shutil.rmtree(tmp_path / "last")
+    train(tmp_path, **changes)
+    assert read_summary(tmp_path) == expected
+    assert (tmp_path / "last" / "model.safetensors").exists()
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_is_collected_and_a_second_one_acts_as_usual(number):
+    acted = []
+    signal.signal(number, lambda *_: acted.append(number))
+    try:
+        with caught_signals() as caught:
+            assert caught == []
+            signal.raise_signal(number)
+            assert caught == [number.name]
+            assert acted == []
+            signal.raise_signal(number)
+            assert caught == [number.name]
+            assert acted == [number]
+    finally:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def test_second_interrupt_stops_at_once_and_handlers_are_restored():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    def interrupt_twice():
+        with caught_signals():
+            assert signal.getsignal(signal.SIGINT) != before[1]
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_run_restores_the_handlers():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train(max_steps=1, eval_steps=1)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_other_threads_cannot_catch_signals_and_do_without():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with caught_signals() as caught:
+            seen.append((list(caught), signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [([], before)]
+
+
+# In processes of their own. A fork server imports everything once, so that each process starts in no time.
+
+
+@pytest.fixture(scope="module")
+def processes():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "supershaper_hf.training.loop"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)]))
+        forkserver.ensure_running()
+    return context
+
+
+def start(processes, *arguments):
+    """Run `in_child` in a process of its own; return its exit code."""
+    process = processes.Process(target=in_child, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None, "The process hangs."
+    return process.exitcode
+
+
+def in_child(folder, disturb, *arguments):
+    signal.alarm(50)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    progress_module.matrix_product_rate = lambda *_: 1e9
+    disturb(folder, *arguments)
+    try:
+        train(folder)
+    except OSError as error:
+        (folder / "error.txt").write_text(str(error))
+        sys.exit(3)
+
+
+def before_step(step, act):
+    """Let `act` be called when the step of this number, from 0, begins."""
+    calls = []
+
+    def sandwich(*args):
+        if len(calls) == step:
+            act()
+        calls.append(1)
+        return sandwich_step(*args)
+
+    training.sandwich_step = sandwich
+
+
+def signal_itself(folder, number, times):
+    before_step(4, lambda: [os.kill(os.getpid(), number) for _ in range(times)])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_a_run_with_a_checkpoint(processes, whole, tmp_path, number):
+    assert start(processes, tmp_path, signal_itself, number, 1) == 0
+    summary = read_summary(tmp_path)
+    assert summary["status"] == "interrupted"
+    assert summary["step"] in (5, 6)  # the signal comes within step 5, from 1
+    assert steps_in(tmp_path) == [summary["step"], 3]
+    assert not (tmp_path / "last").exists()
+    train(tmp_path)
+    assert_equal_runs(tmp_path, whole)
+
+
+def test_second_signal_ends_a_run_at_once_and_it_goes_on_from_the_last_checkpoint(processes, whole, tmp_path):
+    assert start(processes, tmp_path, signal_itself, signal.SIGTERM, 2) == -signal.SIGTERM
+    assert steps_in(tmp_path) == [3]
+    train(tmp_path)
+    assert_equal_runs(tmp_path, whole)
+
+
+def kill_at(folder, fraction, total, counts):
+    """Die by SIGKILL just before some access to a file in the folder: `fraction` of `total` in a whole run."""
+    seen = []
+
+    def hook(event, arguments):
+        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and str(folder) in str(arguments[0]):
+            seen.append(event)
+            if total is None:
+                counts.write_text(str(len(seen)))
+            elif len(seen) > fraction * total:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.fixture(scope="module")
+def accesses(processes, tmp_path_factory):
+    """How often a whole run opens, makes, renames or removes something in its folder."""
+    folder = tmp_path_factory.mktemp("accesses")
+    (folder / "run").mkdir()
+    assert start(processes, folder / "run", kill_at, 0, None, folder / "count") == 0
+    return int((folder / "count").read_text())
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(processes, whole, accesses, tmp_path, part):
+    """A random access in each fifth of the run: most of them are in the middle of writing something."""
+    fraction = (part + random.Random(part).random()) / 5
+    assert start(processes, tmp_path, kill_at, fraction, accesses, None) == -signal.SIGKILL
+    train(tmp_path)
+    assert_equal_runs(tmp_path, whole)
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name or "old" in path.name] == []
+
+
+def fill_disk(folder, limit):
+    """From step 5 on no file can grow beyond `limit` bytes: writing fails as on a full disk."""
+    before_step(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+
+
+@pytest.mark.parametrize("limit", [150_000, 400_000], ids=["weights", "optimiser"])
+def test_full_disk_while_saving(processes, whole, tmp_path, limit):
+    assert start(processes, tmp_path, fill_disk, limit) == 3
+    message = (tmp_path / "error.txt").read_text()
+    (tmp_path / "error.txt").unlink()
+    older, newer = tmp_path / "checkpoint-00000003", tmp_path / "checkpoint-00000006"
+    assert message.startswith(f"{newer} could not be written: ")
+    assert message.endswith(
+        f"The newest checkpoint is {older}. Solve that (is the disk full?), then start the same command again: it "
+        "goes on from there."
+    )
+    assert find_damage(older) is None
+    assert steps_in(tmp_path) == [3]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    train(tmp_path)
+    assert_equal_runs(tmp_path, whole)
+
+
+# Text
+
+
+def test_text_that_vanishes_while_streaming(tmp_path, monkeypatch):
+    documents = random_documents(24, words=27)["text"]
+    files = [tmp_path / f"{name}.txt" for name in "abc"]
+    for index, file in enumerate(files):
+        file.write_text("\n".join(documents[8 * index : 8 * index + 8]))
+    monkeypatch.setattr(training, "MicroBatches", partial(MicroBatches, documents_per_chunk=2))
+    whole, folder, elsewhere = tmp_path / "whole", tmp_path / "run", tmp_path / "elsewhere"
+    train(whole, load_text(files, streaming=True))
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def sandwich(*args):
+            calls.append(1)
+            if len(calls) == 2:
+                files[2].rename(elsewhere)
+            return sandwich_step(*args)
+
+        patch.setattr(training, "sandwich_step", sandwich)
+        with pytest.raises(FileNotFoundError, match=re.escape(f"Text file {files[2]} does not exist any more.")):
+            train(folder, load_text(files, streaming=True), save_steps=100)
+    assert 2 < len(calls) < STEPS
+    assert steps_in(folder)[0] == len(calls)
+    elsewhere.rename(files[2])
+    train(folder, load_text(files, streaming=True))
+    assert_equal_runs(folder, whole)

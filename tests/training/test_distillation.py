@@ -1,0 +1,513 @@
+import doctest
+import math
+from functools import partial
+
+import pytest
+import torch
+from conftest import assert_same, randomize, tiny_batch, tiny_model
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    GPT2Config,
+    GPT2Model,
+    MPNetConfig,
+    MPNetModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+from transformers.modeling_outputs import MaskedLMOutput
+
+from supershaper_hf.training import distillation
+from supershaper_hf.training.distillation import (
+    Largest,
+    LayerRecord,
+    Objective,
+    OutsideTeacher,
+    alpha_divergence,
+    attention_loss,
+    record_layers,
+    relation_loss,
+    soft_cross_entropy,
+)
+
+
+FULL, NARROW, DROPPED = [48, 48, 48], [20, 36, 8], [8, 0, 36]
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def softmax(scores):
+    return [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
+
+
+def labelled_batch(**kwargs):
+    """A batch in which every second real token is labelled."""
+    batch = tiny_batch(**kwargs)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    batch["labels"][:, ::2] = -100
+    return batch
+
+
+def test_examples_run():
+    results = doctest.testmod(distillation)
+    assert results.failed == 0
+    assert results.attempted > 0
+
+
+def all_hooks(model):
+    """Return the identifiers of all hooks."""
+    return [key for module in model.modules() for key in (*module._forward_hooks, *module._forward_pre_hooks)]
+
+
+class TestRecordLayers:
+    @pytest.mark.parametrize("shape", [FULL, NARROW, DROPPED])
+    def test_records_what_the_subnet_computes(self, head_slicing, shape):
+        """In a subnet the projections run as modules of their own, so hooks on them see the real thing."""
+        supernet, batch = tiny_model(head_slicing=head_slicing), tiny_batch()
+        subnet = supernet.extract_subnet(shape)
+        seen = []
+        for layer in subnet.bert.encoder.layer:
+            attention = layer.attention.self
+            for module in (attention.query, attention.key, attention.value, layer):
+                module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        subnet(**batch)
+        with record_layers(supernet, range(3)) as records:
+            supernet(**batch, shape=shape)
+        assert list(records) == [layer for layer, width in enumerate(shape) if width]
+        actual = [x for record in records.values() for x in (record.query, record.key, record.value, record.state)]
+        assert_same(actual, seen)
+
+    def test_subnet(self):
+        supernet, batch = tiny_model(), tiny_batch()
+        subnet = supernet.extract_subnet(DROPPED)
+        with record_layers(supernet, [2]) as expected:
+            supernet(**batch, shape=DROPPED)
+        with record_layers(subnet, [1]) as records:
+            subnet(**batch)
+        assert_same(vars(records[1]), vars(expected[2]))
+        assert records[1].num_heads == 4
+
+    @pytest.mark.parametrize("shape", [FULL, NARROW, DROPPED])
+    def test_attention_views_give_the_models_attention(self, head_slicing, shape):
+        model, batch = tiny_model(head_slicing=head_slicing, attn_implementation="eager"), tiny_batch()
+        with record_layers(model, [0, 1, 2]) as records:
+            attentions = model(**batch, shape=shape, output_attentions=True).attentions
+        for record, expected in zip(records.values(), attentions, strict=True):
+            query, key = record.attention()
+            scores = query @ key.mT / math.sqrt(query.shape[-1])
+            scores = scores.masked_fill(batch["attention_mask"][:, None, None] == 0, -math.inf)
+            assert_same(scores.softmax(-1), expected)
+
+    @pytest.mark.parametrize("layers", [None, []])
+    def test_nothing_asked_for_costs_nothing(self, layers):
+        model = tiny_model()
+        with record_layers(model, layers) as records:
+            assert all_hooks(model) == []
+            model(**tiny_batch())
+        assert records == {}
+
+    def test_only_the_layers_asked_for(self):
+        model = tiny_model()
+        with record_layers(model, [1]) as records:
+            model(**tiny_batch())
+        assert list(records) == [1]
+
+    def test_hooks_are_removed(self):
+        model = tiny_model()
+        before = all_hooks(model)
+        with record_layers(model, [0, 1, 2]):
+            assert len(all_hooks(model)) == len(before) + 6
+        assert all_hooks(model) == before
+        with pytest.raises(KeyboardInterrupt), record_layers(model, [0, 1, 2]):
+            raise KeyboardInterrupt
+        assert all_hooks(model) == before
+
+    def test_wrapped_model(self):
+        model, batch = tiny_model(), tiny_batch()
+        with record_layers(nn.ModuleDict({"module": model}), [2]) as records:
+            model(**batch)
+        assert list(records) == [2]
+
+    def test_other_models_are_refused(self):
+        with pytest.raises(ValueError, match=r"Linear has no SuperShaperEncoder\. Give a SuperShaper model\."):
+            record_layers(nn.Linear(2, 2), [0]).__enter__()
+
+    def test_recording_changes_neither_outputs_nor_dropout(self):
+        model, batch = tiny_model().train(), labelled_batch()
+        losses = []
+        for layers in ([], [0, 1, 2]):
+            torch.manual_seed(1)
+            with record_layers(model, layers):
+                losses.append(model(**batch, shape=NARROW).loss)
+        assert_same(*losses, atol=0)
+
+    def test_gradients_flow_through_attention(self, head_slicing):
+        """Against the divergence of the attention that the model itself returns."""
+        model = tiny_model(head_slicing=head_slicing, attn_implementation="eager")
+        batch = tiny_batch()
+        teacher = model(**batch, output_attentions=True).attentions[0].detach()
+        with record_layers(model, [0]) as largest:
+            model(**batch)
+        model.zero_grad()
+        student = model(**batch, shape=NARROW, output_attentions=True).attentions[0]
+        real = batch["attention_mask"].bool()
+        terms = (torch.xlogy(teacher, teacher) - torch.xlogy(teacher, student.clamp(min=1e-30))).sum(-1).mean(1)
+        expected = gradients(model, terms[real].mean())
+        with record_layers(model, [0]) as records:
+            model(**batch, shape=NARROW)
+        loss = attention_loss([records[0].attention()], [largest[0].attention()], batch["attention_mask"])
+        assert_same(gradients(model, loss), expected, atol=1e-6)
+
+    def test_gradients_flow_through_states(self):
+        model, batch = tiny_model(), tiny_batch()
+        expected = gradients(
+            model, model(**batch, shape=NARROW, output_hidden_states=True).hidden_states[2].square().sum()
+        )
+        with record_layers(model, [1]) as records:
+            model(**batch, shape=NARROW)
+        assert_same(gradients(model, records[1].state.square().sum()), expected, atol=1e-5)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+SIZES = {"vocab_size": 61, "max_position_embeddings": 24}
+WIDE = {**SIZES, "hidden_size": 72, "num_hidden_layers": 5, "num_attention_heads": 6, "intermediate_size": 32}
+TEACHERS = {
+    "bert": (BertForMaskedLM, BertConfig(**WIDE), "bert.encoder.layer.{}.attention.self", ("query", "key", "value")),
+    "roberta": (
+        RobertaForMaskedLM,
+        RobertaConfig(**WIDE),
+        "roberta.encoder.layer.{}.attention.self",
+        ("query", "key", "value"),
+    ),
+    "electra": (
+        ElectraForMaskedLM,
+        ElectraConfig(**WIDE, embedding_size=16),
+        "electra.encoder.layer.{}.attention.self",
+        ("query", "key", "value"),
+    ),
+    "distilbert": (
+        DistilBertForMaskedLM,
+        DistilBertConfig(**SIZES, dim=72, n_layers=5, n_heads=6, hidden_dim=32),
+        "distilbert.transformer.layer.{}.attention",
+        ("q_lin", "k_lin", "v_lin"),
+    ),
+    "mpnet": (MPNetModel, MPNetConfig(**WIDE), "encoder.layer.{}.attention.attn", ("q", "k", "v")),
+}
+
+
+def outside_model(family="bert"):
+    model_class, config, *_ = TEACHERS[family]
+    return randomize(model_class(config)).train()
+
+
+class TestOutsideTeacher:
+    @pytest.mark.parametrize(("layer", "index"), [(-1, 4), (-5, 0), (1, 1)])
+    @pytest.mark.parametrize("family", TEACHERS)
+    def test_projections_of_the_layer(self, family, layer, index):
+        """The input of layer i is hidden state i; its projections are applied to it here by name."""
+        model, batch = outside_model(family), tiny_batch()
+        qkv = OutsideTeacher(model, layer)(batch)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            states = model(**inputs, output_hidden_states=True).hidden_states[index]
+            parent = model.get_submodule(TEACHERS[family][2].format(index))
+            expected = [getattr(parent, name)(states) for name in TEACHERS[family][3]]
+        assert qkv[0].shape == (2, 9, 72)
+        assert_same(list(qkv), expected, atol=1e-6)
+
+    def test_supershaper_teacher(self):
+        model, batch = tiny_model(), tiny_batch()
+        del batch["token_type_ids"]
+        with record_layers(model, [2]) as records:
+            model(**batch)
+        record = records[2].detach()
+        assert_same(list(OutsideTeacher(model)(batch)), [record.query, record.key, record.value])
+
+    def test_frozen_and_without_traces(self):
+        model = outside_model()
+        ran = []
+        model.cls.register_forward_hook(lambda *args: ran.append(args))
+        before = all_hooks(model)
+        teacher = OutsideTeacher(model)
+        qkv = teacher(tiny_batch())
+        assert not any(module.training for module in teacher.model.modules())
+        assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+        assert not any(tensor.is_inference() for tensor in qkv)  # autograd could not save such a tensor
+        teacher.model.requires_grad_(True)
+        assert not any(tensor.requires_grad for tensor in (*qkv, *teacher(tiny_batch())))
+        assert all_hooks(model) == before
+        assert ran == []  # the head is not needed
+
+    def test_padding_has_no_effect(self):
+        teacher, batch = OutsideTeacher(outside_model()), tiny_batch()
+        changed = dict(batch, input_ids=batch["input_ids"].where(batch["attention_mask"] == 1, 7))
+        real = batch["attention_mask"].bool()
+        for tensor, other in zip(teacher(batch), teacher(changed)):
+            assert_same(tensor[real], other[real])
+
+    def test_moves_to_the_batch(self):
+        teacher = OutsideTeacher(outside_model())
+        batch = {name: tensor.to("meta") for name, tensor in tiny_batch().items()}
+        with pytest.raises(RuntimeError, match="meta tensors"):  # masks are made by looking at the values
+            teacher(batch)
+        assert teacher.model.device.type == "meta"
+
+    def test_cross_attention_is_no_layer(self):
+        config = BertConfig(**WIDE, is_decoder=True, add_cross_attention=True)
+        with pytest.raises(ValueError, match=r"layer=5: BertModel has layers 0 to 4, or -5 to -1\."):
+            OutsideTeacher(BertModel(config), layer=5)
+
+    @pytest.mark.parametrize("layer", [5, -6])
+    def test_layer_out_of_range(self, layer):
+        with pytest.raises(ValueError, match=rf"layer={layer}: BertForMaskedLM has layers 0 to 4, or -5 to -1\."):
+            OutsideTeacher(outside_model(), layer)
+
+    def test_unknown_architecture(self):
+        model = GPT2Model(GPT2Config(vocab_size=9, n_positions=4, n_embd=4, n_layer=1, n_head=1))
+        with pytest.raises(ValueError, match=r"GPT2Model has no query, key and value projections .*Use a BERT"):
+            OutsideTeacher(model)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"distillation_weight": -0.1}, "distillation_weight=-0.1 must be between 0 and 1."),
+        ({"distillation_weight": 1.1}, "distillation_weight=1.1 must be between 0 and 1."),
+        ({"distillation_weight": math.nan}, "distillation_weight=nan must be between 0 and 1."),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive and finite."),
+        ({"temperature": math.inf}, "temperature=inf must be positive and finite."),
+        ({"divergence": "kl"}, "divergence='kl' must be one of cross_entropy, alpha."),
+        ({"hidden_weight": -1.0}, "hidden_weight=-1.0 must be 0 or more, and finite."),
+        ({"attention_weight": math.nan}, "attention_weight=nan must be 0 or more, and finite."),
+        ({"teacher_weight": -1.0}, "teacher_weight=-1.0 must be 0 or more, and finite."),
+        ({"relation_heads": 0}, "relation_heads=0 must be at least 1, or None."),
+        ({"divergence": "alpha", "temperature": 2.0}, "temperature=2.0 does not go with divergence='alpha'"),
+        ({"teacher_weight": 1.0}, "teacher_weight=1.0 needs a teacher."),
+        ({"teacher": object()}, "A teacher is given, but teacher_weight=0."),
+    ],
+)
+def test_objective_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**values)
+
+
+def test_objective_accepts_the_ends():
+    Objective(distillation_weight=0, temperature=0.1, relation_heads=1)
+    Objective(distillation_weight=1, divergence="alpha", temperature=1)
+
+
+@pytest.fixture
+def teacher():
+    return OutsideTeacher(outside_model())
+
+
+def step(model, objective, batch, shapes, outside=None):
+    """Run the shapes of a step, the largest first; return the losses (label, token) of each, with their graphs."""
+    largest, losses = None, []
+    for shape in shapes:
+        with record_layers(model, objective.layers(shape or model.config.hidden_sizes)) as records:
+            output = model(**batch, shape=shape, sparse_prediction=True)
+        losses.append(objective(output, records, batch, largest, outside))
+        largest = Largest.of(output, records) if largest is None and objective.in_place else largest
+    return losses
+
+
+def checkpoint_layers(model, on):
+    for layer in model.bert.encoder.layer:
+        layer.gradient_checkpointing = on
+        layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+
+
+class TestObjective:
+    def test_in_place(self, teacher):
+        assert not Objective().in_place
+        assert not Objective(teacher=teacher, teacher_weight=1.0).in_place
+        assert Objective(distillation_weight=0.1).in_place
+        assert Objective(hidden_weight=0.1).in_place
+        assert Objective(attention_weight=0.1).in_place
+
+    def test_layers(self, teacher):
+        outside = {"teacher": teacher, "teacher_weight": 1.0}
+        assert Objective(distillation_weight=1.0).layers(DROPPED) == []
+        assert Objective(hidden_weight=1.0).layers(DROPPED) == [0, 2]
+        assert Objective(attention_weight=1.0).layers(FULL) == [0, 1, 2]
+        assert Objective(**outside).layers([8, 36, 0]) == [1]
+        assert Objective(**outside, hidden_weight=1.0).layers(DROPPED) == [0, 2]
+
+    def test_labels_alone(self):
+        model, batch = tiny_model(), labelled_batch()
+        with torch.no_grad():
+            expected = model(**batch, shape=NARROW).loss
+        for label_loss, token_loss in step(model, Objective(), batch, [NARROW, NARROW]):
+            assert_same(label_loss, expected, atol=1e-6)
+            assert token_loss.item() == 0
+            assert token_loss.dtype == torch.float32
+
+    @pytest.mark.parametrize("weight", [0.3, 1.0])
+    @pytest.mark.parametrize("divergence", ["cross_entropy", "alpha"])
+    def test_predictions_of_the_largest(self, weight, divergence):
+        model, batch = tiny_model(), labelled_batch()
+        temperature = 2.0 if divergence == "cross_entropy" else 1.0
+        objective = Objective(distillation_weight=weight, divergence=divergence, temperature=temperature)
+        (first, _), (second, token_loss) = step(model, objective, batch, [FULL, NARROW])
+        full, narrow = (model(**batch, shape=shape) for shape in (FULL, NARROW))
+        labelled = batch["labels"] != -100
+        student, teacher = narrow.logits[labelled], full.logits[labelled]
+        if divergence == "alpha":
+            soft = alpha_divergence(student, teacher)
+        else:
+            soft = soft_cross_entropy(student, teacher, 2.0)
+        assert_same(first, full.loss)
+        assert_same(second, (1 - weight) * narrow.loss + weight * soft)
+        assert token_loss.item() == 0
+
+    def test_states_of_the_largest(self, head_slicing):
+        """A dropped layer is left out, the others are compared on their own channels."""
+        model, batch = tiny_model(head_slicing=head_slicing), tiny_batch()
+        batch["labels"] = batch["input_ids"]
+        (_, first), (_, second) = step(model, Objective(hidden_weight=3.0), batch, [FULL, DROPPED])
+        with torch.no_grad():
+            # hidden_states: embeddings, the layers that ran, the last of them replaced by the encoder's output.
+            states, real = {}, batch["attention_mask"].bool()
+            for name, shape in (("full", FULL), ("dropped", DROPPED)):
+                with record_layers(model, [2]) as records:
+                    output = model(**batch, shape=shape, output_hidden_states=True)
+                states[name] = [output.hidden_states[1][real], records[2].state[real]]
+        pairs = zip(states["dropped"], states["full"], (8, 36))
+        expected = [(student - teacher[:, :width]).square().mean() for student, teacher, width in pairs]
+        assert first.item() == 0
+        assert_same(second, 3 * torch.stack(expected).mean())
+
+    def test_attention_of_the_largest(self, head_slicing):
+        model = tiny_model(head_slicing=head_slicing, attn_implementation="eager")
+        batch = labelled_batch()
+        (_, first), (_, second) = step(model, Objective(attention_weight=3.0), batch, [FULL, DROPPED])
+        with torch.no_grad():
+            full, dropped = (
+                model(**batch, shape=shape, output_attentions=True).attentions for shape in (FULL, DROPPED)
+            )
+        real = batch["attention_mask"].bool()
+        expected = [
+            (torch.xlogy(t, t) - torch.xlogy(t, s)).sum(-1).mean(1)[real].mean()
+            for t, s in ((full[0], dropped[0]), (full[2], dropped[1]))
+        ]
+        assert first.item() == 0
+        assert_same(second, 3 * torch.stack(expected).mean())
+
+    @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
+    @pytest.mark.parametrize("relation_heads", [None, 2])
+    def test_outside_teacher(self, family, relation_heads):
+        """The largest shape learns from it too, each from its last kept layer; the depths differ."""
+        outside_teacher = OutsideTeacher(outside_model(family), layer=3)
+        objective = Objective(teacher=outside_teacher, teacher_weight=3.0, relation_heads=relation_heads)
+        model, batch = tiny_model(), labelled_batch()
+        qkv = outside_teacher(batch)
+        losses = step(model, objective, batch, [FULL, [8, 20, 0]], qkv)
+        for (_, token_loss), shape, last in zip(losses, [FULL, [8, 20, 0]], [2, 1]):
+            with torch.no_grad(), record_layers(model, [0, 1, 2]) as records:
+                model(**batch, shape=shape)
+            record = records[last]
+            student = [record.query, record.key, record.value]
+            # the tiny student has 4 attention heads
+            expected = relation_loss(student, qkv, relation_heads or 4, batch["attention_mask"])
+            assert_same(token_loss, 3 * expected)
+
+    def test_subnet_learns_as_the_supernet_at_its_shape(self, teacher):
+        objective = Objective(teacher=teacher, teacher_weight=2.0)
+        supernet, batch = tiny_model(), labelled_batch()
+        qkv = teacher(batch)
+        subnet = supernet.extract_subnet(DROPPED)
+        (expected,) = step(supernet, objective, batch, [DROPPED], qkv)
+        (losses,) = step(subnet, objective, batch, [None], qkv)
+        assert_same(losses, expected)
+        grads = gradients(subnet, sum(losses))
+        assert grads["bert.encoder.layer.1.attention.self.value.weight"].abs().max() > 0
+
+    def test_terms_add_up(self, teacher):
+        outside = {"teacher": teacher, "teacher_weight": 0.7}
+        parts = [{"hidden_weight": 2.0}, {"attention_weight": 3.0}, outside]
+        model, batch = tiny_model(), labelled_batch()
+        together = {name: value for part in parts for name, value in part.items()}
+        each = [step(model, Objective(**part), batch, [FULL, NARROW], teacher(batch))[1][1] for part in parts]
+        all_of_them = step(model, Objective(**together), batch, [FULL, NARROW], teacher(batch))[1][1]
+        assert_same(all_of_them, sum(each))
+
+    @pytest.mark.parametrize("divergence", ["cross_entropy", "alpha"])
+    def test_no_labelled_position(self, divergence):
+        """The mean over none is undefined; the loop puts a 0 in its place, and it stays."""
+        objective = Objective(distillation_weight=0.5, divergence=divergence)
+        logits = torch.zeros(0, 7, requires_grad=True)
+        output = MaskedLMOutput(loss=logits.sum(), logits=logits)
+        label_loss, _ = objective(output, {}, tiny_batch(), Largest.of(output, {}), None)
+        assert label_loss.item() == 0
+        label_loss.backward()
+
+    def test_largest_is_detached(self):
+        tensor = torch.zeros(1, 1, 4, requires_grad=True) * 1
+        records = {0: LayerRecord(tensor, tensor, tensor, tensor, num_heads=2)}
+        largest = Largest.of(MaskedLMOutput(logits=tensor), records)
+        record = largest.records[0]
+        tensors = [largest.logits, record.query, record.key, record.value, record.state]
+        assert not any(tensor.requires_grad for tensor in tensors)
+        assert record.num_heads == 2
+
+    def test_missing_records(self):
+        model, batch = tiny_model(), labelled_batch()
+        output = model(**batch, sparse_prediction=True)
+        with pytest.raises(ValueError, match=r"No layer was recorded\. Run the pass inside record_layers"):
+            Objective(hidden_weight=1.0)(output, {}, batch, None, None)
+
+    def test_missing_outside(self, teacher):
+        with pytest.raises(ValueError, match=r"The outside teacher's output is missing\. Pass outside="):
+            step(tiny_model(), Objective(teacher=teacher, teacher_weight=1.0), labelled_batch(), [FULL])
+
+    def test_checkpointing_gives_the_same_gradients(self, teacher):
+        """Layers run again in backward, by when the recorder is gone."""
+        objective = Objective(
+            distillation_weight=0.5, hidden_weight=1.0, attention_weight=1.0, teacher=teacher, teacher_weight=1.0
+        )
+        batch, results = labelled_batch(), []
+        for checkpointing in (False, True):
+            model = tiny_model(**NO_DROPOUT).train()
+            checkpoint_layers(model, checkpointing)
+            losses = step(model, objective, batch, [FULL, NARROW, DROPPED], teacher(batch))
+            results.append(gradients(model, sum(map(sum, losses))))
+        assert_same(*results, atol=1e-6)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_fully_sharded_layers_give_the_same_gradients(self, checkpointing):
+        """FSDP2 frees a layer's parameters after its forward pass, whole ones exist inside of it only."""
+        objective = Objective(distillation_weight=0.5, hidden_weight=1.0, attention_weight=1.0)
+        batch = labelled_batch()
+        plain = tiny_model(**NO_DROPOUT).train()
+        losses = step(plain, objective, batch, [FULL, DROPPED])
+        expected = gradients(plain, sum(map(sum, losses)))
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        try:
+            sharded = tiny_model(**NO_DROPOUT).train()
+            checkpoint_layers(sharded, checkpointing)
+            mesh = distributed.init_device_mesh("cpu", (1,))
+            for layer in sharded.bert.encoder.layer:
+                fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            fully_shard(sharded, mesh=mesh)
+            largest = None
+            for shape in (FULL, DROPPED):  # each backpropagated before the next one runs, as in training
+                with record_layers(sharded, objective.layers(shape)) as records:
+                    output = sharded(**batch, shape=shape, sparse_prediction=True)
+                sum(objective(output, records, batch, largest, None)).backward()
+                largest = largest or Largest.of(output, records)
+            actual = {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
+        finally:
+            distributed.destroy_process_group()
+        assert_same(actual, expected, atol=1e-6)

@@ -1,0 +1,469 @@
+"""Two processes under torch's launcher: they compute what one does, stop together, and lose nothing when one dies.
+
+This file is also the script that the launcher runs: `work` at its end, on each process.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from conftest import SPECIAL_TOKENS, WORDS, assert_same, tiny_model
+from launching import start
+from safetensors.torch import load_file
+from texts import random_documents
+from transformers import AutoModelForMaskedLM, BertTokenizer
+
+from supershaper_hf import SearchSpace
+from supershaper_hf.data.batches import fixed_masks
+from supershaper_hf.data.sequences import tokenize
+from supershaper_hf.search.evaluation import evaluate_shapes
+from supershaper_hf.training import checkpoints
+from supershaper_hf.training import loop as training
+from supershaper_hf.training import progress as progress_module
+from supershaper_hf.training.arguments import SuperPretrainingArguments
+from supershaper_hf.training.checkpoints import find_damage, list_checkpoints
+from supershaper_hf.training.loop import super_pretrain
+from supershaper_hf.training.sandwich import sandwich_step, step_shapes
+
+
+STEPS = 7
+TIMES = {"tokens_per_second", "share_of_peak"}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# Trained without dropout at a global batch of 8; on two processes with half the `batch_size`.
+COMPARED = {
+    "sandwich": {},
+    "dropped layers": {"drop_rate": 0.5, "random_shapes": 2},
+    "layer losses": {"hidden_weight": 1.0, "attention_weight": 1.0, "gradient_accumulation_steps": 2},
+    "random": {"sampling": "random", "random_shapes": 2, "drop_rate": 0.5, "gradient_accumulation_steps": 2},
+    "adaptive": {"divergence": "alpha", "weight_decay": 0.1, "lr_scheduler_type": "cosine"},
+}
+STATES = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "SuperShaperLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+def make_tokenizer():
+    return BertTokenizer(vocab={word: index for index, word in enumerate(SPECIAL_TOKENS + WORDS)})
+
+
+def documents(n=24):
+    return random_documents(n, words=27)  # whose sequences are of unequal length
+
+
+def evaluation_batches(count=3):
+    tokenizer = make_tokenizer()
+    return fixed_masks(tokenize(random_documents(8, seed=1), tokenizer, 12), tokenizer, 8, masking_rate=0.4)[:count]
+
+
+def train(folder=None, stream=False, dropout=True, batch_size=4, **changes):
+    """Train a tiny model for some steps; return it and the summary."""
+    tokenizer = make_tokenizer()
+    text = documents().to_iterable_dataset() if stream else tokenize(documents(), tokenizer, 12)
+    model = tiny_model(**({} if dropout else NO_DROPOUT))
+    values = {"max_steps": STEPS, "save_steps": 2, "eval_steps": 3, "logging_steps": 1, "batch_size": batch_size}
+    values |= {"learning_rate": 1e-3, "max_length": 12, "output_dir": None if folder is None else str(folder)}
+    args = SuperPretrainingArguments(**{**values, **changes})
+    return model, super_pretrain(model, tokenizer, text, args, eval_batches=evaluation_batches())
+
+
+def step_losses(summary):
+    return [record["loss"] for record in summary.records if "loss" in record]
+
+
+def evaluations(summary):
+    return [record["evaluation"] for record in summary.records if "evaluation" in record]
+
+
+def result(model, summary):
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {"weights": weights, "losses": step_losses(summary), "evaluations": evaluations(summary)}
+
+
+# Started once for all tests
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_measured_peak():
+    """Measuring it takes a fifth of a second in each run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress_module, "matrix_product_rate", lambda *_: 1e9)
+        yield
+
+
+def launch(*arguments):
+    """Start two processes of `work`."""
+    return start(2, __file__, *arguments)
+
+
+def read_metrics(folder):
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def steps_in(folder):
+    return [int(checkpoint.name.removeprefix("checkpoint-")) for checkpoint in list_checkpoints(folder)]
+
+
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory):
+    """Two runs at once: the launcher of one gets SIGTERM, of the other a process kills itself in step 4, from 0."""
+    folder = tmp_path_factory.mktemp("disturbed")
+    launchers = {name: launch(name, folder / name) for name in ("terminated", "died")}
+    deadline = time.monotonic() + 90
+    while len(read_metrics(folder / "terminated")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    launchers["terminated"].terminate()
+    found = {}
+    for name, launcher in launchers.items():
+        output, _ = launcher.communicate(timeout=60)
+        file = folder / name / "killed"
+        found[name] = {
+            "folder": folder / name,
+            "code": launcher.returncode,
+            "output": output,
+            "checkpoints": steps_in(folder / name),
+            "seconds": time.time() - file.stat().st_mtime if file.exists() else None,
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def together(disturbed, tmp_path_factory):
+    """What each of the two processes computed, and went on with."""
+    folder = tmp_path_factory.mktemp("together")
+    train(folder / "one", max_steps=3, save_steps=3)
+    for name, run in disturbed.items():
+        shutil.copytree(run["folder"], folder / name)
+    launcher = launch("together", folder)
+    output, _ = launcher.communicate(timeout=110)
+    assert launcher.returncode == 0, output
+    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def folder(together):
+    return together[0]
+
+
+@pytest.fixture(scope="module")
+def ranks(together):
+    return together[1]
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    messages = []
+    for module in (checkpoints, training):
+        monkeypatch.setattr(module.logger, "warning", messages.append)
+    return messages
+
+
+def without_key_biases(weights):
+    """Softmax does not see them, so their gradient is rounding noise, which AdamW scales up."""
+    return {name: tensor for name, tensor in weights.items() if not name.endswith("key.bias")}
+
+
+def without_times(records):
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+def assert_same_run(actual, expected):
+    """Bit for bit."""
+    assert_same(actual["weights"], expected["weights"], atol=0)
+    assert actual["losses"] == expected["losses"]
+    assert actual["evaluations"] == expected["evaluations"]
+
+
+# As one
+
+
+def test_launcher_started_two_processes(ranks):
+    assert [rank["processes"] for rank in ranks] == [2, 2]
+
+
+def test_processes_draw_the_same_shapes_and_read_different_text(ranks):
+    first, second = (rank["steps"] for rank in ranks)
+    assert len(first) == STEPS
+    args = SuperPretrainingArguments(**COMPARED["dropped layers"])
+    space = SearchSpace.from_config(tiny_model().config)
+    assert [step["shapes"] for step in first] == [step_shapes(space, args, number) for number in range(STEPS)]
+    assert [step["shapes"] for step in first] == [step["shapes"] for step in second]
+    assert all(a["inputs"] != b["inputs"] for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_two_processes_compute_what_one_does_at_the_same_global_batch(ranks, name):
+    model, summary = train(dropout=False, batch_size=8, **COMPARED[name])
+    for rank in ranks:
+        torch.testing.assert_close(rank[name]["losses"], step_losses(summary), atol=1e-4, rtol=0)
+        assert_same(without_key_biases(rank[name]["weights"]), without_key_biases(model.state_dict()), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*COMPARED, "whole", "resumed", "stream", "resumed stream", "terminated", "died"])
+def test_processes_end_with_the_same_weights(ranks, name):
+    """And measured the same; only the main one keeps records of what was before a run went on."""
+    first, second = (rank[name] for rank in ranks)
+    assert second["losses"]
+    kept = {key: first[key][-len(second[key]) :] for key in ("losses", "evaluations")}
+    assert_same_run({**first, **kept}, second)
+
+
+def test_dropout_differs_between_processes(ranks):
+    """On the same sequences: else the noise of a step would be that of one process."""
+    assert not torch.equal(ranks[0]["noise"], ranks[1]["noise"])
+
+
+def test_counters_are_those_of_all_processes(ranks):
+    _, summary = train(dropout=False, batch_size=8)
+    for rank in ranks:
+        assert rank["counters"] == {name: getattr(summary.progress, name) for name in rank["counters"]}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_evaluation_does_not_depend_on_the_number_of_processes(ranks, count):
+    """Also where the batches cannot be shared out evenly, or one process has none."""
+    model = tiny_model()
+    expected = evaluate_shapes(model, evaluation_batches(count), [[48, 48, 48], [8, 0, 36]])
+    for rank in ranks:
+        assert rank["evaluated"][count] == ranks[0]["evaluated"][count]
+        for record, wanted in zip(rank["evaluated"][count], expected, strict=True):
+            assert record == {key: pytest.approx(value, abs=1e-6, rel=1e-6) for key, value in wanted.items()}
+
+
+def test_only_one_process_writes(folder):
+    assert Counter(record["step"] for record in read_metrics(folder / "whole")) == dict.fromkeys(
+        range(1, STEPS + 1), 1
+    ) | {3: 2, 6: 2, STEPS: 2}
+    newest = list_checkpoints(folder / "whole")[0]
+    assert find_damage(newest) is None
+    assert {path.name for path in newest.iterdir()} >= {
+        "stream_0.json", "stream_1.json", "random_states_0.pkl", "random_states_1.pkl"
+    }  # fmt: skip
+
+
+# Going on
+
+
+@pytest.mark.parametrize(("name", "expected"), [("resumed", "whole"), ("resumed stream", "stream")])
+def test_run_that_goes_on_equals_one_that_was_never_stopped(ranks, folder, name, expected):
+    for rank in ranks:
+        assert_same_run({**rank[name], **shown(folder / name)}, {**rank[expected], **shown(folder / expected)})
+    assert without_times(read_metrics(folder / name)) == without_times(read_metrics(folder / expected))
+
+
+def shown(folder):
+    """What the main process recorded."""
+    records = read_metrics(folder)
+    return {
+        "losses": [record["loss"] for record in records if "loss" in record],
+        "evaluations": [record["evaluation"] for record in records if "evaluation" in record],
+    }
+
+
+def test_signal_to_the_launcher_stops_all_processes_after_a_checkpoint(disturbed):
+    run = disturbed["terminated"]
+    ends = [json.loads((run["folder"] / f"end{rank}.json").read_text()) for rank in (0, 1)]
+    assert ends[0] == ends[1]
+    assert ends[0]["status"] == "interrupted"
+    assert 2 <= ends[0]["step"] < STEPS
+    assert run["checkpoints"][0] == ends[0]["step"]
+    assert not (run["folder"] / "last").exists()
+
+
+def test_death_of_one_process_ends_the_run_with_an_error(disturbed):
+    run = disturbed["died"]
+    assert run["code"] != 0
+    assert "SIGKILL" in run["output"] or "exitcode: -9" in run["output"].replace(" ", "")
+    assert run["seconds"] < 60
+    assert run["checkpoints"] == [4, 2]
+    assert not (run["folder"] / "last").exists()
+    assert [find_damage(checkpoint) for checkpoint in list_checkpoints(run["folder"])] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["terminated", "died"])
+def test_disturbed_run_goes_on_as_if_nothing_had_happened(ranks, folder, name):
+    for rank in ranks:
+        assert_same(rank[name]["weights"], rank["whole"]["weights"], atol=0)
+    assert without_times(read_metrics(folder / name)) == without_times(read_metrics(folder / "whole"))
+    for model in ("last", "best"):
+        weights = (load_file(folder / run / model / "model.safetensors") for run in (name, "whole"))
+        assert_same(*weights, atol=0)
+
+
+def test_one_process_goes_on_with_the_stored_text_of_two(folder, tmp_path, warnings, monkeypatch):
+    """At the same global batch it reads on where they were."""
+    run = shutil.copytree(folder / "to go on", tmp_path / "run")
+    expected, _ = train(dropout=False, batch_size=8)
+    model, summary = train(run, dropout=False, batch_size=8)
+    assert summary.status == "finished"
+    assert "processes was 2, is 1" in warnings[0]
+    assert_same(without_key_biases(model.state_dict()), without_key_biases(expected.state_dict()), atol=1e-4)
+
+
+def test_two_processes_go_on_with_the_stored_text_of_one(ranks):
+    for rank in ranks:
+        assert rank["from one"] == {"status": "finished", "step": STEPS}
+        assert "processes was 1, is 2" in rank["warnings of one"][0]
+
+
+def test_one_process_cannot_go_on_with_the_stream_of_two(folder, tmp_path, warnings):
+    run = shutil.copytree(folder / "stream", tmp_path / "run")
+    message = r"was written by 2 process\(es\) that each read a part of the stream, this run has 1. Start as many as"
+    with pytest.raises(ValueError, match=message):
+        train(run, stream=True)
+
+
+# FSDP, as Accelerate runs it
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_fsdp_trains_as_ddp_does(ranks, folder, states):
+    for rank in ranks:
+        run = rank[states]
+        assert run["parameter"] == "DTensor"
+        torch.testing.assert_close(run["losses"], rank["sandwich"]["losses"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(run["evaluations"], rank["sandwich"]["evaluations"], atol=1e-3, rtol=1e-3)
+    last = AutoModelForMaskedLM.from_pretrained(folder / states / "last").state_dict()
+    expected = ranks[0]["sandwich"]["weights"]
+    assert_same(without_key_biases(last), without_key_biases(expected), atol=1e-3)
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_fsdp_run_goes_on(ranks, folder, states):
+    resumed = f"resumed {states}"
+    losses = [rank["losses"] for rank in (ranks[0][resumed], ranks[0][states])]
+    assert losses[0] == losses[1]
+    weights = (load_file(folder / run / "last" / "model.safetensors") for run in (resumed, states))
+    assert_same(*weights, atol=0)
+    assert find_damage(list_checkpoints(folder / resumed)[0]) is None
+
+
+# What the launcher runs
+
+
+def before_step(number, act):
+    """Let `act` be called when the step of this number, from 0, begins; `None`: each step."""
+    calls = []
+
+    def sandwich(*args):
+        if number in (None, len(calls)):
+            act()
+        calls.append(1)
+        return sandwich_step(*args)
+
+    training.sandwich_step = sandwich
+
+
+def fail():
+    raise RuntimeError("power cut")
+
+
+def interrupted_and_resumed(folder, **changes):
+    """Stop in step 5, from 0, without a checkpoint of it; go on with a model whose weights are of no use."""
+    before_step(5, fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(folder, **changes)
+    training.sandwich_step = sandwich_step
+    return train(folder, **changes)
+
+
+def work(mode, folder):
+    signal.alarm(100)  # ends a deadlock
+    progress_module.matrix_product_rate = lambda *_: 1e9
+    progress_module.plot_evaluations = lambda *_: None  # slow, and drawn by one process only
+    accelerator = Accelerator()
+    folder, rank = Path(folder), accelerator.process_index
+    if mode == "together":
+        torch.save(work_together(accelerator, folder), folder / f"rank{rank}.pt")
+    else:
+        disturb(mode, folder, rank)
+    torch.distributed.destroy_process_group()
+
+
+def disturb(mode, folder, rank):
+    def die():
+        if rank == 1:
+            (folder / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    before_step(*((4, die) if mode == "died" else (None, lambda: time.sleep(0.3))))
+    _, summary = train(folder)
+    end = {"status": summary.status, "step": summary.progress.step}
+    (folder / f"end{rank}.json").write_text(json.dumps(end))
+
+
+def work_together(accelerator, folder):
+    found = {"processes": accelerator.num_processes, "steps": []}
+
+    def record(accelerator, model, micro_batches, shapes, objective):
+        found["steps"].append({"shapes": shapes, "inputs": micro_batches[0]["input_ids"].tolist()})
+        return sandwich_step(accelerator, model, micro_batches, shapes, objective)
+
+    for name, changes in COMPARED.items():
+        training.sandwich_step = record if name == "dropped layers" else sandwich_step
+        model, summary = train(dropout=False, **changes)
+        found[name] = result(model, summary)
+        if name == "sandwich":
+            counters = ("step", "sequences", "tokens", "labelled", "skipped_steps")
+            found["counters"] = {counter: getattr(summary.progress, counter) for counter in counters}
+    found["evaluated"] = {
+        count: evaluate_shapes(
+            tiny_model(), evaluation_batches(count), [[48, 48, 48], [8, 0, 36]], accelerator=accelerator
+        )
+        for count in (1, 2, 3)
+    }
+    before_step(0, lambda: found.update(noise=torch.rand(4)))
+    train(max_steps=1)
+    training.sandwich_step = sandwich_step
+
+    found["whole"] = result(*train(folder / "whole"))
+    found["resumed"] = result(*interrupted_and_resumed(folder / "resumed"))
+    found["stream"] = result(*train(folder / "stream", stream=True))
+    found["resumed stream"] = result(*interrupted_and_resumed(folder / "resumed stream", stream=True))
+    for name in ("terminated", "died"):
+        found[name] = result(*train(folder / name))
+    before_step(5, fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(folder / "to go on", dropout=False)
+    training.sandwich_step = sandwich_step
+    found["warnings of one"] = []
+    training.logger.warning = found["warnings of one"].append
+    _, summary = train(folder / "one")
+    found["from one"] = {"status": summary.status, "step": summary.progress.step}
+    work_under_fsdp(folder, found)
+    return found
+
+
+def work_under_fsdp(folder, found):
+    """Accelerate offers FSDP on devices only, but its code runs on the CPU too."""
+    for states in STATES:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        os.environ.update(FSDP, FSDP_STATE_DICT_TYPE=states)
+        AcceleratorState._reset_state()
+        model, summary = train(folder / states, dropout=False)
+        found[states] = {
+            "parameter": type(next(model.parameters())).__name__,
+            "losses": step_losses(summary),
+            "evaluations": evaluations(summary),
+        }
+        _, summary = interrupted_and_resumed(folder / f"resumed {states}", dropout=False)
+        found[f"resumed {states}"] = {"losses": step_losses(summary)}
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])
