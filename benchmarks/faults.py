@@ -63,7 +63,7 @@ def train(folder: Path, fault: str) -> None:
         max_position_embeddings=LENGTH, width_choices=[24, 48, 96],
     )  # fmt: skip
     args = SuperPretrainingArguments(
-        max_steps=STEPS, batch_size=8, learning_rate=1e-3, max_length=LENGTH, drop_rate=0.2, output_dir=str(folder),
+        max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-3, max_length=LENGTH, drop_rate=0.2, output_dir=str(folder),
         logging_steps=1, eval_steps=8, save_steps=SAVE_STEPS,
     )  # fmt: skip
     training.sandwich_step = disturbed_step(fault, sources / "parts")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from supershaper_hf import SearchSpace, SuperShaperConfig
-from supershaper_hf.latency.insensitivity import insensitivity, insensitivity_rows, width_rows
+from supershaper_hf.latency.insensitivity import compare_equal_sizes, insensitivity_rows, width_rows
 from supershaper_hf.latency.table import LatencyProbe, LatencyTable
 from supershaper_hf.latency.timing import SubnetTimer
 from supershaper_hf.report.tables import markdown_table
@@ -97,7 +97,7 @@ def main() -> None:
 
     smallest, largest = space.num_parameters(space.smallest), space.num_parameters(space.largest)
     budgets = args.budgets or [round(smallest + share * (largest - smallest)) for share in (0.2, 0.5, 0.8)]
-    records = insensitivity(space.config, budgets, args.shapes_per_budget, repeats=args.repeats, **conditions)
+    records = compare_equal_sizes(space.config, budgets, args.shapes_per_budget, repeats=args.repeats, **conditions)
     print("\nShapes of equal size, within 2 %: the paper's spread is about 1 %\n")
     print(markdown_table(insensitivity_rows(records)))
     print("\nBlocks that keep their width\n")

@@ -14,7 +14,7 @@ from supershaper_hf.model.costs import training_flops
 from supershaper_hf.report.tables import markdown_table
 
 
-UPDATES, BATCH, LENGTH, MASKING_RATE = 175_214, 2_048, 128, 0.15
+UPDATES, BATCH, LENGTH, MLM_PROBABILITY = 175_214, 2_048, 128, 0.15
 PEAKS = {"V100 (fp16)": 125e12, "A100": 312e12, "H100, H200": 989e12}
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     share = parser.parse_args().share_of_peak
     config = SuperShaperConfig(vocab_size=28996)
     space = SearchSpace.from_config(config)
-    labelled = round(BATCH * LENGTH * MASKING_RATE)
+    labelled = round(BATCH * LENGTH * MLM_PROBABILITY)
 
     def flops(shapes: list[list[int]]) -> float:
         return training_flops(config, shapes, BATCH, LENGTH, labelled) / len(shapes)

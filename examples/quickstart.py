@@ -37,9 +37,9 @@ from supershaper_hf.publish.hub import save_for_hub
 from supershaper_hf.report.page import PREDICTOR_FILE, RECORDS_FILE, write_report
 from supershaper_hf.report.tables import markdown_table, text_table
 from supershaper_hf.search.evaluation import evaluate_shapes
-from supershaper_hf.search.pareto import ParetoFront, pareto_front
+from supershaper_hf.search.pareto import ParetoFront, pareto_front, shapes_at
 from supershaper_hf.search.predictor import ShapePredictor
-from supershaper_hf.search.profile import derive_profile, shapes_at
+from supershaper_hf.search.profile import derive_profile
 from supershaper_hf.search.records import Record
 from supershaper_hf.search.rounds import best_measured, measure_in_rounds
 from supershaper_hf.training.arguments import SuperPretrainingArguments
@@ -133,7 +133,7 @@ def train(
 ) -> None:
     """Pre-train the plain BERT (or only the head that a checkpoint lacks), then every shape at once."""
     rate = 5e-4 if args.bert else 1e-3
-    common: dict[str, Any] = {"batch_size": 16, "masking_rate": 0.3, "seed": args.seed}
+    common: dict[str, Any] = {"per_device_train_batch_size": 16, "mlm_probability": 0.3, "seed": args.seed}
     head_missing = not all(parameter.requires_grad for parameter in supernet.parameters())
     if not args.bert or head_missing:
         plain = SuperPretrainingArguments(max_steps=args.bert_steps, learning_rate=rate, sampling="fixed", **common)
@@ -165,7 +165,7 @@ def search(
         f"{derive_profile(space, predictor).sentence()}\n"
         f"All of it: {write_report(folder, max_cost=[budget])}"
     )
-    return best_measured(space, records, budget), records, front
+    return best_measured(space, records, "parameters", budget), records, front
 
 
 def compare(supernet: SuperShaperForMaskedLM, batches: Batches, shapes: dict[str, list[int]]) -> list[dict[str, Any]]:
@@ -240,7 +240,7 @@ def main() -> int:
     space = SearchSpace.from_config(supernet.config)
     budget = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2
     named = {name: space.named_shape(name, budget) for name in SHAPE_NAMES}
-    save_for_hub(supernet, tokenizer, args.output_dir / "supernet", language="en", base_model=args.bert)
+    save_for_hub(supernet, args.output_dir / "supernet", tokenizer=tokenizer, language="en", base_model=args.bert)
     shape, measured, front = search(supernet, search_batches, budget, args)
     rows = compare(supernet, report_batches, {"searched": shape} | named)
     print("\nThe best shape found beside hand-crafted ones, on text that had no part in the search:\n")
@@ -258,18 +258,18 @@ def main() -> int:
     difference = largest_difference(supernet, subnet, shape, report_batches)
     further = SuperPretrainingArguments(
         max_steps=args.subnet_steps,
-        batch_size=16,
+        per_device_train_batch_size=16,
         learning_rate=2e-4,
         sampling="fixed",
-        masking_rate=0.3,
+        mlm_probability=0.3,
         seed=args.seed,
     )
     super_pretrain(subnet, tokenizer, dataset, further, description="5 Subnet")
     (after,) = evaluate_shapes(subnet, report_batches, [None])
     folder = save_for_hub(
         subnet,
-        tokenizer,
         args.output_dir / "subnet",
+        tokenizer=tokenizer,
         language="en",
         base_model=args.bert,
         training=f"Cut out of a supernet at {shape} and trained for {args.subnet_steps} more steps (quickstart.py).",

@@ -125,7 +125,7 @@ def load_data(
             train, held_out = split_text(train, script.held_out, args.seed)
         evaluation = sequences(held_out)
         evaluation = evaluation.select(range(min(len(evaluation), script.max_eval_sequences)))
-        batches = fixed_masks(evaluation, tokenizer, args.batch_size, args.masking_rate, args.seed)
+        batches = fixed_masks(evaluation, tokenizer, args.per_device_train_batch_size, args.mlm_probability, args.seed)
         return train if script.streaming else sequences(train), batches
 
 
@@ -136,7 +136,7 @@ def match_compute(summary_file: str, config: SuperShaperConfig, args: SuperPretr
     """
     summary = json.loads(Path(summary_file).read_text())
     length = round(summary["padded_tokens"] / summary["sequences"])
-    sequences = args.batch_size * args.gradient_accumulation_steps * processes
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     labelled = round(sequences * summary["labelled"] / summary["sequences"])
     shape = args.shape or config.hidden_sizes
     return round(summary["flops"] / training_flops(config, [shape], sequences, length, labelled))
@@ -154,10 +154,10 @@ def prepare(
         model.bert.requires_grad_(False)
         head = SuperPretrainingArguments(
             max_steps=script.head_steps,
-            batch_size=args.batch_size,
+            per_device_train_batch_size=args.per_device_train_batch_size,
             learning_rate=1e-3,
             sampling="fixed",
-            masking_rate=args.masking_rate,
+            mlm_probability=args.mlm_probability,
             max_length=args.max_length,
             mixed_precision=args.mixed_precision,
             seed=args.seed,
@@ -166,7 +166,9 @@ def prepare(
         model.bert.requires_grad_(True)
     if script.reorder:
         sample = dataset.select(range(min(len(dataset), 256)))
-        reorder_channels(model, fixed_masks(sample, tokenizer, args.batch_size, args.masking_rate, args.seed))
+        reorder_channels(
+            model, fixed_masks(sample, tokenizer, args.per_device_train_batch_size, args.mlm_probability, args.seed)
+        )
 
 
 def main() -> int:

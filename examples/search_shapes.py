@@ -23,18 +23,18 @@ from accelerate.utils import InitProcessGroupKwargs
 from transformers import AutoTokenizer, HfArgumentParser
 
 from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperForMaskedLM, evaluate_shapes, pareto_front
-from supershaper_hf.data.batches import MASKING_RATE, fixed_masks
+from supershaper_hf.data.batches import MLM_PROBABILITY, fixed_masks
 from supershaper_hf.data.documents import load_text
 from supershaper_hf.data.sequences import check_vocabulary, tokenize
+from supershaper_hf.devices import device_name, parse_device
 from supershaper_hf.files import write_file
-from supershaper_hf.latency.insensitivity import insensitivity, insensitivity_rows
+from supershaper_hf.latency.insensitivity import compare_equal_sizes, insensitivity_rows
 from supershaper_hf.latency.table import LatencyTable
-from supershaper_hf.latency.timing import device_name, parse_device
 from supershaper_hf.model.costs import Cost
+from supershaper_hf.processes import on_main_process
 from supershaper_hf.publish.hub import push_folder
 from supershaper_hf.report.page import INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, write_report
-from supershaper_hf.search.evaluation import on_main_process
-from supershaper_hf.search.profile import shapes_at
+from supershaper_hf.search.pareto import shapes_at
 from supershaper_hf.search.records import Record, read_records, to_dataset
 from supershaper_hf.search.rounds import measure_in_rounds
 from supershaper_hf.training.arguments import HelpFormatter, option
@@ -54,8 +54,8 @@ class SearchArguments:
     output_dir: str = option("outputs/search", "Folder of the records, the predictor and the report.")
     max_length: int = option(128, "Tokens per sequence at most.")
     max_eval_sequences: int = option(1000, "Sequences that each shape is measured on at most.")
-    batch_size: int = option(64, "Sequences in a batch.")
-    masking_rate: float = option(MASKING_RATE, "Share of the tokens that are masked.")
+    per_device_eval_batch_size: int = option(64, "Sequences in a batch.")
+    mlm_probability: float = option(MLM_PROBABILITY, "Share of the tokens that are masked.")
     num_shapes: int = option(60, "Shapes to measure before the front is computed.")
     rounds: int = option(4, "With --max_cost: the first round is random, the others look for the best shapes.")
     drop_rate: float = option(0.0, "Chance of each layer to be dropped in the first round; 0 keeps all layers.")
@@ -67,7 +67,7 @@ class SearchArguments:
             "help": "Budgets that matter most, if not all do: parameters, operations or seconds, as --cost says."
         },
     )
-    budgets: int = option(8, "Budgets for which the best shape is measured and shown.")
+    num_budgets: int = option(8, "Budgets for which the best shape is measured and shown.")
     latency: str | None = option(None, "Device to measure latency on, such as cpu or cuda.")
     latency_batch_size: int = option(1, "Sequences in a batch whose latency is measured.")
     insensitivity: bool = option(False, "With --latency: measure how much it differs among shapes of equal size.")
@@ -94,7 +94,7 @@ def load_batches(args: SearchArguments, model: SuperShaperForMaskedLM, length: i
     check_vocabulary(tokenizer, model.config)
     sequences = tokenize(load_text(args.eval_files, args.text_column), tokenizer, length)
     sequences = sequences.select(range(min(len(sequences), args.max_eval_sequences)))
-    return fixed_masks(sequences, tokenizer, args.batch_size, args.masking_rate, args.seed)
+    return fixed_masks(sequences, tokenizer, args.per_device_eval_batch_size, args.mlm_probability, args.seed)
 
 
 def fit(records: list[Record], monotone: bool) -> ShapePredictor:
@@ -125,7 +125,7 @@ def measure_latency(args: SearchArguments, space: SearchSpace, length: int, fold
         smallest, largest = space.num_parameters(space.smallest), space.num_parameters(space.largest)
         budgets = [round(smallest + part * (largest - smallest)) for part in (0.25, 0.5, 0.75)]
         try:
-            found = insensitivity(space.config, budgets, seed=args.seed, **size)
+            found = compare_equal_sizes(space.config, budgets, seed=args.seed, **size)
         except ValueError as error:  # a space so small that no two shapes are of equal size
             print(f"No insensitivity report: {error}")
         else:
@@ -167,13 +167,13 @@ def main() -> int:
     predictor = fit(records, args.monotone)
     accelerator.print(f"Predictor: {predictor.quality}.")
     front = pareto_front(space, predictor, cost, sequence_length=length)
-    best = [*shapes_at(front, args.budgets).tolist(), *map(front.best, args.max_cost)]
+    best = [*shapes_at(front, args.num_budgets).tolist(), *map(front.best, args.max_cost)]
     measure(np.unique(best, axis=0).tolist())  # the predictor has not seen these
     if accelerator.is_main_process:
         model.config.to_json_file(folder / "config.json")
         predictor.save(folder / PREDICTOR_FILE)
         to_dataset(read_records(folder / RECORDS_FILE), space).to_parquet(folder / "records.parquet")
-        page = write_report(folder, args.cost, args.budgets, length, args.max_cost)
+        page = write_report(folder, args.cost, args.num_budgets, length, args.max_cost)
         print(page.read_text(encoding="utf-8"))
         print(f"Written: {page}")
         if args.push_to_hub:

@@ -34,7 +34,7 @@ def dataset(tokenizer):
 
 @pytest.fixture
 def eval_batches(tokenizer):
-    return fixed_masks(tokenize(random_documents(4, seed=1), tokenizer, 12), tokenizer, 8, masking_rate=0.4)
+    return fixed_masks(tokenize(random_documents(4, seed=1), tokenizer, 12), tokenizer, 8, mlm_probability=0.4)
 
 
 @pytest.fixture
@@ -46,7 +46,13 @@ def fresh_accelerator_state():
 
 
 def arguments(**changes):
-    values = {"max_steps": 3, "batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1, "max_length": 12}
+    values = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "max_length": 12,
+    }
     return SuperPretrainingArguments(**{**values, **changes})
 
 

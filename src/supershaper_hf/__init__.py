@@ -1,9 +1,12 @@
-"""Elastic BERT on the Hugging Face Hub: train one supernet, cut out the subnet that fits.
+"""Elastic BERT on the Hugging Face Hub: train one supernet, then cut out the subnet that fits your device.
 
-Importing the package registers SuperShaper with the Auto classes of transformers.
+Importing the package registers SuperShaper with the Auto classes of transformers. Every other public name is imported
+when it is first used, so loading a model costs no more than transformers itself.
 """
 
-from typing import Any
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoConfig,
@@ -15,8 +18,6 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .convert.importance import reorder_channels
-from .latency.table import LatencyTable
 from .model.configuration_supershaper import SuperShaperConfig
 from .model.modeling_supershaper import (
     SuperShaperForMaskedLM,
@@ -26,15 +27,64 @@ from .model.modeling_supershaper import (
     SuperShaperForTokenClassification,
     SuperShaperModel,
 )
-from .model.shapes import SearchSpace
-from .publish.hub import push_to_hub, save_for_hub
-from .search.evaluation import evaluate_shapes
-from .search.evolution import evolutionary_search
-from .search.pareto import ParetoFront, pareto_front
-from .search.predictor import ShapePredictor
 
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # what `LAZY` says, for type checkers and editors; a test compares the two
+    from .convert.bert import from_bert as from_bert
+    from .convert.extraction import extract_from_folder as extract_from_folder
+    from .convert.original import from_original as from_original
+    from .data.batches import fixed_masks as fixed_masks
+    from .data.documents import load_text as load_text
+    from .data.documents import split_text as split_text
+    from .data.sequences import tokenize as tokenize
+    from .data.sequences import train_tokenizer as train_tokenizer
+    from .latency.insensitivity import compare_equal_sizes as compare_equal_sizes
+    from .latency.table import LatencyTable as LatencyTable
+    from .model.shapes import SearchSpace as SearchSpace
+    from .publish.hub import push_folder as push_folder
+    from .publish.hub import push_to_hub as push_to_hub
+    from .publish.hub import save_for_hub as save_for_hub
+    from .report.page import write_report as write_report
+    from .search.evaluation import evaluate_shapes as evaluate_shapes
+    from .search.evolution import evolutionary_search as evolutionary_search
+    from .search.pareto import ParetoFront as ParetoFront
+    from .search.pareto import pareto_front as pareto_front
+    from .search.predictor import ShapePredictor as ShapePredictor
+    from .search.profile import derive_profile as derive_profile
+    from .search.records import read_records as read_records
+    from .search.rounds import best_measured as best_measured
+    from .search.rounds import measure_in_rounds as measure_in_rounds
+    from .training.arguments import SuperPretrainingArguments as SuperPretrainingArguments
+    from .training.loop import super_pretrain as super_pretrain
+
+LAZY = {  # public name -> the module that it is imported from
+    "LatencyTable": "latency.table",
+    "ParetoFront": "search.pareto",
+    "SearchSpace": "model.shapes",
+    "ShapePredictor": "search.predictor",
+    "SuperPretrainingArguments": "training.arguments",
+    "best_measured": "search.rounds",
+    "compare_equal_sizes": "latency.insensitivity",
+    "derive_profile": "search.profile",
+    "evaluate_shapes": "search.evaluation",
+    "evolutionary_search": "search.evolution",
+    "extract_from_folder": "convert.extraction",
+    "fixed_masks": "data.batches",
+    "from_bert": "convert.bert",
+    "from_original": "convert.original",
+    "load_text": "data.documents",
+    "measure_in_rounds": "search.rounds",
+    "pareto_front": "search.pareto",
+    "push_folder": "publish.hub",
+    "push_to_hub": "publish.hub",
+    "read_records": "search.records",
+    "save_for_hub": "publish.hub",
+    "split_text": "data.documents",
+    "super_pretrain": "training.loop",
+    "tokenize": "data.sequences",
+    "train_tokenizer": "data.sequences",
+    "write_report": "report.page",
+}
 
 AutoConfig.register("supershaper", SuperShaperConfig)
 SuperShaperConfig.register_for_auto_class()
@@ -52,21 +102,19 @@ for auto_class, model_class in AUTO_CLASSES.items():
     model_class.register_for_auto_class(auto_class.__name__)
 
 __all__ = [
-    "LatencyTable",
-    "ParetoFront",
-    "SearchSpace",
-    "ShapePredictor",
     "SuperShaperConfig",
-    "SuperShaperForMaskedLM",
-    "SuperShaperForMultipleChoice",
-    "SuperShaperForQuestionAnswering",
-    "SuperShaperForSequenceClassification",
-    "SuperShaperForTokenClassification",
-    "SuperShaperModel",
-    "evaluate_shapes",
-    "evolutionary_search",
-    "pareto_front",
-    "push_to_hub",
-    "reorder_channels",
-    "save_for_hub",
+    *(model_class.__name__ for model_class in AUTO_CLASSES.values()),
+    *LAZY,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("supershaper-hf")
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY, "__version__"})

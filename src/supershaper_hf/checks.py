@@ -1,5 +1,8 @@
-"""Checks of arguments that several rooms share."""
+"""Checks of arguments that several wings share. Each error names the argument, the value and what is allowed."""
 
+import math
+from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -9,3 +12,37 @@ def check_count(name: str, count: Any, least: int = 1) -> None:
     """Raise a ValueError unless `count` is an integer, of Python or NumPy, of at least `least`."""
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < least:
         raise ValueError(f"{name}={count!r} must be an integer of at least {least}.")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise a ValueError unless `value` is a finite number, of Python or NumPy, within the bounds.
+
+    Example:
+        >>> check_number("learning_rate", -1.0, above=0)
+        Traceback (most recent call last):
+        ValueError: learning_rate=-1.0 must be a finite number above 0.
+    """
+    number = isinstance(value, Real) and not isinstance(value, (bool, np.bool_)) and math.isfinite(value)
+    if number and least <= value <= most and above < value < below:
+        return
+    bounds = [
+        f"{word} {bound:g}"
+        for word, bound in (("at least", least), ("above", above), ("at most", most), ("below", below))
+        if math.isfinite(bound)
+    ]
+    raise ValueError(f"{name}={value!r} must be a finite number{' ' * bool(bounds)}{' and '.join(bounds)}.")
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise a ValueError unless `value` is one of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown. Allowed: {', '.join(map(repr, allowed))}.")

@@ -82,7 +82,7 @@ def test_padding_to_a_multiple_changes_only_the_padding(tokenizer, sequences):
 
 @pytest.mark.parametrize("rate", [0.15, 0.4])
 def test_masking_rate_is_the_share_of_ordinary_tokens(tokenizer, sequences, rate):
-    batches = fixed_masks(sequences, tokenizer, batch_size=8, masking_rate=rate)
+    batches = fixed_masks(sequences, tokenizer, batch_size=8, mlm_probability=rate)
     labelled = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
     ordinary = sum(len(ids) - 2 for ids in sequences["input_ids"])
     assert labelled / ordinary == pytest.approx(rate, abs=0.03)
@@ -96,7 +96,7 @@ def test_masking_rate_is_15_percent_unless_given(tokenizer, sequences):
 
 def test_special_tokens_and_padding_are_never_labelled(tokenizer, sequences):
     special = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id])
-    for batch in fixed_masks(sequences, tokenizer, batch_size=8, masking_rate=1.0):
+    for batch in fixed_masks(sequences, tokenizer, batch_size=8, mlm_probability=1.0):
         is_special = torch.isin(original_tokens(batch), special)
         assert torch.equal(batch["labels"] == IGNORE_INDEX, is_special)
         assert torch.equal(batch["input_ids"][is_special], original_tokens(batch)[is_special])
@@ -104,7 +104,7 @@ def test_special_tokens_and_padding_are_never_labelled(tokenizer, sequences):
 
 def test_of_the_labelled_tokens_four_in_five_become_the_mask(tokenizer):
     sequences = tokenize(random_documents(400), tokenizer, MAX_LENGTH)
-    batch = MaskingCollator(tokenizer, masking_rate=1.0)(examples(sequences))
+    batch = MaskingCollator(tokenizer, mlm_probability=1.0)(examples(sequences))
     labelled = batch["labels"] != IGNORE_INDEX
     inputs, labels = batch["input_ids"][labelled], batch["labels"][labelled]
     assert (inputs == tokenizer.mask_token_id).float().mean() == pytest.approx(0.8 + 0.1 / 20, abs=0.012)
@@ -128,7 +128,7 @@ def test_a_sequence_may_have_no_label(tokenizer, sequences):
 
 @pytest.mark.parametrize("rate", [0, -0.1, 1.01])
 def test_rate_out_of_range_is_refused(tokenizer, rate):
-    with pytest.raises(ValueError, match=f"masking_rate={rate} must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match=f"mlm_probability={rate} must be above 0 and at most 1"):
         MaskingCollator(tokenizer, rate)
 
 
@@ -245,7 +245,7 @@ def test_dataset_smaller_than_a_batch_wraps_around(tokenizer, sequences):
 
 def stream(files, tokenizer, batch_size=3, rank=0, num_processes=1, **options):
     text = load_text(files, streaming=True)
-    options = {"max_length": 14, "documents_per_chunk": 4, "seed": 5, "masking_rate": 0.4, **options}
+    options = {"max_length": 14, "documents_per_chunk": 4, "seed": 5, "mlm_probability": 0.4, **options}
     return MicroBatches(text, tokenizer, batch_size, rank=rank, num_processes=num_processes, **options)
 
 

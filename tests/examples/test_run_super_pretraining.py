@@ -20,7 +20,7 @@ from supershaper_hf import SuperShaperForMaskedLM
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "run_super_pretraining.py"
-STEPS = ["--max_steps=2", "--batch_size=4", "--max_length=12", "--logging_steps=1"]
+STEPS = ["--max_steps=2", "--per_device_train_batch_size=4", "--max_length=12", "--logging_steps=1"]
 
 
 @pytest.fixture(scope="module")

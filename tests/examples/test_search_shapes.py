@@ -22,7 +22,13 @@ from supershaper_hf.search.records import read_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:Shapes left out")  # random weights: no width is better
 SCRIPT = Path(__file__).parents[2] / "examples" / "search_shapes.py"
-OPTIONS = ["--num_shapes=24", "--max_length=12", "--batch_size=8", "--masking_rate=0.4", "--budgets=4"]
+OPTIONS = [
+    "--num_shapes=24",
+    "--max_length=12",
+    "--per_device_eval_batch_size=8",
+    "--mlm_probability=0.4",
+    "--num_budgets=4",
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from conftest import tiny_config
 from supershaper_hf import SearchSpace
 from supershaper_hf.latency.insensitivity import (
     Insensitivity,
-    insensitivity,
+    compare_equal_sizes,
     insensitivity_rows,
     shapes_near,
     summarize,
@@ -18,7 +18,7 @@ from supershaper_hf.latency.table import LatencyTable
 from supershaper_hf.report.tables import markdown_table
 
 
-MODULE = sys.modules[insensitivity.__module__]  # the function has the module's name
+MODULE = sys.modules[compare_equal_sizes.__module__]
 CONFIG = tiny_config(num_hidden_layers=6)
 SPACE = SearchSpace(CONFIG)
 BUDGET = (SPACE.num_parameters(SPACE.smallest) + SPACE.num_parameters(SPACE.largest)) // 2
@@ -54,7 +54,7 @@ def timed(monkeypatch):
 
     def measure(seconds_of, budgets=(BUDGET,), **arguments):
         monkeypatch.setattr(FakeTimer, "seconds_of", staticmethod(seconds_of))
-        return insensitivity(CONFIG, budgets, **arguments)
+        return compare_equal_sizes(CONFIG, budgets, **arguments)
 
     return measure
 
@@ -143,7 +143,7 @@ def test_every_budget_gets_its_record_and_its_own_sweeps(timed):
 
 
 def test_real_measurement_has_all_records():
-    [record] = insensitivity(CONFIG, [BUDGET], shapes_per_budget=3, repeats=2, warmup=1, sequence_length=5)
+    [record] = compare_equal_sizes(CONFIG, [BUDGET], shapes_per_budget=3, repeats=2, warmup=1, sequence_length=5)
     assert len(record.shapes) == len(record.seconds) == 3
     assert min(record.seconds) > 0
     assert 0 <= record.p_value <= 1

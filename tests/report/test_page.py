@@ -43,7 +43,7 @@ def searched(tmp_path_factory):
 
     tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(SPECIAL_TOKENS + WORDS)})
     folder, model = tmp_path_factory.mktemp("search"), tiny_model()
-    batches = fixed_masks(tokenize(random_documents(4), tokenizer, max_length=12), tokenizer, 8, masking_rate=0.4)
+    batches = fixed_masks(tokenize(random_documents(4), tokenizer, max_length=12), tokenizer, 8, mlm_probability=0.4)
     space = SearchSpace(model.config)
     shapes = np.unique(np.vstack([space.sample(40, seed=0), [[8] * 3], [[48] * 3]]), axis=0)[:30].tolist()
     records = evaluate_shapes(model, batches, shapes, records_file=folder / RECORDS_FILE)
@@ -135,7 +135,7 @@ def test_budgets_that_matter_are_answered_by_the_best_measured_shape(folder):
 
 def test_every_row_names_the_best_measured_perplexity_at_its_cost(folder):
     findings = Findings.read(folder)
-    text = write_report(folder, budgets=6).read_text()
+    text = write_report(folder, num_budgets=6).read_text()
     for shape, lowest in zip(column(text, "shape"), column(text, "best measured")):
         cost = findings.space.num_parameters(json.loads(shape))
         within = [r["perplexity"] for r in findings.records if findings.space.num_parameters(r["shape"]) <= cost]
@@ -196,7 +196,7 @@ def test_csv_is_the_front(folder, cost):
 
 
 def test_rows_of_the_table_grow_and_are_shapes_of_the_front(folder):
-    text = write_report(folder, budgets=4).read_text()
+    text = write_report(folder, num_budgets=4).read_text()
     table = text.split("| parameters | GFLOPs")[1].split("\n\n")[0].splitlines()[2:]
     sizes = [int(line.split("|")[1].replace(",", "")) for line in table]
     shapes = [json.loads(line.split("|")[-2]) for line in table]
@@ -242,6 +242,6 @@ def test_lists_in_a_csv_are_separated_by_blanks_and_nothing_is_empty(tmp_path):
 
 
 def test_command_prints_the_page_it_wrote(folder):
-    command = [sys.executable, "-m", "supershaper_hf.report.page", str(folder), "--budgets", "3"]
+    command = [sys.executable, "-m", "supershaper_hf.report.page", str(folder), "--num_budgets", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(folder / "report.md")

@@ -23,7 +23,7 @@ SHAPES = [[48, 48, 48], [8, 20, 36], [36, 0, 8]]
 def batches(tokenizer):
     """Masked batches of unequal size: 5 sequences each, the last of 1."""
     sequences = tokenize(random_documents(4), tokenizer, max_length=12)
-    return fixed_masks(sequences.select(range(16)), tokenizer, batch_size=5, masking_rate=0.4)
+    return fixed_masks(sequences.select(range(16)), tokenizer, batch_size=5, mlm_probability=0.4)
 
 
 @torch.no_grad()

@@ -386,7 +386,11 @@ def test_table_has_one_record_per_point(cost):
     assert type(table[0]["flops"]) is int
 
 
-@pytest.mark.parametrize("cost", ["parameters", "flops", Seconds(SPACE, 0), ["flops", "parameters"]], ids=["parameters", "flops", "seconds", "two costs"])
+@pytest.mark.parametrize(
+    "cost",
+    ["parameters", "flops", Seconds(SPACE, 0), ["flops", "parameters"]],
+    ids=["parameters", "flops", "seconds", "two costs"],
+)
 def test_front_is_plotted_as_a_png(cost, tmp_path):
     pareto_front(SPACE, FALLING, cost).plot(tmp_path / "front.png", named={"rectangle": (20_000, 9.0)})
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")

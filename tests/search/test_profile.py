@@ -45,13 +45,13 @@ def test_planted_importances_are_found(profile):
 
 
 def test_deviations_shrink_with_more_measurements():
-    few, many = (derive_profile(SPACE, measured(n, noise=0.1), budgets=10) for n in (60, 600))
+    few, many = (derive_profile(SPACE, measured(n, noise=0.1), num_budgets=10) for n in (60, 600))
     assert many.importance_deviations.mean() < 0.5 * few.importance_deviations.mean()
     assert many.width_deviations.mean() < 0.7 * few.width_deviations.mean()
 
 
 def test_deviations_are_the_scatter_over_repeated_measurements():
-    profiles = [derive_profile(SPACE, measured(100, 0.05, seed), budgets=20) for seed in range(20)]
+    profiles = [derive_profile(SPACE, measured(100, 0.05, seed), num_budgets=20) for seed in range(20)]
     for values, deviations in [("importances", "importance_deviations"), ("widths", "width_deviations")]:
         scatter = np.std([getattr(profile, values) for profile in profiles], axis=0, ddof=1).mean()
         told = np.mean([getattr(profile, deviations) for profile in profiles])
@@ -65,7 +65,7 @@ def test_importance_of_a_layer_contains_its_pairs():
     shapes = SPACE.sample(400, 0)
     fitted = ShapePredictor.fit(shapes, truth.predict(shapes), pairs=True)
     expected = GAINS + np.array([0.1, 0.1, 0, 0, 0])
-    np.testing.assert_allclose(derive_profile(SPACE, fitted, draws=2, budgets=5).importances, expected, atol=0.03)
+    np.testing.assert_allclose(derive_profile(SPACE, fitted, draws=2, num_budgets=5).importances, expected, atol=0.03)
 
 
 def test_widths_are_the_mean_over_the_middle_of_the_front():
@@ -74,7 +74,7 @@ def test_widths_are_the_mean_over_the_middle_of_the_front():
     low, high = front.costs["parameters"][[0, -1]]
     shapes = np.array([front.best(low + part * (high - low)) for part in np.linspace(0.1, 0.9, 7)])
     expected = (shapes / shapes.mean(axis=1, keepdims=True)).mean(axis=0)
-    np.testing.assert_allclose(derive_profile(SPACE, fitted, draws=2, budgets=7).widths, expected)
+    np.testing.assert_allclose(derive_profile(SPACE, fitted, draws=2, num_budgets=7).widths, expected)
 
 
 def test_profile_depends_on_the_seed_alone():
@@ -172,5 +172,7 @@ def test_predictor_of_another_space_is_refused():
 
 @pytest.mark.parametrize(("draws", "budgets"), [(0, 5), (1, 5), (5, 0)])
 def test_too_few_draws_or_budgets_are_refused(draws, budgets):
-    with pytest.raises(ValueError, match=f"draws={draws} must be at least 2, for a deviation, and budgets={budgets} "):
+    with pytest.raises(
+        ValueError, match=f"draws={draws} must be at least 2, for a deviation, and num_budgets={budgets} "
+    ):
         derive_profile(SPACE, measured(60), draws, budgets)

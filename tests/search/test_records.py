@@ -51,7 +51,7 @@ ODD = {"nan": math.nan, "inf": math.inf}
 def masked_batches(count=3, seed=0):
     tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(SPECIAL_TOKENS + WORDS)})
     sequences = tokenize(random_documents(8, words=27, seed=1), tokenizer, 12)
-    return fixed_masks(sequences, tokenizer, 8, masking_rate=0.4, seed=seed)[:count]
+    return fixed_masks(sequences, tokenizer, 8, mlm_probability=0.4, seed=seed)[:count]
 
 
 @pytest.fixture(scope="module")

@@ -249,14 +249,17 @@ def test_best_measured_is_the_lowest_loss_within_the_budget():
     costs = SPACE.num_parameters(np.array(shapes_of(records)))
     for budget in np.quantile(costs, [0.1, 0.5, 1]):
         within = [record for record, cost in zip(records, costs) if cost <= budget]
-        assert best_measured(SPACE, records, budget) == min(within, key=lambda record: record["loss"])["shape"]
+        assert (
+            best_measured(SPACE, records, "parameters", budget)
+            == min(within, key=lambda record: record["loss"])["shape"]
+        )
     with pytest.raises(ValueError, match=f"costs at most 1,000: the cheapest of all 50 costs {costs.min():,}"):
-        best_measured(SPACE, records, 1000)
+        best_measured(SPACE, records, "parameters", 1000)
 
 
 def test_best_measured_passes_over_losses_that_are_not_finite():
     records = [{"shape": SPACE.largest, "loss": float("nan")}, {"shape": SPACE.smallest, "loss": 2.0}]
-    assert best_measured(SPACE, records, 1e9) == SPACE.smallest
+    assert best_measured(SPACE, records, "parameters", 1e9) == SPACE.smallest
 
 
 class Seconds:
@@ -338,6 +341,8 @@ def test_rounds_find_a_better_shape_for_a_budget_than_as_many_random_shapes():
         random = measure_in_rounds(space, measure, 46, seed=seed)
         predictor = ShapePredictor.fit(shapes_of(random), [record["loss"] for record in random])
         random += measure([pareto_front(space, predictor).best(budget)])
-        losses.append([measure([best_measured(space, each, budget)])[0]["loss"] for each in (in_rounds, random)])
+        losses.append(
+            [measure([best_measured(space, each, "parameters", budget)])[0]["loss"] for each in (in_rounds, random)]
+        )
     rounds, random = np.mean(losses, axis=0)
     assert rounds < random - 0.01

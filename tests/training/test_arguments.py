@@ -16,7 +16,7 @@ def parse(*words):
     ("changes", "message"),
     [
         ({"max_steps": 0}, "max_steps=0 must be at least 1."),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1."),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1."),
         ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps=-1 must be at least 1."),
         ({"logging_steps": 0}, "logging_steps=0 must be at least 1."),
         ({"eval_steps": 0}, "eval_steps=0 must be at least 1."),
@@ -25,11 +25,11 @@ def parse(*words):
         ({"max_skipped_steps": 0}, "max_skipped_steps=0 must be at least 1."),
         ({"seed": -1}, "seed=-1 must be at least 0."),
         ({"random_shapes": -1}, "random_shapes=-1 must be at least 0."),
-        ({"num_workers": -1}, "num_workers=-1 must be at least 0."),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers=-1 must be at least 0."),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0."),
-        ({"masking_rate": 1.5}, "masking_rate=1.5 must be between 0 and 1."),
-        ({"masking_rate": -0.5}, "masking_rate=-0.5 must be between 0 and 1."),
-        ({"masking_rate": 0}, "masking_rate=0 must be above 0."),
+        ({"mlm_probability": 1.5}, "mlm_probability=1.5 must be between 0 and 1."),
+        ({"mlm_probability": -0.5}, "mlm_probability=-0.5 must be between 0 and 1."),
+        ({"mlm_probability": 0}, "mlm_probability=0 must be above 0."),
         ({"drop_rate": 1.0}, "drop_rate=1.0 must be at least 0 and below 1."),
         ({"drop_rate": -0.1}, "drop_rate=-0.1 must be at least 0 and below 1."),
         ({"distillation_weight": 1.1}, "distillation_weight=1.1 must be between 0 and 1."),
@@ -101,10 +101,16 @@ def test_target_perplexity_needs_evaluations():
 
 
 LIMITS = [
-    {"max_steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1, "eval_steps": 1},
+    {
+        "max_steps": 1,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "logging_steps": 1,
+        "eval_steps": 1,
+    },
     {"save_steps": 1, "save_total_limit": 1, "max_skipped_steps": 1},
-    {"seed": 0, "random_shapes": 0, "num_workers": 0, "weight_decay": 0.0},
-    {"masking_rate": 1.0, "warmup_ratio": 1.0, "distillation_weight": 1.0},
+    {"seed": 0, "random_shapes": 0, "dataloader_num_workers": 0, "weight_decay": 0.0},
+    {"mlm_probability": 1.0, "warmup_ratio": 1.0, "distillation_weight": 1.0},
     {"warmup_ratio": 0.0, "distillation_weight": 0.0},
     {"sampling": "random", "random_shapes": 1},
     {"sampling": "fixed", "random_shapes": 0, "shape": [8, 8]},
@@ -160,8 +166,8 @@ def test_command_line_sets_every_kind_of_field():
 
 
 def test_command_line_refuses_what_the_arguments_refuse():
-    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
-        parse("--batch_size", "0")
+    with pytest.raises(ValueError, match="per_device_train_batch_size=0 must be at least 1"):
+        parse("--per_device_train_batch_size", "0")
 
 
 def test_every_option_has_help():

@@ -99,8 +99,14 @@ def train(folder=None, text=None, **changes):
     """Train for eight steps with dropout, dropped layers, evaluations and checkpoints; return model and summary."""
     tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(SPECIAL_TOKENS + WORDS)})
     text = tokenize(random_documents(12, words=27), tokenizer, 12) if text is None else text
-    evaluation = fixed_masks(tokenize(random_documents(4, seed=1), tokenizer, 12), tokenizer, 8, masking_rate=0.4)
-    values = {"max_steps": STEPS, "save_steps": 3, "eval_steps": 4, "logging_steps": 1, "batch_size": 4}
+    evaluation = fixed_masks(tokenize(random_documents(4, seed=1), tokenizer, 12), tokenizer, 8, mlm_probability=0.4)
+    values = {
+        "max_steps": STEPS,
+        "save_steps": 3,
+        "eval_steps": 4,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 4,
+    }
     values |= {"learning_rate": 1e-2, "max_length": 12, "drop_rate": 0.3, "gradient_accumulation_steps": 2}
     values["output_dir"] = None if folder is None else str(folder)
     model = tiny_model()

@@ -73,7 +73,12 @@ def test_recorded_losses_are_those_of_the_step(tokenizer, dataset, steps):
     ],
 )
 def test_learning_rate_follows_the_schedule(tokenizer, dataset, scheduler, rates):
-    changes = {"lr_scheduler_type": scheduler, "warmup_ratio": 0.15, "gradient_accumulation_steps": 2, "batch_size": 2}
+    changes = {
+        "lr_scheduler_type": scheduler,
+        "warmup_ratio": 0.15,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    }
     _, summary = pretrain(tokenizer, dataset, max_steps=10, **changes)
     assert [record["learning_rate"] / 1e-3 for record in step_records(summary)] == pytest.approx(rates)
 
@@ -122,7 +127,12 @@ def test_accumulated_micro_batches_train_the_weights_of_a_larger_batch(tokenizer
     dataset = tokenize(random_documents(9, words=27), tokenizer, max_length=12)  # sequences of unequal length
     model, summary = pretrain(tokenizer, dataset, tiny_model(**NO_DROPOUT), max_steps=6)
     accumulated, accumulated_summary = pretrain(
-        tokenizer, dataset, tiny_model(**NO_DROPOUT), max_steps=6, batch_size=2, gradient_accumulation_steps=4
+        tokenizer,
+        dataset,
+        tiny_model(**NO_DROPOUT),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
     )
     assert_trained_alike(accumulated, model)
     torch.testing.assert_close(losses(accumulated_summary), losses(summary), atol=1e-5, rtol=0)
@@ -134,7 +144,7 @@ def test_workers_change_nothing(tokenizer, dataset, monkeypatch):
         MicroBatches, "iterate", lambda self, state: (workers.append(self.num_workers), iterate(self, state))[1]
     )
     first, _ = pretrain(tokenizer, dataset)
-    second, _ = pretrain(tokenizer, dataset, num_workers=1)
+    second, _ = pretrain(tokenizer, dataset, dataloader_num_workers=1)
     assert workers == [0, 1]
     assert_same(first.state_dict(), second.state_dict(), atol=0)
 
@@ -172,7 +182,7 @@ def test_every_step_draws_the_shapes_of_its_seed_and_number(tokenizer, dataset, 
 
 
 def test_steps_get_the_micro_batches_of_the_text_in_order(tokenizer, dataset, steps):
-    changes = {"seed": 7, "batch_size": 2, "masking_rate": 0.4}
+    changes = {"seed": 7, "per_device_train_batch_size": 2, "mlm_probability": 0.4}
     pretrain(tokenizer, dataset, gradient_accumulation_steps=3, max_steps=2, **changes)
     expected = MicroBatches(dataset, tokenizer, **changes).iterate()
     assert [len(step["batches"]) for step in steps] == [3, 3]
@@ -182,14 +192,14 @@ def test_steps_get_the_micro_batches_of_the_text_in_order(tokenizer, dataset, st
 
 
 def test_masks_are_drawn_anew_in_every_round(tokenizer, dataset, steps):
-    pretrain(tokenizer, dataset.select([0]), max_steps=3, batch_size=1, masking_rate=0.5)
+    pretrain(tokenizer, dataset.select([0]), max_steps=3, per_device_train_batch_size=1, mlm_probability=0.5)
     labels = [step["batches"][0]["labels"] for step in steps]
     assert not torch.equal(labels[0], labels[1])
     assert not torch.equal(labels[1], labels[2])
 
 
 def test_every_round_reads_all_sequences_in_an_order_of_its_own(tokenizer, dataset, steps):
-    pretrain(tokenizer, dataset, max_steps=2, batch_size=len(dataset))
+    pretrain(tokenizer, dataset, max_steps=2, per_device_train_batch_size=len(dataset))
     first, second = (original_tokens(step["batches"][0]).tolist() for step in steps)
     assert first != second
     assert sorted(first) == sorted(second)
@@ -323,7 +333,7 @@ def test_no_gradients_are_left(tokenizer, dataset):
 
 
 def test_step_without_any_label_changes_nothing_but_goes_by(tokenizer, dataset, steps):
-    _, summary = pretrain(tokenizer, dataset, max_steps=4, batch_size=1, masking_rate=1e-9)
+    _, summary = pretrain(tokenizer, dataset, max_steps=4, per_device_train_batch_size=1, mlm_probability=1e-9)
     assert losses(summary) == [[0.0, 0.0, 0.0]] * 4
     assert_same(steps[0]["weights"], steps[-1]["weights"], atol=0)
     assert (summary.progress.step, summary.progress.labelled, summary.progress.skipped_steps) == (4, 0, 0)
@@ -388,7 +398,9 @@ def test_layers_are_not_compiled_unless_asked_for(tokenizer, dataset, compiled):
 
 
 def test_compiled_layers_meet_one_length_only(tokenizer, dataset, compiled, steps):
-    pretrain(tokenizer, dataset.select([0, len(dataset) - 1]), compile=True, batch_size=1, max_length=14)
+    pretrain(
+        tokenizer, dataset.select([0, len(dataset) - 1]), compile=True, per_device_train_batch_size=1, max_length=14
+    )
     assert {step["batches"][0]["input_ids"].shape for step in steps} == {(1, 14)}
 
 
@@ -415,7 +427,7 @@ def test_model_is_released_when_training_fails(tokenizer, dataset, compiled, mon
 
 def test_counters_add_up_the_micro_batches(tokenizer, steps):
     dataset = tokenize(random_documents(9, words=27), tokenizer, max_length=12)
-    _, summary = pretrain(tokenizer, dataset, batch_size=3, gradient_accumulation_steps=2)
+    _, summary = pretrain(tokenizer, dataset, per_device_train_batch_size=3, gradient_accumulation_steps=2)
     batches = [batch for step in steps for batch in step["batches"]]
     progress = summary.progress
     assert (progress.step, progress.sequences) == (3, 18)
@@ -441,7 +453,7 @@ def test_summary_tells_the_model_and_the_machine(tokenizer, dataset):
 
 
 def test_stream_is_tokenised_on_the_way(tokenizer, steps):
-    _, summary = pretrain(tokenizer, stream_of(), max_length=9, seed=3, masking_rate=0.4)
+    _, summary = pretrain(tokenizer, stream_of(), max_length=9, seed=3, mlm_probability=0.4)
     expected = MicroBatches(stream_of(), tokenizer, 8, 0.4, 3, max_length=9).iterate()
     for step in steps:
         assert_same(step["batches"][0], next(expected)[0], atol=0)

@@ -67,7 +67,7 @@ def documents(n=24):
 
 def evaluation_batches(count=3):
     tokenizer = make_tokenizer()
-    return fixed_masks(tokenize(random_documents(8, seed=1), tokenizer, 12), tokenizer, 8, masking_rate=0.4)[:count]
+    return fixed_masks(tokenize(random_documents(8, seed=1), tokenizer, 12), tokenizer, 8, mlm_probability=0.4)[:count]
 
 
 def train(folder=None, stream=False, dropout=True, batch_size=4, **changes):
@@ -75,7 +75,13 @@ def train(folder=None, stream=False, dropout=True, batch_size=4, **changes):
     tokenizer = make_tokenizer()
     text = documents().to_iterable_dataset() if stream else tokenize(documents(), tokenizer, 12)
     model = tiny_model(**({} if dropout else NO_DROPOUT))
-    values = {"max_steps": STEPS, "save_steps": 2, "eval_steps": 3, "logging_steps": 1, "batch_size": batch_size}
+    values = {
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "eval_steps": 3,
+        "logging_steps": 1,
+        "per_device_train_batch_size": batch_size,
+    }
     values |= {"learning_rate": 1e-3, "max_length": 12, "output_dir": None if folder is None else str(folder)}
     args = SuperPretrainingArguments(**{**values, **changes})
     return model, super_pretrain(model, tokenizer, text, args, eval_batches=evaluation_batches())

@@ -93,7 +93,12 @@ def test_a_loss_that_stays_high_is_the_new_normal():
 
 def summary(records=(), processes=2, **changes):
     arguments = SuperPretrainingArguments(
-        batch_size=8, gradient_accumulation_steps=3, learning_rate=2e-4, random_shapes=4, seed=7, **changes
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=3,
+        learning_rate=2e-4,
+        random_shapes=4,
+        seed=7,
+        **changes,
     )
     progress = Progress(
         step=1234,
@@ -172,7 +177,11 @@ def test_dictionary_of_a_summary_is_complete_and_survives_json():
         "evaluation": evaluation(2.0),
         "arguments": vars(
             SuperPretrainingArguments(
-                batch_size=8, gradient_accumulation_steps=3, learning_rate=2e-4, random_shapes=4, seed=7
+                per_device_train_batch_size=8,
+                gradient_accumulation_steps=3,
+                learning_rate=2e-4,
+                random_shapes=4,
+                seed=7,
             )
         )
         | {"mixed_precision": "bf16"},

@@ -275,7 +275,13 @@ def test_run_that_goes_on_equals_one_that_was_never_stopped(
 ):
     """With dropout, accumulation, evaluations, and records of steps after the checkpoint."""
     text = dataset if kind == "stored" else stream_of(n=12)  # several times through the text
-    changes = {"max_steps": 7, "save_steps": 2, "eval_steps": 3, "batch_size": 4, "gradient_accumulation_steps": 2}
+    changes = {
+        "max_steps": 7,
+        "save_steps": 2,
+        "eval_steps": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    }
     whole, expected = pretrain(tokenizer, text, eval_batches=eval_batches, output_dir=str(tmp_path / "a"), **changes)
     changes["output_dir"] = str(tmp_path / "b")
     crash(monkeypatch, 5, tokenizer, text, eval_batches=eval_batches, **changes)
@@ -336,7 +342,7 @@ def test_text_that_fails_loses_no_step(tokenizer, dataset, tmp_path, monkeypatch
 
 
 def test_text_that_fails_within_a_step_goes_on_at_the_start_of_the_step(tokenizer, tmp_path, monkeypatch):
-    changes = {"max_steps": 4, "save_steps": 100, "batch_size": 4, "gradient_accumulation_steps": 3}
+    changes = {"max_steps": 4, "save_steps": 100, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
     whole, _ = pretrain(tokenizer, stream_of(), **changes)
     iterate = MicroBatches.iterate
 
@@ -394,7 +400,7 @@ def test_changed_conditions_are_named(tokenizer, dataset, tmp_path, warnings):
 def test_conditions_that_decide_nothing_may_change(tokenizer, dataset, tmp_path, warnings):
     pretrain(tokenizer, dataset, output_dir=str(tmp_path / "a"))
     (tmp_path / "a").rename(tmp_path / "b")
-    changes = {"logging_steps": 2, "save_steps": 7, "save_total_limit": 1, "num_workers": 1}
+    changes = {"logging_steps": 2, "save_steps": 7, "save_total_limit": 1, "dataloader_num_workers": 1}
     pretrain(tokenizer, dataset, output_dir=str(tmp_path / "b"), **changes)
     assert warnings == []
 
@@ -405,10 +411,10 @@ def test_run_can_go_on_in_smaller_micro_batches(tokenizer, dataset, tmp_path, mo
     whole, _ = pretrain(tokenizer, dataset, tiny_model(**NO_DROPOUT), **changes)
     changes["output_dir"] = str(tmp_path)
     crash(monkeypatch, 2, tokenizer, dataset, tiny_model(**NO_DROPOUT), **changes)
-    changes |= {"batch_size": 2, "gradient_accumulation_steps": 4}
+    changes |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     resumed, _ = pretrain(tokenizer, dataset, tiny_model(**NO_DROPOUT), **changes)
     assert_trained_alike(resumed, whole)
-    assert "batch_size was 8, is 2; gradient_accumulation_steps was 1, is 4." in warnings[0]
+    assert "per_device_train_batch_size was 8, is 2; gradient_accumulation_steps was 1, is 4." in warnings[0]
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,10 @@ def test_shapes_are_drawn_from_seed_and_step_alone():
     step_shapes(SPACE, arguments(seed=1, random_shapes=4), 3)
     torch.manual_seed(99)
     np.random.seed(99)
-    assert step_shapes(SPACE, arguments(seed=1, random_shapes=4, batch_size=7, learning_rate=1.0), 2) == first
+    assert (
+        step_shapes(SPACE, arguments(seed=1, random_shapes=4, per_device_train_batch_size=7, learning_rate=1.0), 2)
+        == first
+    )
 
 
 def test_every_seed_and_step_has_shapes_of_its_own():

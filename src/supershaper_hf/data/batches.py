@@ -21,7 +21,7 @@ from ..model.modeling_supershaper import IGNORE_INDEX
 from .sequences import check_length, tokenize_documents
 
 
-MASKING_RATE = 0.15
+MLM_PROBABILITY = 0.15
 COLUMNS = ("input_ids", "special_tokens_mask")
 STATE = ("epoch", "chunk", "source", "offset", "sequences")  # of a stream; see `Stream`
 Batch = dict[str, torch.Tensor]
@@ -37,7 +37,7 @@ class MaskingCollator:
 
     Args:
         tokenizer: One with [MASK] and [PAD].
-        masking_rate: Chance of each token that is not special to be chosen, in (0, 1].
+        mlm_probability: Chance of each token that is not special to be chosen, in (0, 1].
         seed: Non-negative. The masks of a sequence follow from its length, `seed` and its `position` alone.
         pad_to_multiple_of: Pad not just to the longest sequence, but to a multiple of this.
 
@@ -45,14 +45,14 @@ class MaskingCollator:
         ValueError: If the tokenizer has no mask or padding token, or an argument is out of its range.
 
     Example:
-        >>> collate = MaskingCollator(tokenizer, masking_rate=0.3)  # doctest: +SKIP
+        >>> collate = MaskingCollator(tokenizer, mlm_probability=0.3)  # doctest: +SKIP
         >>> batch = collate([{**sequence, "position": i} for i, sequence in enumerate(sequences)])  # doctest: +SKIP
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        masking_rate: float = MASKING_RATE,
+        mlm_probability: float = MLM_PROBABILITY,
         seed: int = 0,
         pad_to_multiple_of: int | None = None,
     ) -> None:
@@ -60,12 +60,12 @@ class MaskingCollator:
             raise ValueError("The tokenizer has no mask token: masked language modelling needs one ([MASK] in BERT).")
         if tokenizer.pad_token_id is None:
             raise ValueError("The tokenizer has no padding token: batches need one ([PAD] in BERT).")
-        if not 0 < masking_rate <= 1:
-            raise ValueError(f"masking_rate={masking_rate} must be above 0 and at most 1.")
+        if not 0 < mlm_probability <= 1:
+            raise ValueError(f"mlm_probability={mlm_probability} must be above 0 and at most 1.")
         if seed < 0:
             raise ValueError(f"seed={seed} must be 0 or more.")
         self.mask, self.padding, self.vocabulary = tokenizer.mask_token_id, tokenizer.pad_token_id, len(tokenizer)
-        self.masking_rate, self.seed, self.multiple = masking_rate, seed, pad_to_multiple_of or 1
+        self.mlm_probability, self.seed, self.multiple = mlm_probability, seed, pad_to_multiple_of or 1
 
     def __call__(self, sequences: Sequence[Mapping[str, Any]]) -> Batch:
         lengths = [len(sequence["input_ids"]) for sequence in sequences]
@@ -77,7 +77,7 @@ class MaskingCollator:
             ids[row, :length] = sequence["input_ids"]
             special[row, :length] = sequence["special_tokens_mask"]
             draws[:, row, :length] = np.random.default_rng((self.seed, sequence["position"])).random((3, length))
-        chosen = ~special & (draws[0] < self.masking_rate)
+        chosen = ~special & (draws[0] < self.mlm_probability)
         replaced = np.where(draws[1] < 0.8, self.mask, (draws[2] * self.vocabulary).astype(np.int64))
         batch = {
             "input_ids": np.where(chosen & (draws[1] < 0.9), replaced, ids),
@@ -91,7 +91,7 @@ def fixed_masks(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
-    masking_rate: float = MASKING_RATE,
+    mlm_probability: float = MLM_PROBABILITY,
     seed: int = 0,
 ) -> list[Batch]:
     """Mask `dataset` once, to measure every shape on the same tokens; return its batches, as `MaskingCollator` does.
@@ -102,7 +102,7 @@ def fixed_masks(
     Example:
         >>> batches = fixed_masks(tokenize(held_out, tokenizer, 128), tokenizer, batch_size=64)  # doctest: +SKIP
     """
-    collate = MaskingCollator(tokenizer, masking_rate, seed)
+    collate = MaskingCollator(tokenizer, mlm_probability, seed)
     sequences = [{**sequence, "position": index} for index, sequence in enumerate(dataset.select_columns([*COLUMNS]))]
     sequences.sort(key=lambda sequence: len(sequence["input_ids"]))
     return [collate(sequences[start : start + batch_size]) for start in range(0, len(sequences), batch_size)]
@@ -123,7 +123,7 @@ class MicroBatches:
         dataset: The result of `data.tokenize`, or of `data.load_text(..., streaming=True)`.
         tokenizer: Chooses and masks the tokens; tokenises a stream.
         batch_size: Sequences per micro-batch; none is smaller.
-        masking_rate: See `MaskingCollator`.
+        mlm_probability: See `MaskingCollator`.
         seed: Of order and masks.
         rank: Number of this process.
         num_processes: Number of processes.
@@ -138,7 +138,7 @@ class MicroBatches:
             stream has no sequence for this process.
 
     Example:
-        >>> text = MicroBatches(sequences, tokenizer, batch_size=32, masking_rate=0.15, seed=0)  # doctest: +SKIP
+        >>> text = MicroBatches(sequences, tokenizer, batch_size=32, mlm_probability=0.15, seed=0)  # doctest: +SKIP
         >>> for batch, state in text.iterate():  # later: text.iterate(state)  # doctest: +SKIP
         ...     loss = model(**batch).loss
     """
@@ -148,7 +148,7 @@ class MicroBatches:
         dataset: Dataset | IterableDataset,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
-        masking_rate: float = MASKING_RATE,
+        mlm_probability: float = MLM_PROBABILITY,
         seed: int = 0,
         rank: int = 0,
         num_processes: int = 1,
@@ -159,7 +159,7 @@ class MicroBatches:
         documents_per_chunk: int = 10_000,
         pad_to_multiple_of: int | None = None,
     ) -> None:
-        self.collate = MaskingCollator(tokenizer, masking_rate, seed, pad_to_multiple_of)
+        self.collate = MaskingCollator(tokenizer, mlm_probability, seed, pad_to_multiple_of)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),

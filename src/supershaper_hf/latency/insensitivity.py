@@ -1,14 +1,14 @@
 """Does the time of a subnet depend on its shape, or on its number of parameters alone?
 
 The SuperShaper paper (arXiv 2110.04711) finds the latter: among shapes of about equal size, the standard deviation of
-the seconds is about 1 % of their mean. `insensitivity` repeats that measurement here, and beside it measures what the
+the seconds is about 1 % of their mean. `compare_equal_sizes` repeats that measurement here, and beside it measures what the
 same number would be if all shapes were equally fast, which no timing is precise enough to leave out.
 
 Example:
     >>> from supershaper_hf import SuperShaperConfig
-    >>> from supershaper_hf.latency.insensitivity import insensitivity
+    >>> from supershaper_hf.latency.insensitivity import compare_equal_sizes
     >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=6, vocab_size=50)
-    >>> [record] = insensitivity(config, [2_000_000], shapes_per_budget=3, repeats=2, sequence_length=16)
+    >>> [record] = compare_equal_sizes(config, [2_000_000], shapes_per_budget=3, repeats=2, sequence_length=16)
     >>> len(record.shapes)
     3
 """
@@ -75,7 +75,7 @@ class Insensitivity:
         return "no more than noise" if self.p_value > SIGNIFICANCE else f"{self.excess:.1%} above noise"
 
 
-def insensitivity(
+def compare_equal_sizes(
     config: SuperShaperConfig,
     budgets: Sequence[int],
     shapes_per_budget: int = 10,

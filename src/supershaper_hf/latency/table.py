@@ -28,10 +28,11 @@ import numpy as np
 import torch
 
 from ..checks import check_count
+from ..devices import device_name, local_devices, parse_device
 from ..files import write_file
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.costs import ChainCost, chain_cost, parameter_cost
-from .timing import Workload, device_name, local_devices, parse_device
+from .timing import Workload
 
 
 FORMAT = "supershaper-hf latency table 1"

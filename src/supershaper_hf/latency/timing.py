@@ -1,28 +1,20 @@
 """Run subnets and stamp the time, on a CPU or a GPU: what `latency` and `insensitivity` measure with.
 
-`Workload` checks what is asked for and builds subnets and inputs, `Clock` stamps the time at which a device reaches a
-point of the program, `SubnetTimer` times whole subnets.
+`Workload` checks what is asked for and builds subnets and inputs, `SubnetTimer` times whole subnets.
 """
 
 import copy
-import itertools
-import platform
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..checks import check_count
+from ..devices import Clock, parse_device
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.elastic import SuperShaperBottleneck
 from ..model.modeling_supershaper import SuperShaperForMaskedLM, empty_model
-
-
-EVENTS = ("cuda", "mps")  # device types that run behind the program and stamp the time themselves
 
 
 class SubnetTimer:
@@ -74,40 +66,6 @@ class SubnetTimer:
             sample[index] = clock.intervals(stamps)[0]
         if keep:
             self._samples.append(sample)
-
-
-def parse_device(device: str | torch.device) -> torch.device:
-    """Return a device that is here and can be timed, or raise a ValueError."""
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    try:
-        found = torch.device(device)
-    except RuntimeError:  # no name of a device
-        found = None
-    if found is None or not present.get(found.type):
-        allowed = [kind for kind, here in present.items() if here]
-        raise ValueError(f"device={str(device)!r} is not here or cannot be timed. Allowed: {allowed}.")
-    return found
-
-
-def device_name(device: str | torch.device) -> str:
-    """Return the name of a GPU, or of the processor with the number of threads torch uses."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_processor()} GPU" if device.type == "mps" else f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def local_devices() -> list[str]:
-    """Return the names of the devices of this machine that a table can be measured on."""
-    gpus = [device_name(f"cuda:{index}") for index in range(torch.cuda.device_count())]
-    return [device_name("cpu"), *gpus, *([device_name("mps")] if torch.backends.mps.is_available() else [])]
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)
@@ -180,36 +138,3 @@ class Workload:
         for name, parameter in module.named_parameters():
             mean = 1.0 if name.endswith("LayerNorm.weight") else 0.0
             parameter.normal_(mean, self.config.initializer_range, generator=generator)
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Stamps the time at which a device reaches a point of the program, not the time at which the program asks."""
-
-    device: torch.device
-
-    @property
-    def _backend(self) -> Any:
-        return getattr(torch, self.device.type)
-
-    def synchronize(self) -> None:
-        """Wait for what the device still has to do."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type in EVENTS:
-            self._backend.synchronize()
-
-    def stamp(self) -> Any:
-        if self.device.type not in EVENTS:
-            return time.perf_counter()
-        event = self._backend.Event(enable_timing=True)
-        # By itself an event goes to the current GPU, which need not be this one.
-        event.record(*([torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []))
-        return event
-
-    def intervals(self, stamps: Sequence[Any]) -> np.ndarray:
-        """Return the seconds between neighbouring stamps, (stamps - 1,), once the device has reached the last."""
-        if self.device.type not in EVENTS:
-            return np.diff(stamps)
-        self.synchronize()
-        return np.array([before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(stamps)])

@@ -87,8 +87,6 @@ class SuperShaperConfig(PreTrainedConfig):
             `num_attention_heads` heads (the paper's). `"per_head"`: the first w / heads channels of every head, so that
             heads keep their identity at every width.
         merged_bottlenecks: Whether each output bottleneck is multiplied with the next input bottleneck, as in a subnet.
-        sparse_prediction: Whether the masked-LM head runs only on labelled positions when labels are given. The logits
-            then have the shape `(labelled positions, vocab_size)`.
 
     Raises:
         ValueError: If the widths, the heads and `width_choices` do not fit together.
@@ -122,7 +120,6 @@ class SuperShaperConfig(PreTrainedConfig):
     width_choices: list[int] | None = None
     head_slicing: Literal["prefix", "per_head"] = "prefix"
     merged_bottlenecks: bool = False
-    sparse_prediction: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.hidden_sizes is None:

@@ -141,25 +141,25 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_bert(cls, source: Any, **kwargs: Any) -> Any:
-        """Make a supernet from a BERT checkpoint or model: see `supershaper_hf.convert.bert.from_bert`.
+        """Make a supernet from a BERT checkpoint or model: see `supershaper_hf.from_bert`.
 
         Example:
             >>> supernet = SuperShaperForMaskedLM.from_bert("google-bert/bert-base-cased")  # doctest: +SKIP
         """
         try:
-            from supershaper_hf.convert.bert import from_bert
+            import supershaper_hf
         except ImportError as error:
             raise ImportError("from_bert needs the package: pip install supershaper-hf") from error
-        return from_bert(cls, source, **kwargs)
+        return supershaper_hf.from_bert(cls, source, **kwargs)
 
     @classmethod
     def from_original(cls, source: Any, config: SuperShaperConfig, **kwargs: Any) -> Any:
-        """Make a supernet from a checkpoint of the 2021 repository: see `supershaper_hf.convert.bert.from_original`."""
+        """Make a supernet from a checkpoint of the 2021 repository: see `supershaper_hf.from_original`."""
         try:
-            from supershaper_hf.convert.bert import from_original
+            import supershaper_hf
         except ImportError as error:
             raise ImportError("from_original needs the package: pip install supershaper-hf") from error
-        return from_original(cls, source, config, **kwargs)
+        return supershaper_hf.from_original(cls, source, config, **kwargs)
 
     @torch.no_grad()
     def extract_subnet(self, shape: Sequence[int], repo_id: str | None = None, **push_kwargs: Any) -> Any:
@@ -200,20 +200,20 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
             subnet.push_to_hub(repo_id, **push_kwargs)
         return subnet
 
-    def push_to_hub(self, repo_id: str, tokenizer: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Publish a complete repository, card and code included: see `supershaper_hf.publish.hub.push_to_hub`.
+    def push_to_hub(self, repo_id: str, *, tokenizer: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Publish a complete repository, card and code included: see `supershaper_hf.push_to_hub`.
 
         As remote code, without the package, this is the method of every other transformers model.
         """
         try:
-            from supershaper_hf.publish.hub import push_to_hub
+            import supershaper_hf
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] != "supershaper_hf":
                 raise
             if tokenizer is not None:
                 raise TypeError("Without the package, publish the tokenizer with tokenizer.push_to_hub.") from error
             return super().push_to_hub(repo_id, **kwargs)
-        return push_to_hub(self, tokenizer, repo_id, **kwargs)
+        return supershaper_hf.push_to_hub(self, repo_id, tokenizer=tokenizer, **kwargs)
 
 
 class SuperShaperModel(SuperShaperPreTrainedModel):
@@ -311,13 +311,13 @@ class SuperShaperForMaskedLM(SuperShaperPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         shape: Sequence[int] | None = None,
-        sparse_prediction: bool | None = None,
+        sparse_prediction: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """Predict tokens; `labels` (batch, length) hold the token to predict, or -100 where none is asked for.
 
-        With `sparse_prediction` (`None`: as in the configuration) and labels, the head runs on labelled positions only
-        and the logits are (labelled positions, vocab_size).
+        With `sparse_prediction` and labels, the head runs on labelled positions only, and the logits are (labelled
+        positions, vocab_size). Training and evaluation use it; it saves most of the head's work.
         """
         outputs = self.bert(
             input_ids,
@@ -330,9 +330,7 @@ class SuperShaperForMaskedLM(SuperShaperPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        sparse = self.config.sparse_prediction if sparse_prediction is None else sparse_prediction
-        # CODEPATH: training and evaluation ask for sparse predictions; published checkpoints predict every position.
-        if sparse and labels is not None:
+        if sparse_prediction and labels is not None:
             labelled = labels != IGNORE_INDEX
             hidden_states, labels = hidden_states[labelled], labels[labelled]
         logits = self.cls["predictions"](hidden_states)

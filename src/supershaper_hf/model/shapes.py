@@ -179,7 +179,7 @@ class SearchSpace:
         """Return the number of parameters of the masked-LM subnet at each shape, tied weights once.
 
         Args:
-            shapes: One shape, or an integer array (n, layers).
+            shapes: One shape or many, see `shape_rows`.
 
         Returns:
             An int for one shape, an integer array (n,) for many.
@@ -251,18 +251,39 @@ class SearchSpace:
         return choices[np.searchsorted(middles, scales[:, None] * stretched)]
 
     def _cost(self, cost: ChainCost, shapes):
-        array = np.asarray(shapes)
-        if array.ndim == 1:
-            shape = np.array([self.validate(shapes)])
-            return int(chain_cost(cost, self.config.hidden_size, shape)[0])
-        if array.ndim != 2 or array.shape[1] != self.num_layers or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(
-                f"shapes must be an integer array (n, {self.num_layers}), got {array.dtype} {array.shape}. "
-                "For one shape, pass a list."
-            )
-        strange = ~np.isin(array, [0, *self.width_choices])
-        if strange.any():
-            self.validate(array[strange.any(axis=1)][0])  # raises, naming the width
-        if (~array.any(axis=1)).any():
-            self.validate(array[~array.any(axis=1)][0])
-        return chain_cost(cost, self.config.hidden_size, array)
+        rows, single = shape_rows(shapes)
+        for row in rows[~self._allowed(rows)][:1]:
+            self.validate(row)  # raises, and names the width
+        costs = chain_cost(cost, self.config.hidden_size, rows)
+        return int(costs[0]) if single else costs
+
+    def _allowed(self, rows: np.ndarray) -> np.ndarray:
+        """Return which of `rows` (n, layers) are shapes of this space, as booleans (n,)."""
+        if rows.shape[1] != self.num_layers:
+            return np.zeros(len(rows), dtype=bool)
+        return np.logical_and(np.isin(rows, [0, *self.width_choices]).all(axis=1), rows.any(axis=1))
+
+
+def shape_rows(shapes: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> tuple[np.ndarray, bool]:
+    """Return one shape or many as an integer array (n, layers), and whether it was one.
+
+    Every function that takes `shapes` follows this rule: for one shape, a sequence of integers, it returns one result;
+    for many, a sequence of shapes or an integer array (n, layers), it returns an array of n results.
+
+    Raises:
+        ValueError: If `shapes` is neither, or its widths are not integers.
+
+    Example:
+        >>> shape_rows([40, 16])
+        (array([[40, 16]]), True)
+    """
+    try:
+        rows = np.asarray(shapes)
+    except ValueError:  # shapes of different lengths
+        rows = np.empty(0, dtype=object)
+    if rows.ndim not in (1, 2) or not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(
+            f"shapes must be one shape (a list of integers) or many (a list of shapes, or an integer array (n, "
+            f"layers)), got {rows.dtype} {rows.shape}."
+        )
+    return np.atleast_2d(rows), rows.ndim == 1

@@ -112,9 +112,9 @@ def middle_budget(model: SuperShaperPreTrainedModel) -> int:
 
 def save_for_hub(
     model: SuperShaperPreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     repo_id: str | None = None,
     max_shard_size: int | str = "5GB",
     state_dict: dict[str, torch.Tensor] | None = None,
@@ -125,8 +125,8 @@ def save_for_hub(
 
     Args:
         model: A supernet or subnet, any head.
-        tokenizer: Saved beside it; `None` leaves it out.
         folder: A folder that does not exist or is empty.
+        tokenizer: Saved beside it; `None` leaves it out.
         repo_id: The name used in the card's examples; by default the folder's name. Give it before `push_folder`.
         max_shard_size: Largest weight file.
         state_dict: The weights, where `model` itself holds only this process's share of them.
@@ -141,7 +141,7 @@ def save_for_hub(
         ValueError: If the tokenizer has more tokens than the model.
 
     Example:
-        >>> save_for_hub(subnet, tokenizer, "subnet-63m", license="apache-2.0")  # doctest: +SKIP
+        >>> save_for_hub(subnet, "subnet-63m", tokenizer=tokenizer, license="apache-2.0")  # doctest: +SKIP
     """
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
@@ -203,7 +203,9 @@ def push_folder(
     folder = Path(folder)
     files = files_to_publish(folder)
     if path_in_repo is None and folder / "config.json" not in files:
-        raise FileNotFoundError(f"{folder} has no config.json. Write it with save_for_hub(model, tokenizer, folder).")
+        raise FileNotFoundError(
+            f"{folder} has no config.json. Write it with save_for_hub(model, folder, tokenizer=tokenizer)."
+        )
     if not files:
         raise FileNotFoundError(f"{folder} has no file to upload: it is empty, not a folder, or all in it is hidden.")
     target = PurePosixPath(path_in_repo or "")
@@ -248,9 +250,9 @@ def files_to_publish(folder: Path) -> list[Path]:
 
 def push_to_hub(
     model: SuperShaperPreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
     repo_id: str,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -264,11 +266,11 @@ def push_to_hub(
     """Publish a model as a complete repository: `save_for_hub` into a temporary folder, then `push_folder`.
 
     Example:
-        >>> push_to_hub(subnet, tokenizer, "user/subnet-63m", private=True)  # doctest: +SKIP
+        >>> push_to_hub(subnet, "user/subnet-63m", tokenizer=tokenizer, private=True)  # doctest: +SKIP
     """
     with tempfile.TemporaryDirectory() as parent:
         folder = save_for_hub(
-            model, tokenizer, Path(parent) / "model", repo_id=repo_id, max_shard_size=max_shard_size, **card
+            model, Path(parent) / "model", tokenizer=tokenizer, repo_id=repo_id, max_shard_size=max_shard_size, **card
         )
         return push_folder(
             folder,

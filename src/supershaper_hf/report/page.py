@@ -23,9 +23,9 @@ from ..latency.table import LatencyTable
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.costs import Cost, chain_cost, resolve_cost
 from ..model.shapes import SHAPE_NAMES, SearchSpace
-from ..search.pareto import ParetoFront, pareto_front
+from ..search.pareto import ParetoFront, pareto_front, shapes_at
 from ..search.predictor import ShapePredictor
-from ..search.profile import derive_profile, shapes_at
+from ..search.profile import derive_profile
 from ..search.records import Record, read_records
 from ..search.rounds import best_measured
 from .plots import plot_agreement
@@ -93,9 +93,9 @@ class Findings:
         terms = resolve_cost(self._cost(cost), self.space.config, self.sequence_length)
         return chain_cost(terms, self.space.config.hidden_size, np.array(shapes))
 
-    def best_measured(self, max_cost: float, cost: str) -> list[int]:
+    def best_measured(self, cost: str, max_cost: float) -> list[int]:
         """Return the measured shape with the lowest loss that costs at most `max_cost`."""
-        return best_measured(self.space, self.records, max_cost, self._cost(cost), self.sequence_length)
+        return best_measured(self.space, self.records, self._cost(cost), max_cost, self.sequence_length)
 
     def rows(self, shapes: np.ndarray) -> list[dict[str, Any]]:
         """Return what is known of each of `shapes` (n, layers): costs, prediction and, if it was made, measurement."""
@@ -134,7 +134,7 @@ class Findings:
 def write_report(
     folder: str | Path,
     cost: str = "parameters",
-    budgets: int = 8,
+    num_budgets: int = 8,
     sequence_length: int = 128,
     max_cost: Sequence[float] = (),
 ) -> Path:
@@ -143,7 +143,7 @@ def write_report(
     Args:
         folder: With the files of a search.
         cost: Of the front in the table: `"parameters"`, `"flops"` or `"latency"`.
-        budgets: Rows of the table, evenly spaced over the cost of the front.
+        num_budgets: Rows of the table, evenly spaced over the cost of the front.
         sequence_length: Tokens per sequence, for FLOPs; where latency was measured, the length it was measured for.
         max_cost: Budgets that matter most, in the unit of `cost`: the best measured shape of each is shown first.
 
@@ -157,7 +157,7 @@ def write_report(
     """
     folder, findings = Path(folder), Findings.read(folder, sequence_length)
     front = findings.front(cost)
-    rows = findings.rows(np.unique(shapes_at(front, budgets), axis=0))
+    rows = findings.rows(np.unique(shapes_at(front, num_budgets), axis=0))
     rows.sort(key=lambda row: row[cost])
     write_csv(folder / FRONT_FILE, findings.rows(front.shapes))
     sections = [
@@ -196,7 +196,7 @@ def _chosen_section(findings: Findings, cost: str, max_cost: Sequence[float]) ->
     """Return the best measured shape for each of the budgets that matter most."""
     if not max_cost:
         return ""
-    shapes = np.array([findings.best_measured(budget, cost) for budget in max_cost])
+    shapes = np.array([findings.best_measured(cost, budget) for budget in max_cost])
     table = [
         {
             "budget": _amount(budget, cost),
@@ -338,11 +338,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output folder of examples/search_shapes.py")
     parser.add_argument("--cost", default="parameters", choices=["parameters", "flops", "latency"])
-    parser.add_argument("--budgets", type=int, default=8, help="rows of the table")
+    parser.add_argument("--num_budgets", type=int, default=8, help="rows of the table")
     parser.add_argument("--sequence_length", type=int, default=128, help="of FLOPs, where no latency was measured")
     parser.add_argument("--max_cost", type=float, nargs="*", default=[], help="budgets that matter most")
     args = parser.parse_args()
-    print(write_report(args.folder, args.cost, args.budgets, args.sequence_length, args.max_cost))
+    print(write_report(args.folder, args.cost, args.num_budgets, args.sequence_length, args.max_cost))
 
 
 if __name__ == "__main__":

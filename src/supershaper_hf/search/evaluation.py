@@ -6,22 +6,20 @@ processes. (Bit for bit as far as one batch's forward pass does not: on the same
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperForMaskedLM
+from ..processes import on_main_process
 from .records import Batch, Header, Record, append_record, make_header, open_records, perplexity
-
-
-Result = TypeVar("Result")
 
 
 @torch.no_grad()
@@ -192,18 +190,3 @@ def recorded(file: str | Path, header: Header, accelerator: Accelerator | None) 
         return open_records(file, header)
 
     return on_main_process(begin, accelerator)
-
-
-def on_main_process(act: Callable[[], Result], accelerator: Accelerator | None) -> Result:
-    """Let the main process `act`. Every process returns its result or raises its error, so that none waits for ever."""
-    outcome: list[Any] = [None, None]
-    if accelerator is None or accelerator.is_main_process:
-        try:
-            outcome = [act(), None]
-        except (OSError, ValueError) as error:
-            outcome = [None, error]
-    if accelerator is not None:
-        outcome = broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]

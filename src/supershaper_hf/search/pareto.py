@@ -139,6 +139,14 @@ def pareto_front(
     )
 
 
+def shapes_at(front: ParetoFront, num_budgets: int, part: Sequence[float] = (0.0, 1.0)) -> np.ndarray:
+    """Return the front's best shapes (num_budgets, layers) for budgets evenly spaced over `part` of its (first) cost."""
+    costs = next(iter(front.costs.values()))
+    lowest, highest = costs.min(), costs.max()
+    low, high = lowest * (1 - np.array(part)) + highest * np.array(part)  # so that 0 and 1 are exact
+    return np.array([front.best({next(iter(front.costs)): budget}) for budget in np.linspace(low, high, num_budgets)])
+
+
 @dataclass(frozen=True)
 class _Partial:
     """Partial shapes in one state that no other one in it beats. Positions count from 1 in the width choices.

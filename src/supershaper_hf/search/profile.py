@@ -5,7 +5,6 @@ found. Here it is the mean over the exact Pareto front, for this supernet, with 
 what the measurements leave open have other fronts, and those other profiles.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from ..model.shapes import SearchSpace
 from ..report.plots import plot_layers
-from .pareto import ParetoFront, pareto_front
+from .pareto import ParetoFront, pareto_front, shapes_at
 from .predictor import ShapePredictor
 
 
@@ -76,7 +75,7 @@ class Profile:
 
 
 def derive_profile(
-    space: SearchSpace, predictor: ShapePredictor, draws: int = 20, budgets: int = 50, seed: int = 0
+    space: SearchSpace, predictor: ShapePredictor, draws: int = 20, num_budgets: int = 50, seed: int = 0
 ) -> Profile:
     """Derive the profile of good shapes from a predictor that was fitted on measured shapes.
 
@@ -84,11 +83,11 @@ def derive_profile(
         space: The search space.
         predictor: Fitted, since its uncertainty is used.
         draws: Number of drawn predictors that the deviations come from; at least 2.
-        budgets: Number of budgets, at least 1, evenly spaced in parameters, that the profile is averaged over.
+        num_budgets: Number of budgets, at least 1, evenly spaced in parameters, that the profile is averaged over.
         seed: Of the draws.
 
     Raises:
-        ValueError: If the predictor was not fitted, or on another space, or `draws` or `budgets` is too small.
+        ValueError: If the predictor was not fitted, or on another space, or `draws` or `num_budgets` is too small.
 
     Example:
         >>> profile = derive_profile(space, ShapePredictor.fit(shapes, losses))  # doctest: +SKIP
@@ -96,30 +95,24 @@ def derive_profile(
         Good shapes have layer 1 at the mean (0.96), layers 2-4 narrow (0.70), ...
         >>> profile.shape(space, max_parameters=63_000_000)  # doctest: +SKIP
     """
-    if draws < 2 or budgets < 1:
-        raise ValueError(f"draws={draws} must be at least 2, for a deviation, and budgets={budgets} at least 1.")
+    if draws < 2 or num_budgets < 1:
+        raise ValueError(
+            f"draws={draws} must be at least 2, for a deviation, and num_budgets={num_budgets} at least 1."
+        )
     shapes = space.sample(256, seed=(seed, 0))
     drawn = predictor.draw(draws, seed=(seed, 1))
-    widths = [_mean_profile(pareto_front(space, each), budgets) for each in drawn]
+    widths = [_mean_profile(pareto_front(space, each), num_budgets) for each in drawn]
     importances = [_importances(space, each, shapes) for each in drawn]
     return Profile(
-        _mean_profile(pareto_front(space, predictor), budgets),
+        _mean_profile(pareto_front(space, predictor), num_budgets),
         np.std(widths, axis=0, ddof=1),
         _importances(space, predictor, shapes),
         np.std(importances, axis=0, ddof=1),
     )
 
 
-def shapes_at(front: ParetoFront, budgets: int, part: Sequence[float] = (0.0, 1.0)) -> np.ndarray:
-    """Return the front's best shapes (budgets, layers) for budgets evenly spaced over `part` of its (first) cost."""
-    costs = next(iter(front.costs.values()))
-    lowest, highest = costs.min(), costs.max()
-    low, high = lowest * (1 - np.array(part)) + highest * np.array(part)  # so that 0 and 1 are exact
-    return np.array([front.best({next(iter(front.costs)): budget}) for budget in np.linspace(low, high, budgets)])
-
-
-def _mean_profile(front: ParetoFront, budgets: int) -> np.ndarray:
-    shapes = shapes_at(front, budgets, MIDDLE)
+def _mean_profile(front: ParetoFront, num_budgets: int) -> np.ndarray:
+    shapes = shapes_at(front, num_budgets, MIDDLE)
     return (shapes / shapes.mean(axis=1, keepdims=True)).mean(axis=0)
 
 

@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset, Features, List, Value
 
-from ..files import write_file
+from ..files import to_json, write_file
 from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperForMaskedLM
 from ..model.shapes import SearchSpace
-from ..training.progress import to_json
 
 
 FORMAT = "supershaper-hf records 1"

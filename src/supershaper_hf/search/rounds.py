@@ -99,7 +99,7 @@ def measure_in_rounds(
 def propose_shapes(
     space: SearchSpace,
     predictor: ShapePredictor,
-    n: int,
+    num_shapes: int,
     known: set[tuple[int, ...]],
     seed: int | Sequence[int],
     cost: Cost | Sequence[Cost] = "parameters",
@@ -107,7 +107,7 @@ def propose_shapes(
     max_cost: float | Sequence[float],
     sequence_length: int = 128,
 ) -> list[list[int]]:
-    """Return up to `n` shapes that are not in `known`, each from the front of a predictor drawn from the posterior.
+    """Return up to `num_shapes` shapes that are not in `known`, each from the front of a predictor drawn from the posterior.
 
     From each front the best unknown shape for one of the budgets `max_cost`, in turn, is taken. Fewer are returned if
     all affordable shapes of a front are known.
@@ -117,7 +117,7 @@ def propose_shapes(
     """
     budgets = np.atleast_1d(max_cost)
     chosen: dict[tuple[int, ...], None] = {}
-    for number, drawn in enumerate(predictor.draw(n, seed)):
+    for number, drawn in enumerate(predictor.draw(num_shapes, seed)):
         front = pareto_front(space, drawn, cost, sequence_length)
         name, costs = next(iter(front.costs.items()))
         if not budgets.min() >= costs.min():  # also if it is not a number
@@ -135,7 +135,7 @@ def propose_shapes(
 
 
 def best_measured(
-    space: SearchSpace, records: Records, max_cost: float, cost: Cost = "parameters", sequence_length: int = 128
+    space: SearchSpace, records: Records, cost: Cost, max_cost: float, sequence_length: int = 128
 ) -> list[int]:
     """Return the measured shape with the lowest loss that costs at most `max_cost`.
 
@@ -153,19 +153,19 @@ def best_measured(
     return shapes[np.nanargmin(losses)].tolist()
 
 
-def _first_shapes(space: SearchSpace, n: int, seed: int, drop_rate: float) -> list[list[int]]:
-    """Return `n` different random shapes, smallest and largest among them, in which every width occurs.
+def _first_shapes(space: SearchSpace, num_shapes: int, seed: int, drop_rate: float) -> list[list[int]]:
+    """Return `num_shapes` different random shapes, smallest and largest among them, in which every width occurs.
 
     Fewer are returned if nearly every shape of a small space was found.
     """
     shapes = dict.fromkeys([tuple(space.smallest), tuple(space.largest)])
     for step in range(DRAWS):
         missing = set(space.width_choices).difference(*shapes)
-        for shape in map(tuple, space.sample(n, (seed, 0, step), drop_rate=drop_rate).tolist()):
+        for shape in map(tuple, space.sample(num_shapes, (seed, 0, step), drop_rate=drop_rate).tolist()):
             # The predictor only knows widths that were measured: the last places are kept for those still missing.
-            if len(shapes) < n - len(missing) or missing.intersection(shape):
+            if len(shapes) < num_shapes - len(missing) or missing.intersection(shape):
                 shapes[shape] = None
                 missing.difference_update(shape)
-        if len(shapes) >= n:
+        if len(shapes) >= num_shapes:
             break
     return [list(shape) for shape in shapes]

@@ -33,7 +33,7 @@ class SuperPretrainingArguments:
 
     # Length and optimiser
     max_steps: int = option(1000, "Optimiser steps.")
-    batch_size: int = option(32, "Sequences per process and micro-batch.")
+    per_device_train_batch_size: int = option(32, "Sequences per process and micro-batch.")
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimiser step.")
     learning_rate: float = option(5e-5, "Peak learning rate of AdamW.")
     weight_decay: float = option(0.0, "Decay of weight matrices; none on biases and LayerNorms.")
@@ -42,7 +42,7 @@ class SuperPretrainingArguments:
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
     max_length: int = option(128, "Tokens of a sequence, [CLS] and [SEP] included.")
     cross_documents: bool = option(False, "Let a sequence go on over the end of a document.")
-    masking_rate: float = option(0.15, "Share of tokens to predict.")
+    mlm_probability: float = option(0.15, "Share of tokens to predict.")
     seed: int = option(0, "Of masks, order, dropout and shapes.")
 
     # Shapes
@@ -67,7 +67,7 @@ class SuperPretrainingArguments:
     mixed_precision: str | None = option(None, "no, bf16 or fp16; by default what accelerate launch was told.")
     gradient_checkpointing: bool = option(False, "Compute layers again in the backward pass to save memory.")
     compile: bool = option(False, "Compile one encoder layer per width.")
-    num_workers: int = option(0, "Processes that prepare batches, for each training process.")
+    dataloader_num_workers: int = option(0, "Processes that prepare batches, for each training process.")
 
     # Output
     output_dir: str | None = option(None, "Folder of checkpoints, models and records; by default nothing is written.")
@@ -83,18 +83,24 @@ class SuperPretrainingArguments:
     max_skipped_steps: int = option(10, "Stop after this many steps in a row with gradients that are not finite.")
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps", "eval_steps"):
+        for name in (
+            "max_steps",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "eval_steps",
+        ):
             self._at_least(name, 1)
         for name in ("save_steps", "save_total_limit", "max_skipped_steps"):
             self._at_least(name, 1)
-        for name in ("seed", "random_shapes", "num_workers", "weight_decay"):
+        for name in ("seed", "random_shapes", "dataloader_num_workers", "weight_decay"):
             self._at_least(name, 0)
-        for name in ("masking_rate", "warmup_ratio"):
+        for name in ("mlm_probability", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1.")
         if not 0 <= self.drop_rate < 1:
             raise ValueError(f"drop_rate={self.drop_rate} must be at least 0 and below 1.")
-        for name in ("masking_rate", "learning_rate", "max_grad_norm"):
+        for name in ("mlm_probability", "learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         self._one_of("sampling", SAMPLINGS)

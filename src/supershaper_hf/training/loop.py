@@ -26,6 +26,8 @@ from transformers.utils import logging
 
 from ..data.batches import MicroBatches
 from ..data.sequences import check_vocabulary
+from ..devices import device_name
+from ..files import to_json
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.costs import training_flops
 from ..model.modeling_supershaper import SuperShaperForMaskedLM
@@ -37,7 +39,7 @@ from .arguments import SuperPretrainingArguments
 from .checkpoints import caught_signals, list_checkpoints, newest_good_checkpoint, save_checkpoint
 from .compilation import compile_layers, release_layers
 from .distillation import Objective, OutsideTeacher
-from .progress import MEASURES, SUMMARY_FILE, Monitor, Progress, TrainingSummary, to_json
+from .progress import MEASURES, SUMMARY_FILE, Monitor, Progress, TrainingSummary
 from .sandwich import Batch, Shape, count_positions, decay_groups, sandwich_step, step_shapes
 
 
@@ -91,12 +93,12 @@ def super_pretrain(
     stream = MicroBatches(
         dataset,
         tokenizer,
-        args.batch_size,
-        args.masking_rate,
+        args.per_device_train_batch_size,
+        args.mlm_probability,
         args.seed,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
-        num_workers=args.num_workers,
+        num_workers=args.dataloader_num_workers,
         max_length=args.max_length,
         cross_documents=args.cross_documents,
         pad_to_multiple_of=args.max_length if args.compile else None,  # another length would be another graph
@@ -299,7 +301,15 @@ class Run:
 
     def conditions(self) -> dict[str, Any]:
         """Return what decides the result of a run, and so has to be equal when it goes on."""
-        free = {"output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "report_to", "num_workers"}
+        free = {
+            "output_dir",
+            "resume",
+            "logging_steps",
+            "save_steps",
+            "save_total_limit",
+            "report_to",
+            "dataloader_num_workers",
+        }
         conditions = {name: value for name, value in vars(self.args).items() if name not in free}
         return conditions | {"processes": self.accelerator.num_processes}
 
@@ -340,8 +350,8 @@ class Run:
             logging.disable_progress_bar()  # one for each saved file would break up the bar of the run
             save_for_hub(
                 model,
-                self.tokenizer,
                 self.folder / name,
+                tokenizer=self.tokenizer,
                 state_dict=weights,
                 replace=True,
                 **sections | self.card,
@@ -456,7 +466,3 @@ def checkpoint_layers(model: SuperShaperForMaskedLM, on: bool) -> None:
     verb = "enable" if on else "disable"
     newest = getattr(model, f"activation_checkpointing_{verb}", None)
     (newest or getattr(model, f"gradient_checkpointing_{verb}"))()
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..devices import matrix_product_rate
+from ..files import to_json
 from ..report.plots import plot_evaluations
 from ..report.tables import text_table
 from .arguments import SuperPretrainingArguments
@@ -103,7 +104,7 @@ class TrainingSummary:
     def describe(self) -> str:
         """Return the section on training of a model card, in Markdown."""
         args, progress = self.arguments, self.progress
-        batch = args["batch_size"] * args["gradient_accumulation_steps"] * self.processes
+        batch = args["per_device_train_batch_size"] * args["gradient_accumulation_steps"] * self.processes
         what = {
             "sandwich": f"the largest shape, the smallest and {args['random_shapes']} random one(s) per step",
             "random": f"{args['random_shapes']} random shape(s) per step",
@@ -113,7 +114,7 @@ class TrainingSummary:
             f"Masked language modelling, {what}. {progress.step:,} steps of {batch:,} sequences: {progress.tokens:,} "
             f"tokens, {progress.flops:.2e} FLOPs, {progress.seconds / 3600:.2f} hours on {self.processes} x "
             f"{self.device}. AdamW, peak learning rate {args['learning_rate']:g} ({args['lr_scheduler_type']}), "
-            f"masking {args['masking_rate']:.0%}, distillation weight {args['distillation_weight']:g}, "
+            f"masking {args['mlm_probability']:.0%}, distillation weight {args['distillation_weight']:g}, "
             f"precision {args['mixed_precision']}, seed {args['seed']}."
         )
 
@@ -228,34 +229,3 @@ class Monitor:
         if self.args.report_to:
             numbers = {key: value for key, value in record.items() if isinstance(value, float)}
             self.accelerator.log({**values, **numbers}, step=self.progress.step)
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Return `value` as JSON, with null for numbers that are not finite: JSON has none."""
-
-    def finite(part: Any) -> Any:
-        if isinstance(part, Mapping):
-            return {key: finite(item) for key, item in part.items()}
-        if isinstance(part, (list, tuple)):
-            return [finite(item) for item in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
-
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
-
-
-def matrix_product_rate(device: torch.device, mixed_precision: str = "no", seconds: float = 0.2) -> float:
-    """Measure the best rate, in FLOP/s, of a square matrix product on `device` in the precision of training.
-
-    It is the peak that a training step is compared with: what this machine does, not what its data sheet says.
-    """
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
-    size = 8192 if device.type == "cuda" else 1024
-    left = torch.ones(size, size, device=device, dtype=dtype)  # ones: training's random state stays untouched
-    best, deadline = 0.0, time.perf_counter() + seconds
-    while best == 0.0 or time.perf_counter() < deadline:
-        start = time.perf_counter()
-        torch.mm(left, left)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
