@@ -16,7 +16,7 @@ from supershaper_hf.model.configuration_supershaper import default_width_choices
 
 
 def test_round_trips_through_a_dictionary():
-    config = tiny_config(head_slicing="per_head", sparse_prediction=True, layer_norm_eps=1e-5)
+    config = tiny_config(head_slicing="per_head", layer_norm_eps=1e-5)
     assert SuperShaperConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 

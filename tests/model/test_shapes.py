@@ -68,10 +68,10 @@ def test_small_integer_types_do_not_overflow():
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([[8, 20]], "shapes must be an integer array (n, 3), got int64 (1, 2)"),
-        ([[[8, 20, 36]]], "shapes must be an integer array (n, 3), got int64 (1, 1, 3)"),
-        ([[8.0, 20.0, 36.0]], "shapes must be an integer array (n, 3), got float64 (1, 3)"),
-        ([[True, True, True]], "shapes must be an integer array (n, 3), got bool (1, 3)"),
+        ([[8, 20]], "shape=[8, 20] has 2 widths, but the supernet has 3 layers"),
+        ([[[8, 20, 36]]], "or an integer array (n, layers)), got int64 (1, 1, 3)"),
+        ([[8.0, 20.0, 36.0]], "or an integer array (n, layers)), got float64 (1, 3)"),
+        ([[True, True, True]], "or an integer array (n, layers)), got bool (1, 3)"),
         ([[8, 20, 36], [8, 20, 40]], "width 40 of layer 2 is not one of the width choices"),
         ([[8, 20, 36], [0, 0, 0]], "drops every layer"),
     ],
@@ -81,11 +81,27 @@ def test_wrong_arrays_of_shapes_are_refused(shapes, message):
         TINY.num_parameters(np.array(shapes))
 
 
-def test_wrong_single_shape_is_refused():
-    with pytest.raises(ValueError, match="width 40 of layer 2 is not one of the width choices"):
-        TINY.num_parameters([8, 20, 40])
-    with pytest.raises(TypeError, match=r"the width of layer 1 is 20\.0"):
-        TINY.flops([8, 20.0, 36], sequence_length=4)
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([8, 20, 40], "width 40 of layer 2 is not one of the width choices"),
+        ([8, 20.0, 36], "shapes must be one shape (a list of integers) or many"),
+        ([[8, 20, 36], [8, 20]], "shapes must be one shape (a list of integers) or many"),
+        (8, "or an integer array (n, layers)), got int64 ()"),
+        ("8,20,36", "shapes must be one shape (a list of integers) or many"),
+    ],
+    ids=str,
+)
+def test_wrong_shapes_are_refused_by_every_cost(shape, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TINY.num_parameters(shape)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TINY.flops(shape, sequence_length=4)
+
+
+def test_list_of_shapes_is_an_array_of_shapes():
+    shapes = [[8, 0, 36], [48, 48, 48]]
+    assert TINY.num_parameters(shapes).tolist() == TINY.num_parameters(np.array(shapes)).tolist()
 
 
 # The space
