@@ -4,11 +4,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
-from huggingface_hub.errors import StrictDataclassClassValidationError
+from conftest import tiny_config, tiny_model
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 from transformers import AutoConfig
 
-from supershaper_hf import SuperShaperConfig
+from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
 from supershaper_hf.model.configuration_supershaper import default_width_choices
 
 
@@ -27,10 +27,13 @@ def test_round_trips_through_a_folder(shape, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).to_json_string() == config.to_json_string()
 
 
-def test_saved_config_lists_every_auto_class(tmp_path):
-    tiny_config().save_pretrained(tmp_path)
-    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {
+def auto_map_in(folder):
+    return json.loads((folder / "config.json").read_text())["auto_map"]
+
+
+def test_saved_model_lists_every_auto_class(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert set(auto_map_in(tmp_path)) == {
         "AutoConfig",
         "AutoModel",
         "AutoModelForMaskedLM",
@@ -41,10 +44,25 @@ def test_saved_config_lists_every_auto_class(tmp_path):
     }
 
 
-def test_configurations_share_no_lists():
+@pytest.mark.parametrize("source", ["new", "saved", "loaded"])
+def test_configuration_announces_only_code_that_lies_beside_it(source, tmp_path):
+    """A configuration that came with a model, and is saved alone elsewhere, leaves the model's code behind."""
+    config = tiny_config()
+    if source != "new":
+        model = tiny_model()
+        model.save_pretrained(tmp_path / "model")
+        config = AutoConfig.from_pretrained(tmp_path / "model") if source == "loaded" else model.config
+    config.save_pretrained(tmp_path / "alone")
+    for folder in tmp_path.iterdir():
+        for name in auto_map_in(folder).values():
+            assert (folder / f"{name.split('.')[0]}.py").exists()
+    assert auto_map_in(tmp_path / "alone") == {"AutoConfig": "configuration_supershaper.SuperShaperConfig"}
+
+
+def test_configurations_share_no_lists(tmp_path):
     first, second = tiny_config(), tiny_config()
     first.hidden_sizes.append(8)
-    first.auto_map.clear()
+    tiny_model().save_pretrained(tmp_path)
     assert second.to_dict() == tiny_config().to_dict()
 
 
@@ -177,7 +195,6 @@ def test_subnet_config_leaves_the_supernets_alone():
         ({"width_choices": [-8, 0, 48]}, "[-8, 0] must be positive multiples of num_attention_heads=4"),
         ({"num_attention_heads": 5}, "hidden_size=48 is not divisible by num_attention_heads=5"),
         ({"hidden_sizes": [48, 48]}, "must list one width for each of the num_hidden_layers=3 layers"),
-        ({"num_hidden_layers": 0}, "and at least one"),
         ({"hidden_sizes": [48, 20, 48]}, "a supernet (merged_bottlenecks=False) has every layer at hidden_size=48"),
     ],
 )
@@ -199,3 +216,58 @@ def test_inconsistent_subnet_is_refused(changes, message):
     subnet = {"width_choices": None, "hidden_sizes": [8, 20, 36], "merged_bottlenecks": True}
     with pytest.raises(StrictDataclassClassValidationError, match=re.escape(message)):
         tiny_config(**{**subnet, **changes})
+
+
+# Values that no model can have
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vocab_size", 0, "0 must be at least 1"),
+        ("hidden_size", -48, "-48 must be at least 1"),
+        ("num_hidden_layers", 0, "0 must be an integer from 1 to 1000"),
+        ("num_hidden_layers", 10**5, "100000 must be an integer from 1 to 1000"),
+        ("num_attention_heads", 0, "0 must be at least 1"),
+        ("intermediate_size", 0, "0 must be at least 1"),
+        ("max_position_embeddings", -1, "-1 must be at least 1"),
+        ("type_vocab_size", 0, "0 must be at least 1"),
+        ("hidden_act", "gelux", "'gelux' is not an activation of transformers. Allowed: gelu, "),
+        ("layer_norm_eps", -1e-12, "-1e-12 must be a finite number of at least 0"),
+        ("layer_norm_eps", float("nan"), "nan must be a finite number of at least 0"),
+        ("layer_norm_eps", float("inf"), "inf must be a finite number of at least 0"),
+        ("initializer_range", -0.02, "-0.02 must be a finite number of at least 0"),
+        ("initializer_range", float("nan"), "nan must be a finite number of at least 0"),
+        ("hidden_dropout_prob", 1.5, "1.5 must be a finite number of at least 0 and below 1"),
+        ("hidden_dropout_prob", -0.1, "-0.1 must be a finite number of at least 0 and below 1"),
+        ("attention_probs_dropout_prob", float("nan"), "nan must be a finite number of at least 0 and below 1"),
+        ("classifier_dropout", 1, "1 must be a finite number of at least 0 and below 1"),
+        ("pad_token_id", 61, "pad_token_id=61 is not in the vocabulary of vocab_size=61 tokens. Use an integer from 0"),
+        ("pad_token_id", -1, "pad_token_id=-1 is not in the vocabulary of vocab_size=61 tokens"),
+        ("vocab_size", True, "expected int, got bool"),
+        ("hidden_dropout_prob", "0.1", "0.1"),
+    ],
+)
+def test_value_that_no_model_can_have_is_refused(field, value, message, tmp_path):
+    with pytest.raises(StrictDataclassError, match=re.escape(message)) as error:
+        tiny_config(**{field: value})
+    assert field in str(error.value)
+    tiny_config().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "hidden_sizes": None, field: value}))
+    for config_class in (SuperShaperConfig, AutoConfig):
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            config_class.from_pretrained(tmp_path)
+        assert f"The config.json of {str(tmp_path)!r} does not describe a model" in str(error.value)
+
+
+@pytest.mark.parametrize("loader", [SuperShaperConfig, SuperShaperForMaskedLM], ids=lambda loader: loader.__name__)
+def test_folder_without_a_configuration_is_refused(loader, tmp_path):
+    with pytest.raises(OSError, match=r"has no config\.json, so it is not a saved model"):
+        loader.from_pretrained(tmp_path)
+
+
+def test_configuration_that_is_not_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(OSError, match=r"config\.json' is not a valid JSON file"):
+        SuperShaperConfig.from_pretrained(tmp_path)

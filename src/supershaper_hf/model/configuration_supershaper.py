@@ -15,12 +15,13 @@
 
 One configuration class describes both kinds of model:
 
-* a **supernet** (`merged_bottlenecks=False`): every layer at full width, a bottleneck into and out of each layer, and
-  `width_choices`, the hidden sizes a layer may be narrowed to at run time;
-* a **subnet** (`merged_bottlenecks=True`): a standalone model cut from a supernet, layer i stored at
-  `hidden_sizes[i]`, neighbouring bottlenecks multiplied into one map.
+* a **supernet** (`merged_bottlenecks=False`) has every layer at full width, a bottleneck into and out of each layer,
+  and `width_choices`, the hidden sizes that a layer may be narrowed to at run time;
+* a **subnet** (`merged_bottlenecks=True`) is a standalone model cut from a supernet. It stores layer i at
+  `hidden_sizes[i]`, and neighbouring bottlenecks multiplied into one map.
 
-This file and `modeling_supershaper.py` are copied beside every saved model, so they import nothing else of the package.
+This file, `elastic.py` and `modeling_supershaper.py` are copied beside every saved model, so they import no other
+module of the package.
 """
 
 import copy
@@ -28,16 +29,22 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 PAPER_WIDTH_CHOICES = [120, 240, 360, 480, 540, 600, 768]
+MAX_LAYERS = (
+    1000  # BERT-large has 24. Building a model of 100,000 layers takes minutes before anything else is noticed.
+)
 
-# Every head is listed in every saved config.json, whichever head was saved: `save_pretrained` alone would list only
-# the saved one, and loading another Auto class from that folder without the package would fail.
+# Every saved model lists every head, whichever head it has: `save_pretrained` alone would list only the saved one, and
+# loading another Auto class from that folder without the package would fail.
 AUTO_MAP = {
     "AutoConfig": "configuration_supershaper.SuperShaperConfig",
     "AutoModel": "modeling_supershaper.SuperShaperModel",
@@ -50,11 +57,12 @@ AUTO_MAP = {
 
 
 def default_width_choices(hidden_size: int, num_attention_heads: int) -> list[int]:
-    """Return the hidden sizes a layer may be narrowed to when the user names none.
+    """Return the hidden sizes that a layer may be narrowed to when the user names none.
 
-    At hidden size 768 these are the paper's seven (arXiv 2110.04711, section 3). At any other hidden size the full
-    width is preceded by six equal steps from about 15 % of it. Matrix products are fastest on multiples of 8, so each
-    width is a multiple of 8 `num_attention_heads`, or of 4, 2, 1 times where that leaves fewer than seven widths.
+    At hidden size 768 these are the seven of the paper (arXiv 2110.04711, section 3). At any other hidden size they
+    rise in six equal steps from about 15 % of the full width to the full width. Matrix products are fastest on
+    multiples of 8, so every width is a multiple of `8 * num_attention_heads`. Where this gives fewer than seven
+    different widths, 8 is replaced by 4, 2 or 1.
 
     Example:
         >>> default_width_choices(384, 12)
@@ -73,23 +81,54 @@ def default_width_choices(hidden_size: int, num_attention_heads: int) -> list[in
     return widths
 
 
+def _whole(default: int, most: int | None = None) -> Any:
+    """Make a field of the configuration that takes integers from 1 to `most`."""
+
+    def check(value: int) -> None:
+        if value < 1 or (most is not None and value > most):
+            raise ValueError(
+                f"{value} must be an integer from 1 to {most}." if most else f"{value} must be at least 1."
+            )
+
+    return validated_field(check, default=default)
+
+
+def _number(default: float | None, below: float = math.inf) -> Any:
+    """Make a field of the configuration that takes finite numbers from 0 up to, but not including, `below`."""
+
+    def check(value: float | None) -> None:
+        if value is not None and not 0 <= value < below:  # also refuses NaN
+            bound = "" if below == math.inf else f" and below {below:g}"
+            raise ValueError(f"{value} must be a finite number of at least 0{bound}.")
+
+    return validated_field(check, default=default)
+
+
+def _check_activation(name: str) -> None:
+    if name not in ACT2FN:
+        raise ValueError(f"{name!r} is not an activation of transformers. Allowed: {', '.join(sorted(ACT2FN))}.")
+
+
 @strict
 class SuperShaperConfig(PreTrainedConfig):
     """Configuration of a SuperShaper supernet or subnet. The fields of BERT keep BERT's names and defaults.
 
     Args:
-        hidden_size: Width of the embeddings, the pooler and the heads; the largest width of a layer.
-        hidden_sizes: Hidden size of each stored layer, `num_hidden_layers` of them. `None` means `hidden_size` for
-            every layer.
-        width_choices: The hidden sizes a layer may be narrowed to: strictly increasing, each a multiple of
-            `num_attention_heads`, the last one `hidden_size`. `None` means `default_width_choices`. A subnet has none.
-        head_slicing: Which query, key and value channels a narrowed layer keeps. `"prefix"`: the first w, viewed as
-            `num_attention_heads` heads (the paper's). `"per_head"`: the first w / heads channels of every head, so that
-            heads keep their identity at every width.
+        hidden_size: Width of the embeddings, the pooler and the heads. It is the largest width of a layer.
+        num_hidden_layers: Number of stored layers, at most 1000.
+        hidden_sizes: Hidden size of each stored layer, one for each of `num_hidden_layers`. `None` means `hidden_size`
+            for every layer.
+        width_choices: The hidden sizes that a layer may be narrowed to. They are strictly increasing, each is a
+            multiple of `num_attention_heads`, and the last one is `hidden_size`. `None` means `default_width_choices`.
+            A subnet has none.
+        head_slicing: Which query, key and value channels a layer of width w keeps. `"prefix"`, the paper's way, keeps
+            the first w channels and divides them into `num_attention_heads` heads. `"per_head"` keeps the first
+            w / heads channels of every head, so that a channel belongs to the same head at every width.
         merged_bottlenecks: Whether each output bottleneck is multiplied with the next input bottleneck, as in a subnet.
 
     Raises:
-        ValueError: If the widths, the heads and `width_choices` do not fit together.
+        StrictDataclassError: If a value has the wrong type or is out of its range, or the widths, the heads and
+            `width_choices` do not fit together.
 
     Example:
         >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2)
@@ -101,20 +140,20 @@ class SuperShaperConfig(PreTrainedConfig):
 
     model_type = "supershaper"
 
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float | int = 0.1
-    attention_probs_dropout_prob: float | int = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
+    vocab_size: int = _whole(30522)
+    hidden_size: int = _whole(768)
+    num_hidden_layers: int = _whole(12, most=MAX_LAYERS)
+    num_attention_heads: int = _whole(12)
+    intermediate_size: int = _whole(3072)
+    hidden_act: str = validated_field(_check_activation, default="gelu")
+    hidden_dropout_prob: float | int = _number(0.1, below=1)
+    attention_probs_dropout_prob: float | int = _number(0.1, below=1)
+    max_position_embeddings: int = _whole(512)
+    type_vocab_size: int = _whole(2)
+    initializer_range: float | int = _number(0.02)
+    layer_norm_eps: float | int = _number(1e-12)
     pad_token_id: int | None = 0
-    classifier_dropout: float | int | None = None
+    classifier_dropout: float | int | None = _number(None, below=1)
     tie_word_embeddings: bool = True
     hidden_sizes: list[int] | None = None
     width_choices: list[int] | None = None
@@ -127,17 +166,79 @@ class SuperShaperConfig(PreTrainedConfig):
         if self.width_choices is None and not self.merged_bottlenecks:
             self.width_choices = default_width_choices(self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
-        self.auto_map = dict(AUTO_MAP)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a config.json. Where there is none, raise an error instead of returning the defaults.
+
+        Raises:
+            OSError: If there is no config.json, or it is not JSON.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:
+            raise OSError(
+                f"{str(pretrained_model_name_or_path)!r} has no config.json, so it is not a saved model. Check the "
+                "name, or save a model there with save_pretrained."
+            )
+        return config_dict, kwargs
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load the configuration of a folder or a repository, as `PreTrainedConfig.from_pretrained`.
+
+        Raises:
+            OSError: If there is no config.json, or it is not JSON.
+            ValueError: If the configuration does not describe a model. The message names the folder or repository.
+        """
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))  # for the errors of `from_dict`
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of a dictionary, as `PreTrainedConfig.from_dict`.
+
+        Raises:
+            StrictDataclassError: If the values do not describe a model.
+            ValueError: The same for values that `from_pretrained` has read. The message names where they come from.
+        """
+        source = kwargs.get("name_or_path")
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            if source is None:
+                raise
+            raise ValueError(f"The config.json of {str(source)!r} does not describe a model. {error}") from error
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the configuration, as `PreTrainedConfig.save_pretrained`.
+
+        Its `auto_map` names only code that lies in the folder, so that nobody is sent to files that are missing. A
+        model saves its code before its configuration. A configuration that is saved alone names only its own class.
+        """
+        code = {file.stem for file in Path(save_directory).glob("*.py")}
+        names = {**AUTO_MAP, **getattr(self, "auto_map", {})}
+        self.auto_map = {auto_class: name for auto_class, name in names.items() if name.split(".")[0] in code}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def validate_token_ids(self) -> None:
+        """Check that the padding token is in the vocabulary."""
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id} is not in the vocabulary of vocab_size={self.vocab_size} tokens. "
+                f"Use an integer from 0 to {self.vocab_size - 1}, or None."
+            )
 
     def validate_hidden_sizes(self) -> None:
-        """Check that the stored layers' widths fit the model's other sizes."""
+        """Check that the widths of the stored layers fit the model's other sizes."""
         heads, full = self.num_attention_heads, self.hidden_size
         if full % heads:
             raise ValueError(f"hidden_size={full} is not divisible by num_attention_heads={heads}.")
-        if self.hidden_sizes is None or len(self.hidden_sizes) != self.num_hidden_layers or not self.hidden_sizes:
+        if self.hidden_sizes is None or len(self.hidden_sizes) != self.num_hidden_layers:
             raise ValueError(
                 f"hidden_sizes={self.hidden_sizes} must list one width for each of the "
-                f"num_hidden_layers={self.num_hidden_layers} layers, and at least one."
+                f"num_hidden_layers={self.num_hidden_layers} layers."
             )
         for width in self.hidden_sizes:
             if not 0 < width <= full or width % heads:
@@ -159,7 +260,7 @@ class SuperShaperConfig(PreTrainedConfig):
                 raise ValueError(f"width_choices={choices}: a subnet (merged_bottlenecks=True) has no width choices.")
             return
         if not choices:
-            raise ValueError(f"width_choices={choices} is empty. Leave it out for the default choices.")
+            raise ValueError(f"width_choices={choices} is empty. Leave it out to get the default choices.")
         if any(second <= first for first, second in itertools.pairwise(choices)):
             raise ValueError(
                 f"width_choices={choices} must be strictly increasing. Use {sorted(set(choices))} instead."
@@ -176,10 +277,11 @@ class SuperShaperConfig(PreTrainedConfig):
             )
 
     def normalize_shape(self, shape: Sequence[int]) -> list[int]:
-        """Return `shape` as a list of Python integers, or raise if this supernet cannot take it.
+        """Return `shape` as a list of Python integers, or raise an error if this supernet cannot take it.
 
         Args:
-            shape: One hidden size per layer out of `width_choices`; 0 drops the layer. A list, tuple, or integer array.
+            shape: One hidden size per layer out of `width_choices`; 0 drops the layer. It can be a list, a tuple or an
+                integer array.
 
         Raises:
             TypeError: If `shape` is not a sequence of integers.
@@ -209,7 +311,7 @@ class SuperShaperConfig(PreTrainedConfig):
         return widths
 
     def subnet_config(self, shape: Sequence[int]) -> "SuperShaperConfig":
-        """Return the configuration of the standalone subnet cut at `shape`: dropped layers left out, labels kept."""
+        """Return the configuration of the subnet cut at `shape`. It lists the kept layers only, and the same labels."""
         config = copy.deepcopy(self)
         config.hidden_sizes = [width for width in self.normalize_shape(shape) if width]
         config.num_hidden_layers = len(config.hidden_sizes)
@@ -233,7 +335,7 @@ def _as_list(shape: Any) -> Any:
 
 
 def _as_width(width: Any, layer: int, allowed: str) -> int:
-    """Return an integer or NumPy integer as int; a bool, a float or a string is a mistake, not a width."""
+    """Return an integer, of Python or NumPy, as int. Raise a TypeError for a bool, a float or a string."""
     try:
         if isinstance(width, bool) or str(getattr(width, "dtype", "")) in ("bool", "torch.bool"):
             raise TypeError
