@@ -13,16 +13,15 @@
 # limitations under the License.
 """The elastic encoder: how a layer is narrowed, how bottlenecks merge, and how a subnet is cut out of its supernet.
 
-A layer works at the width of its input: it uses the first channels of its own parameters. So the shape of a forward
-pass is decided by the bottlenecks between the layers, and no module remembers it. Module and parameter names are
-BERT's, plus `encoder.input_bottleneck` and `encoder.output_bottleneck`.
+A layer works at the width of its input: it uses the first channels of its own parameters. So the bottlenecks between
+the layers decide the shape of a forward pass, and no module remembers it. Module and parameter names are those of BERT,
+plus `encoder.input_bottleneck` and `encoder.output_bottleneck`.
 
-In reading order: `channels` and `elastic_linear` narrow one linear map, `merge` multiplies two bottlenecks, then the
-layer, the encoder that runs a shape, and `subnet_tensors`, which stores what the encoder would have used.
+In reading order: `channels` and `elastic_linear` narrow one linear map, and `merge` multiplies two bottlenecks. Then
+come the layer, the encoder that runs a shape, and `subnet_tensors`, which stores what the encoder would have used.
 Source: SuperShaper, arXiv 2110.04711. This file travels to the Hub beside `modeling_supershaper.py`.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -38,9 +37,9 @@ from .configuration_supershaper import SuperShaperConfig
 
 
 def channels(tensor: torch.Tensor, axis: int, width: int, num_heads: int = 1) -> torch.Tensor:
-    """Return the channels a layer narrowed to `width` keeps along `axis`: the first `width / num_heads` per head.
+    """Return the channels that a layer keeps along `axis` at `width`: the first `width / num_heads` of every head.
 
-    With one head these are simply the first `width` channels, as a view.
+    With one head these are the first `width` channels, as a view.
     """
     if tensor.shape[axis] == width:
         return tensor
@@ -55,7 +54,8 @@ def elastic_linear(
 ) -> torch.Tensor:
     """Apply the part of `layer` that maps `inputs` (..., in_width) to (..., width); `width=None` keeps every output.
 
-    A whole layer is called as a module, so that quantised or adapted replacements of `nn.Linear` work in subnets.
+    A layer that is not narrowed is called as a module, so that replacements of `nn.Linear` (quantised ones, adapters)
+    work in subnets.
     """
     in_width = inputs.shape[-1]
     width = layer.out_features if width is None else width
@@ -78,7 +78,7 @@ def merge(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Multiply an output bottleneck (hidden_size, w) and the next input bottleneck (v, hidden_size) into a w -> v map.
 
-    Nothing stands between the two, so the product is exact: W = W_in W_out, b = W_in b_out + b_in.
+    Nothing is computed between the two, so the product is exact: W = W_in W_out, b = W_in b_out + b_in.
     """
     return in_weight @ out_weight, in_weight @ out_bias + in_bias
 
@@ -141,7 +141,10 @@ class SuperShaperSelfAttention(nn.Module):
 
 
 class SuperShaperResidual(nn.Module):
-    """The end of each half of a post-LN layer: LayerNorm(residual + dropout(dense(inputs))) at the residual's width."""
+    """Both halves of a post-LN layer end in this: LayerNorm(residual + dropout(dense(inputs))).
+
+    The outputs have the width of `residual` (batch, length, w).
+    """
 
     def __init__(self, config: SuperShaperConfig, in_features: int, width: int):
         super().__init__()
@@ -242,7 +245,8 @@ class SuperShaperEncoder(nn.Module):
         exit = self.output_bottleneck[previous]
         source, full = hidden_states.shape[-1], entry.in_features
         tokens = hidden_states.numel() // source
-        # Multiplications: merging costs one (width, full) x (full, source) product and saves the detour through `full`.
+        # Take the way with fewer multiplications. Merging costs one product of (width, full) and (full, source). Each
+        # token then goes from `source` to `width` directly instead of through `full`.
         if source * width * (full + tokens) < tokens * full * (source + width):
             weight, bias = merge(exit.weight[:, :source], exit.bias, entry.weight[:width], entry.bias[:width])
             return nn.functional.linear(hidden_states, weight, bias)
@@ -255,45 +259,58 @@ def subnet_tensors(
     """Yield name and value of every tensor that `subnet` stores, cut out of its supernet one at a time.
 
     Args:
-        subnet: An `empty_model` of the subnet, which tells the names and the sizes to cut to.
+        subnet: An `empty_model` of the subnet. It tells the names and the sizes to cut to.
         shape: The shape as given to the supernet, dropped layers included.
-        load: Returns a tensor of the supernet by name, from memory or from disk. Each is asked for when it is needed.
-
-    A tensor that is not narrowed is yielded as `load` returned it.
+        load: Returns a tensor of the supernet by name, from memory or from disk. It is called when a tensor is needed.
     """
-    kept = [layer for layer, width in enumerate(shape) if width]
-    heads = subnet.config.num_attention_heads if subnet.config.head_slicing == "per_head" else 1
+    prefix = "encoder." if subnet.base_model is subnet else f"{subnet.base_model_prefix}.encoder."
+    yield from whole_tensors(subnet, prefix, load)
+    yield from layer_tensors(subnet, shape, prefix, load)
+    yield from bottleneck_tensors(shape, prefix, load)
 
-    def cut(name: str, size: torch.Size) -> torch.Tensor:
-        """Load a tensor and keep, along each axis, the channels of a layer of that width."""
-        head_axis = (
-            0 if re.search(r"\.self\.(query|key|value)\.", name) else 1 if ".attention.output.dense." in name else -1
-        )
-        tensor = load(name)
-        for axis, width in enumerate(size):
-            tensor = channels(tensor, axis, width, heads if axis == head_axis else 1)
-        return tensor
 
-    def bottleneck(prefix: str, index: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield weight and bias of the subnet's input bottleneck `index`, merged with the one before it."""
-        entry, width = f"{prefix}input_bottleneck.{kept[index]}", shape[kept[index]]
-        weight, bias = load(f"{entry}.weight")[:width], load(f"{entry}.bias")[:width]
-        if index > 0:
-            exit, source = f"{prefix}output_bottleneck.{kept[index - 1]}", shape[kept[index - 1]]
-            weight, bias = merge(load(f"{exit}.weight")[:, :source], load(f"{exit}.bias"), weight, bias)
-        yield f"{prefix}input_bottleneck.{index}.weight", weight
-        yield f"{prefix}input_bottleneck.{index}.bias", bias
-
-    tied = subnet.all_tied_weights_keys
-    for name, target in subnet.state_dict().items():
-        part = re.match(r"(?P<prefix>.*encoder\.)(?P<kind>\w+)\.(?P<index>\d+)\.(?P<rest>.*)", name)
-        if name in tied:
-            continue
-        if part is None:
+def whole_tensors(
+    subnet: PreTrainedModel, encoder_prefix: str, load: Callable[[str], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors outside the encoder: embeddings, pooler and head. They are not cut. Tied ones come once."""
+    for name in subnet.state_dict():
+        if not name.startswith(encoder_prefix) and name not in subnet.all_tied_weights_keys:
             yield name, load(name)
-        elif part["kind"] == "layer":
-            yield name, cut(f"{part['prefix']}layer.{kept[int(part['index'])]}.{part['rest']}", target.shape)
-        elif part["kind"] == "output_bottleneck":
-            yield name, cut(f"{part['prefix']}output_bottleneck.{kept[-1]}.{part['rest']}", target.shape)
-        elif part["rest"] == "weight":  # weight and bias of a merged bottleneck come out of one product
-            yield from bottleneck(part["prefix"], int(part["index"]))
+
+
+def layer_tensors(
+    subnet: PreTrainedModel, shape: Sequence[int], encoder_prefix: str, load: Callable[[str], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of the kept layers. Along each axis a tensor keeps the channels of a layer of its width."""
+    per_head = subnet.config.head_slicing == "per_head"
+    kept = [layer for layer, width in enumerate(shape) if width]
+    for index, (layer, module) in enumerate(zip(kept, subnet.base_model.encoder.layer)):
+        for name, target in module.state_dict().items():
+            # Along this axis lie the channels of attention, which are divided into heads.
+            head_axis = (
+                0 if name.startswith("attention.self.") else 1 if name == "attention.output.dense.weight" else None
+            )
+            tensor = load(f"{encoder_prefix}layer.{layer}.{name}")
+            for axis, width in enumerate(target.shape):
+                cut_heads = subnet.config.num_attention_heads if per_head and axis == head_axis else 1
+                tensor = channels(tensor, axis, width, cut_heads)
+            yield f"{encoder_prefix}layer.{index}.{name}", tensor
+
+
+def bottleneck_tensors(
+    shape: Sequence[int], encoder_prefix: str, load: Callable[[str], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the bottlenecks: into the first kept layer, merged ones between kept layers, and out of the last one."""
+    kept = [layer for layer, width in enumerate(shape) if width]
+    for index, layer in enumerate(kept):
+        entry = f"{encoder_prefix}input_bottleneck.{layer}"
+        weight, bias = load(f"{entry}.weight")[: shape[layer]], load(f"{entry}.bias")[: shape[layer]]
+        if index > 0:
+            previous = kept[index - 1]
+            exit = f"{encoder_prefix}output_bottleneck.{previous}"
+            weight, bias = merge(load(f"{exit}.weight")[:, : shape[previous]], load(f"{exit}.bias"), weight, bias)
+        yield f"{encoder_prefix}input_bottleneck.{index}.weight", weight
+        yield f"{encoder_prefix}input_bottleneck.{index}.bias", bias
+    last = f"{encoder_prefix}output_bottleneck.{kept[-1]}"
+    yield f"{encoder_prefix}output_bottleneck.0.weight", load(f"{last}.weight")[:, : shape[kept[-1]]]
+    yield f"{encoder_prefix}output_bottleneck.0.bias", load(f"{last}.bias")

@@ -13,8 +13,8 @@
 # limitations under the License.
 """SuperShaper: BERT with elastic hidden sizes, as a supernet and as the subnets cut from it.
 
-One class serves both; the configuration tells them apart. Embeddings, pooler and heads stay at `hidden_size`; the
-encoder between them is in `elastic.py`. In reading order: embeddings, what every model can do (among it
+The same classes serve both, and the configuration tells them apart. Embeddings, pooler and heads stay at `hidden_size`.
+The encoder between them is in `elastic.py`. In reading order: the embeddings, what every model can do (such as
 `extract_subnet`), the bare model, the heads.
 """
 
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -109,7 +110,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {
-        # The embeddings, then every layer at its own width; the last one is replaced by last_hidden_state.
+        # The embeddings, then every layer at its own width. transformers replaces the last by last_hidden_state.
         "hidden_states": [
             OutputRecorder(SuperShaperEmbeddings, index=0, capture_initial_hidden_state=False),
             OutputRecorder(SuperShaperLayer, index=0, capture_initial_hidden_state=False),
@@ -146,28 +147,20 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
         Example:
             >>> supernet = SuperShaperForMaskedLM.from_bert("google-bert/bert-base-cased")  # doctest: +SKIP
         """
-        try:
-            import supershaper_hf
-        except ImportError as error:
-            raise ImportError("from_bert needs the package: pip install supershaper-hf") from error
-        return supershaper_hf.from_bert(cls, source, **kwargs)
+        return installed_package("from_bert").from_bert(cls, source, **kwargs)
 
     @classmethod
     def from_original(cls, source: Any, config: SuperShaperConfig, **kwargs: Any) -> Any:
         """Make a supernet from a checkpoint of the 2021 repository: see `supershaper_hf.from_original`."""
-        try:
-            import supershaper_hf
-        except ImportError as error:
-            raise ImportError("from_original needs the package: pip install supershaper-hf") from error
-        return supershaper_hf.from_original(cls, source, config, **kwargs)
+        return installed_package("from_original").from_original(cls, source, config, **kwargs)
 
     @torch.no_grad()
     def extract_subnet(self, shape: Sequence[int], repo_id: str | None = None, **push_kwargs: Any) -> Any:
         """Cut the standalone subnet at `shape` out of this supernet.
 
-        The result is a model of the same class, in evaluation mode, on the supernet's device and in its dtype, with
-        merged bottlenecks and tied embeddings, sharing no memory with the supernet. Its outputs equal
-        `supernet(..., shape=shape)`.
+        The result is a model of the same class with merged bottlenecks. Its outputs equal `supernet(..., shape=shape)`.
+        It is on the supernet's device and in its dtype, and shares no memory with it. As after `from_pretrained`, it is
+        in evaluation mode and all its parameters are trainable, those that are frozen in the supernet included.
 
         Args:
             shape: One hidden size per layer out of `config.width_choices`; 0 drops the layer.
@@ -191,7 +184,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
         if getattr(self, "pooler", True) is None:
             subnet.pooler = None
         tensors = subnet_tensors(subnet, shape, self.state_dict().__getitem__)
-        # Tensors that stay whole, the embeddings and heads, are still the supernet's own: copy those.
+        # The tensors are still views of the supernet's, so they are copied.
         own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
         subnet.load_state_dict(own, assign=True, strict=False)
         subnet.tie_weights()
@@ -203,7 +196,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
     def push_to_hub(self, repo_id: str, *, tokenizer: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Publish a complete repository, card and code included: see `supershaper_hf.push_to_hub`.
 
-        As remote code, without the package, this is the method of every other transformers model.
+        Where the package is not installed, this is the method of every other transformers model.
         """
         try:
             import supershaper_hf
@@ -247,7 +240,15 @@ class SuperShaperModel(SuperShaperPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Encode `input_ids` (batch, length) with the layers narrowed to `shape`; `None` is the model's own full shape.
 
-        With `output_hidden_states=True`, the state after layer i has that layer's width.
+        With `output_hidden_states=True`, `hidden_states` are the embeddings (batch, length, hidden_size), then the
+        output (batch, length, w) of each kept layer at its own width w, but for the last kept layer, in whose place is
+        `last_hidden_state` (batch, length, hidden_size). States of different widths cannot be stacked. In a supernet
+        the bottleneck out of layer i maps its state to hidden_size:
+
+            state = nn.functional.pad(state, (0, config.hidden_size - state.shape[-1]))
+            state = model.base_model.encoder.output_bottleneck[i](state)
+
+        `Trainer.predict` passes no `shape`: give it `extract_subnet(shape)`.
 
         Raises:
             ValueError: If both or none of `input_ids` and `inputs_embeds` are given, the input is longer than
@@ -314,20 +315,13 @@ class SuperShaperForMaskedLM(SuperShaperPreTrainedModel):
         sparse_prediction: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
-        """Predict tokens; `labels` (batch, length) hold the token to predict, or -100 where none is asked for.
+        """Predict tokens. `labels` (batch, length) hold the token to predict, or -100 at positions without a label.
 
         With `sparse_prediction` and labels, the head runs on labelled positions only, and the logits are (labelled
-        positions, vocab_size). Training and evaluation use it; it saves most of the head's work.
+        positions, vocab_size). Training and evaluation use this, because it saves most of the head's work.
         """
         outputs = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            shape=shape,
-            return_dict=True,
-            **kwargs,
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, shape, return_dict=True, **kwargs
         )
         hidden_states = outputs.last_hidden_state
         if sparse_prediction and labels is not None:
@@ -370,21 +364,17 @@ class SuperShaperForSequenceClassification(SuperShaperPreTrainedModel):
         shape: Sequence[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
-        """Classify sequences; `labels` are (batch,) class indices or scores, or (batch, num_labels) floats."""
+        """Classify sequences. `labels` are (batch,) class indices or scores, or (batch, num_labels) floats."""
         outputs = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            shape=shape,
-            return_dict=True,
-            **kwargs,
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, shape, return_dict=True, **kwargs
         )
         logits = self.classifier(self.dropout(outputs.pooler_output))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            if self.config.problem_type != "single_label_classification" and "num_items_in_batch" in kwargs:
+                # These losses of transformers are means over one batch; the others are sums / num_items_in_batch.
+                loss = loss * labels.numel() / kwargs["num_items_in_batch"]
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -412,16 +402,9 @@ class SuperShaperForTokenClassification(SuperShaperPreTrainedModel):
         shape: Sequence[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
-        """Classify tokens; `labels` are (batch, length) class indices, or -100 where none is asked for."""
+        """Classify tokens. `labels` are (batch, length) class indices, or -100 at positions without a label."""
         outputs = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            shape=shape,
-            return_dict=True,
-            **kwargs,
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, shape, return_dict=True, **kwargs
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
@@ -452,16 +435,9 @@ class SuperShaperForQuestionAnswering(SuperShaperPreTrainedModel):
         shape: Sequence[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
-        """Score answer spans; `start_positions` and `end_positions` are (batch,) token indices."""
+        """Score answer spans. `start_positions` and `end_positions` are (batch,) token indices."""
         outputs = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            shape=shape,
-            return_dict=True,
-            **kwargs,
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, shape, return_dict=True, **kwargs
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         start_logits, end_logits = start_logits.contiguous(), end_logits.contiguous()
@@ -499,7 +475,7 @@ class SuperShaperForMultipleChoice(SuperShaperPreTrainedModel):
         shape: Sequence[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultipleChoiceModelOutput:
-        """Score each choice; `labels` are the (batch,) indices of the right ones."""
+        """Score each choice. `labels` are the (batch,) indices of the right choices."""
 
         def fold(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.flatten(0, 1)
@@ -509,16 +485,25 @@ class SuperShaperForMultipleChoice(SuperShaperPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         num_choices = given.shape[1]
         inputs = map(fold, (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds))
-        outputs = self.bert(*inputs, shape=shape, return_dict=True, **kwargs)
+        outputs = self.bert(*inputs, shape, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None if labels is None else fixed_cross_entropy(logits, labels, **kwargs)
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
+def installed_package(method: str) -> Any:
+    """Return the package. The modules that `method` needs do not travel with a model."""
+    try:
+        import supershaper_hf
+    except ImportError as error:
+        raise ImportError(f"{method} needs the package: pip install supershaper-hf") from error
+    return supershaper_hf
+
+
 def empty_model(model_class: type, config: SuperShaperConfig) -> Any:
-    """Build a model on the meta device: names and shapes of every tensor, no memory behind them."""
+    """Build a model on the meta device: its tensors have names and shapes, and no memory."""
     with torch.device("meta"):
         return model_class(config)
 
