@@ -103,6 +103,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
 
     config: SuperShaperConfig
     base_model_prefix = "bert"
+    _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SuperShaperEmbeddings", "SuperShaperLayer"]
     _supports_sdpa = True
@@ -220,12 +221,6 @@ class SuperShaperModel(SuperShaperPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -331,15 +326,12 @@ class SuperShaperForMaskedLM(SuperShaperPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 def classifier_dropout(config: SuperShaperConfig) -> nn.Dropout:
     """Return the dropout before a task's classifier: `config.classifier_dropout`, or the hidden dropout as in BERT."""
-    p = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-    return nn.Dropout(p)
+    return nn.Dropout(config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout)
 
 
 class SuperShaperForSequenceClassification(SuperShaperPreTrainedModel):
@@ -372,12 +364,11 @@ class SuperShaperForSequenceClassification(SuperShaperPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-            if self.config.problem_type != "single_label_classification" and "num_items_in_batch" in kwargs:
-                # These losses of transformers are means over one batch; the others are sums / num_items_in_batch.
-                loss = loss * labels.numel() / kwargs["num_items_in_batch"]
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+            num_items = kwargs.get("num_items_in_batch")
+            if num_items is not None and self.config.problem_type != "single_label_classification":
+                # These two losses of transformers are always means over this batch, which is a part of `num_items`.
+                loss = loss * labels.numel() / num_items
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class SuperShaperForTokenClassification(SuperShaperPreTrainedModel):
@@ -408,9 +399,7 @@ class SuperShaperForTokenClassification(SuperShaperPreTrainedModel):
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class SuperShaperForQuestionAnswering(SuperShaperPreTrainedModel):
@@ -444,13 +433,7 @@ class SuperShaperForQuestionAnswering(SuperShaperPreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
 
 
 class SuperShaperForMultipleChoice(SuperShaperPreTrainedModel):
@@ -476,21 +459,13 @@ class SuperShaperForMultipleChoice(SuperShaperPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultipleChoiceModelOutput:
         """Score each choice. `labels` are the (batch,) indices of the right choices."""
-
-        def fold(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.flatten(0, 1)
-
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None:
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        num_choices = given.shape[1]
-        inputs = map(fold, (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds))
+        given = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        inputs = (None if tensor is None else tensor.flatten(0, 1) for tensor in given)  # (batch * choices, length)
         outputs = self.bert(*inputs, shape, return_dict=True, **kwargs)
+        num_choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)
         loss = None if labels is None else fixed_cross_entropy(logits, labels, **kwargs)
-        return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 def installed_package(method: str) -> Any:
