@@ -1,9 +1,10 @@
 import json
+import shutil
 from unittest import mock
 
 import pytest
 import torch
-from conftest import assert_same, run, tiny_batch, tiny_config, tiny_model
+from conftest import assert_same, randomize, run, tiny_batch, tiny_config, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -139,3 +140,103 @@ def test_unknown_head_is_named(source, tmp_path):
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
     with pytest.raises(ValueError, match="holds a BertForMaskedLM; allowed: SuperShaperForMaskedLM"):
         extract_from_folder(source, [8, 0, 36], tmp_path / "subnet")
+
+
+# Where the weights are
+
+
+def reshard(folder, names=lambda name: name):
+    """Save a supernet in shards, and return its index, with the file names changed by `names`."""
+    supernet = randomize(tiny_model(head_slicing="per_head"), seed=5)
+    supernet.save_pretrained(folder, max_shard_size="50KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {tensor: names(file) for tensor, file in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    return index
+
+
+def test_stale_index_beside_a_single_file_is_passed_over(source, tmp_path):
+    """`from_pretrained` reads the single file, so extraction does."""
+    reshard(tmp_path / "old")
+    for file in (tmp_path / "old").glob("model*"):
+        shutil.copy(file, source)
+    subnet = SuperShaperForMaskedLM.from_pretrained(extract_from_folder(source, [8, 0, 36], tmp_path / "subnet"))
+    expected = SuperShaperForMaskedLM.from_pretrained(source).extract_subnet([8, 0, 36])
+    assert_same(subnet.state_dict(), expected.state_dict(), atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "other.safetensors"])
+def test_weights_that_config_names_are_read(weights, source, tmp_path):
+    """`transformers_weights` of a config.json decides what `from_pretrained` reads."""
+    randomize(tiny_model(head_slicing="per_head"), seed=5).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", source / "other.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "transformers_weights": weights}))
+    subnet = SuperShaperForMaskedLM.from_pretrained(extract_from_folder(source, [8, 0, 36], tmp_path / "subnet"))
+    expected = SuperShaperForMaskedLM.from_pretrained(source).extract_subnet([8, 0, 36])
+    assert_same(subnet.state_dict(), expected.state_dict(), atol=1e-6)
+
+
+@pytest.mark.parametrize("outside", ["../{}", "{folder}/{}", "shards/../../{}", "..\\{}", "C:\\{}"])
+def test_index_that_leads_out_of_the_folder_is_refused(outside, tmp_path):
+    reshard(tmp_path / "supernet", lambda name: outside.format(name, folder=tmp_path))
+    for shard in (tmp_path / "supernet").glob("model-*"):
+        shutil.copy(shard, tmp_path)
+    with pytest.raises(ValueError, match="which is outside the folder"):
+        extract_from_folder(tmp_path / "supernet", [8, 0, 36], tmp_path / "subnet")
+    assert not (tmp_path / "subnet").exists()
+
+
+def test_config_that_leads_out_of_the_folder_is_refused(source, tmp_path):
+    shutil.copy(source / "model.safetensors", tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "transformers_weights": "../model.safetensors"}))
+    with pytest.raises(ValueError, match=r"in '\.\./model\.safetensors', which is outside the folder"):
+        extract_from_folder(source, [8, 0, 36], tmp_path / "subnet")
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+def test_folder_of_symbolic_links_is_cut(sharded, tmp_path):
+    """The cache of the Hub holds files as blobs, and a snapshot of links to them."""
+    supernet = tiny_model()
+    supernet.save_pretrained(tmp_path / "blobs", max_shard_size="50KB" if sharded else "1GB")
+    (tmp_path / "snapshots" / "main").mkdir(parents=True)
+    for blob in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshots" / "main" / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    target = extract_from_folder(tmp_path / "snapshots" / "main", [8, 0, 36], tmp_path / "subnet")
+    subnet = SuperShaperForMaskedLM.from_pretrained(target)
+    assert_same(subnet.state_dict(), supernet.extract_subnet([8, 0, 36]).state_dict(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}', "[" * 10**5]
+)
+def test_damaged_index_is_named(content, tmp_path):
+    reshard(tmp_path / "supernet").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is not"):
+        extract_from_folder(tmp_path / "supernet", [8, 0, 36], tmp_path / "subnet")
+
+
+def test_missing_shard_is_named(tmp_path):
+    reshard(tmp_path / "supernet", lambda name: "gone.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors does not exist"):
+        extract_from_folder(tmp_path / "supernet", [8, 0, 36], tmp_path / "subnet")
+
+
+def test_folder_without_a_configuration_is_refused(source, tmp_path):
+    (source / "config.json").unlink()
+    with pytest.raises(OSError, match=r"has no config\.json, so it is not a saved model"):
+        extract_from_folder(source, [8, 0, 36], tmp_path / "subnet")
+
+
+def test_damaged_configuration_is_named(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**5, "hidden_sizes": None}))
+    with pytest.raises(ValueError, match=rf"config\.json of '{source}' does not describe a model.*num_hidden_layers"):
+        extract_from_folder(source, [8, 0, 36], tmp_path / "subnet")
+
+
+def test_source_that_is_no_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing is not a folder"):
+        extract_from_folder(tmp_path / "missing", [8, 0, 36], tmp_path / "subnet")
