@@ -1,17 +1,21 @@
+import json
+import logging
 import re
 
 import pytest
 import torch
 import transformers
 from conftest import BERT_SIZES, assert_same, randomize, run, tiny_batch, tiny_bert_config, tiny_config
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, BertForPreTraining, BertModel, RobertaConfig, RobertaModel
+from transformers import AutoConfig, BertForMaskedLM, BertForPreTraining, BertModel, RobertaConfig, RobertaModel
 
 from supershaper_hf import (
     SuperShaperConfig,
     SuperShaperForMaskedLM,
     SuperShaperForSequenceClassification,
     SuperShaperModel,
+    extract_from_folder,
 )
 
 
@@ -205,7 +209,82 @@ def test_task_checkpoint_becomes_a_base_model(kind, tmp_path):
     assert_same(run(supernet, tiny_batch()), run(bert.bert, tiny_batch()))
 
 
-# Sources that are no BERT encoder
+def test_only_our_own_message_tells_what_is_missing(tmp_path, caplog):
+    """Transformers calls a checkpoint without a head corrupted."""
+    BertModel(tiny_bert_config(), add_pooling_layer=False).save_pretrained(tmp_path)
+    transformers_logger = logging.getLogger("transformers.modeling_utils")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        SuperShaperForMaskedLM.from_bert(tmp_path)
+        assert [record.name for record in caplog.records] == ["supershaper_hf.convert.bert"]
+        transformers_logger.warning("spoken again")
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert "spoken again" in caplog.text
+
+
+def test_configuration_names_the_class_before_anything_is_saved(model_class, tmp_path):
+    """A checkpoint of a run holds the configuration that the model has in memory."""
+    bert_of(model_class).save_pretrained(tmp_path / "bert")
+    for source in (tmp_path / "bert", bert_of(model_class)):
+        supernet = model_class.from_bert(source)
+        supernet.config.save_pretrained(tmp_path / "checkpoint")
+        save_file(
+            {name: tensor.clone() for name, tensor in supernet.state_dict().items()},
+            tmp_path / "checkpoint" / "model.safetensors",
+        )
+        target = extract_from_folder(tmp_path / "checkpoint", [48, 20, 36], tmp_path / type(source).__name__)
+        assert AutoConfig.from_pretrained(target).architectures == [model_class.__name__]
+
+
+# Sources that are no BERT encoder, or none that anybody can mean
+
+
+def test_fields_of_ours_in_the_configuration_of_a_bert_mean_nothing(tmp_path):
+    bert, batch = bert_of(SuperShaperForMaskedLM), tiny_batch()
+    bert.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    ours = {
+        "hidden_sizes": [8, 20, 36],
+        "width_choices": [8, 48],
+        "head_slicing": "per_head",
+        "merged_bottlenecks": True,
+        "auto_map": {"AutoModelForMaskedLM": "modeling_evil.Model"},
+        "transformers_weights": "model.safetensors",
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**content, **ours}))
+    for source in (tmp_path, BertForMaskedLM.from_pretrained(tmp_path)):
+        supernet = SuperShaperForMaskedLM.from_bert(source)
+        expected = SuperShaperForMaskedLM.from_bert(bert).config.to_dict()
+        assert supernet.config.to_dict() == expected
+        assert_same(run(supernet, batch), run(bert, batch))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_dropout_prob", 1.5),
+        ("layer_norm_eps", -1.0),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", 5),
+        ("num_hidden_layers", 10**5),
+        ("hidden_act", "gelux"),
+        ("pad_token_id", 61),
+    ],
+)
+def test_configuration_of_a_bert_that_nobody_can_mean_is_named(field, value, tmp_path):
+    bert_of(SuperShaperForMaskedLM).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, field: value}))
+    with pytest.raises(ValueError, match=rf"(?s)config\.json of '{tmp_path}' does not describe a model.*{field}"):
+        SuperShaperForMaskedLM.from_bert(tmp_path)
+
+
+def test_width_choices_that_do_not_fit_are_not_blamed_on_the_bert(tmp_path):
+    bert_of(SuperShaperForMaskedLM).save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match=r"width_choices=\[8, 20\] must end with hidden_size=48") as error:
+        SuperShaperForMaskedLM.from_bert(tmp_path, width_choices=[8, 20])
+    assert "config.json" not in str(error.value)
 
 
 def test_roberta_folder_is_refused(tmp_path):

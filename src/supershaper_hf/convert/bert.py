@@ -1,12 +1,15 @@
 """From a BERT checkpoint or model to a supernet that computes the same."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from logging import ERROR, LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, BertModel, BertPreTrainedModel, PreTrainedModel
+from transformers import AutoConfig, BertConfig, BertModel, BertPreTrainedModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..model.configuration_supershaper import SuperShaperConfig
@@ -24,27 +27,41 @@ def from_bert(
     output_loading_info: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Make a supernet that computes what a BERT computes: identity bottlenecks around every layer.
+    """Make a supernet that computes what a BERT computes: its bottlenecks are identities.
 
     Args:
-        model_class: The SuperShaper head to make; each is read from the BERT head of the same name.
-        source: A folder or Hub id of a BERT checkpoint, or a BERT model. Cased, uncased, base, large, MiniLM, with or
-            without masked-LM head or pooler. Its tokenizer is used as it is.
+        model_class: The SuperShaper head to make. It is read from the BERT head of the same name.
+        source: A folder or Hub id of a BERT checkpoint, or a BERT model: cased or uncased, of any size, with or without
+            masked-LM head and pooler. The tokenizer of the BERT is the tokenizer of the supernet.
         width_choices: As in `SuperShaperConfig`.
         head_slicing: As in `SuperShaperConfig`.
-        output_loading_info: Whether to return also a dictionary of `missing_keys`, newly initialised tensors of the
-            supernet, and `unexpected_keys`, tensors of the source that were not used.
-        **kwargs: For a checkpoint, passed to `from_pretrained`: `revision`, `token`, `dtype`, ...
+        output_loading_info: Whether to return also a dictionary with the lists `missing_keys`, the newly initialised
+            tensors of the supernet, and `unexpected_keys`, the unused tensors of the source.
+        **kwargs: For a checkpoint, the arguments of `from_pretrained`, such as `revision`, `token` and `dtype`.
+
+    Returns:
+        The supernet in evaluation mode, with `output_loading_info` a pair of it and the dictionary.
 
     Raises:
-        ValueError: If the source is not a BERT encoder, or the widths do not fit it.
+        TypeError: If `kwargs` are given for a model in memory.
+        ValueError: If the source is not a BERT encoder, or its config.json does not describe a model.
+        StrictDataclassError: If `width_choices` do not fit the BERT.
+
+    Example:
+        >>> from transformers import BertConfig, BertForMaskedLM
+        >>> from supershaper_hf import SuperShaperForMaskedLM
+        >>> bert = BertForMaskedLM(BertConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2))
+        >>> SuperShaperForMaskedLM.from_bert(bert, width_choices=[24, 48, 96]).config.width_choices
+        [24, 48, 96]
     """
     missing: set[str] = set()
     unexpected: set[str] = set()
     if isinstance(source, (str, Path)):
-        check_bert(AutoConfig.from_pretrained(source, **kwargs).to_dict(), str(source))
+        bert_config = AutoConfig.from_pretrained(source, **kwargs)
+        config = supernet_config(bert_config, str(source), width_choices, head_slicing)
         bert_class = getattr(transformers, model_class.__name__.replace("SuperShaper", "Bert"))
-        bert, info = bert_class.from_pretrained(source, output_loading_info=True, **kwargs)
+        with only_errors("transformers.modeling_utils"):  # `report_loading` says what is missing and unused
+            bert, info = bert_class.from_pretrained(source, output_loading_info=True, **kwargs)
         missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     elif not isinstance(source, BertPreTrainedModel):
         raise ValueError(
@@ -54,10 +71,7 @@ def from_bert(
         if kwargs:
             raise TypeError(f"from_bert: {sorted(kwargs)} only make sense for a checkpoint, not for a model in memory.")
         bert = source
-        check_bert(bert.config.to_dict(), type(bert).__name__)
-    bert_only = {"model_type", "is_decoder", "add_cross_attention", "use_cache", "position_embedding_type", "auto_map"}
-    shared = {key: value for key, value in bert.config.to_dict().items() if key not in bert_only}
-    config = SuperShaperConfig.from_dict({**shared, "width_choices": width_choices, "head_slicing": head_slicing})
+        config = supernet_config(bert.config, type(bert).__name__, width_choices, head_slicing)
     tensors = bert.state_dict()
     if isinstance(bert, BertModel):
         tensors = {f"bert.{name}": tensor for name, tensor in tensors.items()}
@@ -69,6 +83,36 @@ def from_bert(
     absent, unused = load_tensors(model, tensors)
     absent = {name for name in absent if "_bottleneck." not in name}  # they start as identity
     return report_loading(model, missing | absent, unexpected | unused, output_loading_info)
+
+
+def supernet_config(
+    bert_config: PreTrainedConfig, name: str, width_choices: list[int] | None, head_slicing: str
+) -> SuperShaperConfig:
+    """Return the configuration of the supernet of a BERT. `name` is said in errors.
+
+    It takes over the fields that BERT knows too. What else a config.json contains, such as fields of ours, is not BERT.
+    """
+    values = bert_config.to_dict()
+    check_bert(values, name)
+    known = {field.name for field in fields(BertConfig)} & {field.name for field in fields(SuperShaperConfig)}
+    shared = {key: value for key, value in values.items() if key in known}
+    SuperShaperConfig.from_dict(dict(shared), name_or_path=name)  # a wrong value of the BERT is said to be in its file
+    return SuperShaperConfig.from_dict({**shared, "width_choices": width_choices, "head_slicing": head_slicing})
+
+
+@contextmanager
+def only_errors(name: str) -> Iterator[None]:
+    """Let the logger called `name` pass on nothing below errors."""
+
+    def is_error(record: LogRecord) -> bool:
+        return record.levelno >= ERROR
+
+    noisy = getLogger(name)
+    noisy.addFilter(is_error)  # its level stays as it is: transformers looks at it
+    try:
+        yield
+    finally:
+        noisy.removeFilter(is_error)
 
 
 def check_bert(config: Mapping[str, Any], name: str) -> None:
@@ -91,7 +135,11 @@ def check_bert(config: Mapping[str, Any], name: str) -> None:
 
 
 def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> tuple[set[str], set[str]]:
-    """Copy named tensors into `model`; return the names it lacks and those it has no place for. Wrong sizes raise."""
+    """Copy named tensors into `model`. Return the names that are missing in `tensors`, and those that are unused.
+
+    Raises:
+        ValueError: If a tensor has another size than in `model`.
+    """
     if isinstance(model, SuperShaperModel):
         tensors = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
     sizes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -110,11 +158,15 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) ->
 
 
 def report_loading(model: Any, missing: Iterable[str], unexpected: Iterable[str], output_loading_info: bool) -> Any:
-    """Log what was missing and unused, as `from_pretrained` does, and return the model in evaluation mode."""
+    """Log what was missing and unused, and return the model in evaluation mode.
+
+    Its configuration names its class from now on, as after `from_pretrained`, and not the class of the source.
+    """
     missing, unexpected = sorted(missing), sorted(unexpected)
     if missing:
         logger.warning(f"Missing in the source, newly initialised (train them before use): {missing}")
     if unexpected:
         logger.warning(f"Unused tensors of the source: {unexpected}")
     model.eval()
+    model.config.architectures = [type(model).__name__]
     return (model, {"missing_keys": missing, "unexpected_keys": unexpected}) if output_loading_info else model

@@ -22,13 +22,23 @@ def from_original(
 
     Args:
         model_class: The SuperShaper head to make.
-        source: Its `pytorch_model.bin`, or the state dict.
-        config: The supernet's configuration; the checkpoint holds none that can be trusted.
+        source: The checkpoint's `pytorch_model.bin`, or its state dict. The file is read as weights only: code in it
+            does not run.
+        config: The supernet's configuration. The 2021 code did not save one that describes the supernet.
         output_loading_info: As in `from_bert`.
 
+    Returns:
+        The supernet in evaluation mode, with `output_loading_info` a pair of it and the dictionary.
+
     Raises:
-        OSError: If the file is truncated or is no checkpoint of PyTorch.
-        ValueError: If a tensor's size does not fit `config`.
+        FileNotFoundError: If there is no such file.
+        OSError: If the file is cut short or is not a checkpoint of PyTorch.
+        ValueError: If the size of a tensor does not fit `config`.
+
+    Example:
+        >>> from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
+        >>> config = SuperShaperConfig(vocab_size=28996, head_slicing="prefix")
+        >>> supernet = SuperShaperForMaskedLM.from_original("pytorch_model.bin", config)  # doctest: +SKIP
     """
     if isinstance(source, Mapping):
         state = source
@@ -49,6 +59,9 @@ def from_original(
 
 
 def _modern_name(name: str) -> str:
-    """Return today's name of a tensor of the 2021 repository: bottlenecks sat inside the layers, the bias outside."""
+    """Return today's name of a tensor of the 2021 repository.
+
+    There a bottleneck was a part of its layer, and the bias of the decoder was not a part of the decoder.
+    """
     name = name.removeprefix("module.").replace("cls.predictions.bias", "cls.predictions.decoder.bias")
     return re.sub(r"encoder\.layer\.(\d+)\.(input|output)_bottleneck\.", r"encoder.\2_bottleneck.\1.", name)
