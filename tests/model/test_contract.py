@@ -1,12 +1,9 @@
 """The tools of transformers work on supernets and subnets untouched."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
-from conftest import HEADS, assert_same, randomize, run, tiny_batch, tiny_bert_config, tiny_config, tiny_model
+from conftest import assert_same, randomize, run, tiny_batch, tiny_bert_config, tiny_config, tiny_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -104,95 +101,6 @@ def test_weights_of_another_size_are_refused(tmp_path):
     tiny_config(intermediate_size=96).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         SuperShaperForMaskedLM.from_pretrained(tmp_path)
-
-
-# Loading where the package is not installed
-
-WITHOUT_PACKAGE = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "supershaper_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Blocker())
-import torch
-import transformers
-
-jobs_file, results_file = sys.argv[1:]
-results = {}
-for name, (auto_class, folder, batch, shape, save_to) in torch.load(jobs_file).items():
-    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
-    if shape:
-        model = model.extract_subnet(shape)
-    if save_to:
-        model.save_pretrained(save_to)
-    with torch.no_grad():
-        results[name] = (type(model).__name__, list(model(**batch).to_tuple()))
-torch.save(results, results_file)
-
-try:
-    model.from_bert("bert")
-except ImportError as error:
-    print(error)
-"""
-
-
-@pytest.fixture(scope="module")
-def without_package(tmp_path_factory):
-    """Load, cut, save and run every head in one process that cannot import the package.
-
-    Returns:
-        The folder of the models, the results by name as (class name, outputs), and what the process printed.
-    """
-    folder = tmp_path_factory.mktemp("without_package")
-    jobs = {}
-    for model_class in HEADS:
-        name, auto_class, batch = model_class.__name__, AUTO_CLASSES[model_class].__name__, tiny_batch(model_class)
-        supernet = tiny_model(model_class, head_slicing="per_head")
-        supernet.save_pretrained(folder / name)
-        supernet.extract_subnet([8, 0, 36]).save_pretrained(folder / f"{name}-subnet")
-        jobs[name] = (auto_class, str(folder / name), batch, None, None)
-        jobs[f"{name}-subnet"] = (auto_class, str(folder / f"{name}-subnet"), batch, None, None)
-        jobs[f"{name}-cut"] = (auto_class, str(folder / name), batch, [8, 0, 36], str(folder / f"{name}-cut"))
-        jobs[f"{name}-again"] = (auto_class, str(folder / f"{name}-cut"), batch, None, None)
-        masked_lm = str(folder / "SuperShaperForMaskedLM")
-        jobs[f"{name}-of-masked-lm"] = (auto_class, masked_lm, batch, None, str(folder / f"{name}-of-masked-lm"))
-    torch.save(jobs, folder / "jobs.pt")
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, folder / "jobs.pt", folder / "results.pt"]
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return folder, torch.load(folder / "results.pt"), process.stdout
-
-
-@pytest.mark.parametrize("kind", ["", "-subnet", "-cut", "-again"], ids=["supernet", "subnet", "cut", "cut and saved"])
-def test_without_the_package_models_load_and_are_cut(without_package, model_class, kind):
-    _, results, _ = without_package
-    supernet = tiny_model(model_class, head_slicing="per_head")
-    expected = run(supernet, tiny_batch(model_class), shape=[8, 0, 36] if kind else None)
-    name, outputs = results[model_class.__name__ + kind]
-    assert name == model_class.__name__
-    assert_same(outputs, expected)
-
-
-def test_without_the_package_every_auto_class_loads_a_masked_lm_folder(without_package, model_class):
-    folder, results, _ = without_package
-    name = f"{model_class.__name__}-of-masked-lm"
-    assert results[name][0] == model_class.__name__
-    loaded = model_class.from_pretrained(folder / name)
-    pretrained = tiny_model(head_slicing="per_head")
-    assert_same(loaded.base_model.encoder.state_dict(), pretrained.bert.encoder.state_dict(), atol=0)
-
-
-def test_model_saved_without_the_package_loads_with_it(without_package, model_class):
-    folder, results, _ = without_package
-    subnet = model_class.from_pretrained(folder / f"{model_class.__name__}-cut")
-    assert_same(run(subnet, tiny_batch(model_class)), results[f"{model_class.__name__}-cut"][1])
-
-
-def test_without_the_package_from_bert_says_what_to_install(without_package):
-    assert "from_bert needs the package: pip install supershaper-hf" in without_package[2]
 
 
 # Outputs

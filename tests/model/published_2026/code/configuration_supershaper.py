@@ -1,0 +1,249 @@
+# Copyright 2026 The supershaper-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of a SuperShaper model: a BERT whose layers each have a hidden size of their own.
+
+One configuration class describes both kinds of model:
+
+* a **supernet** (`merged_bottlenecks=False`): every layer at full width, a bottleneck into and out of each layer, and
+  `width_choices`, the hidden sizes a layer may be narrowed to at run time;
+* a **subnet** (`merged_bottlenecks=True`): a standalone model cut from a supernet, layer i stored at
+  `hidden_sizes[i]`, neighbouring bottlenecks multiplied into one map.
+
+This file and `modeling_supershaper.py` are copied beside every saved model, so they import nothing else of the package.
+"""
+
+import copy
+import itertools
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+PAPER_WIDTH_CHOICES = [120, 240, 360, 480, 540, 600, 768]
+
+# Every head is listed in every saved config.json, whichever head was saved: `save_pretrained` alone would list only
+# the saved one, and loading another Auto class from that folder without the package would fail.
+AUTO_MAP = {
+    "AutoConfig": "configuration_supershaper.SuperShaperConfig",
+    "AutoModel": "modeling_supershaper.SuperShaperModel",
+    "AutoModelForMaskedLM": "modeling_supershaper.SuperShaperForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_supershaper.SuperShaperForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_supershaper.SuperShaperForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_supershaper.SuperShaperForQuestionAnswering",
+    "AutoModelForMultipleChoice": "modeling_supershaper.SuperShaperForMultipleChoice",
+}
+
+
+def default_width_choices(hidden_size: int, num_attention_heads: int) -> list[int]:
+    """Return the hidden sizes a layer may be narrowed to when the user names none.
+
+    At hidden size 768 these are the paper's seven (arXiv 2110.04711, section 3). At any other hidden size the full
+    width is preceded by six equal steps from about 15 % of it. Matrix products are fastest on multiples of 8, so each
+    width is a multiple of 8 `num_attention_heads`, or of 4, 2, 1 times where that leaves fewer than seven widths.
+
+    Example:
+        >>> default_width_choices(384, 12)
+        [48, 96, 144, 240, 288, 336, 384]
+    """
+    if hidden_size == 768 and all(width % num_attention_heads == 0 for width in PAPER_WIDTH_CHOICES):
+        return list(PAPER_WIDTH_CHOICES)
+    targets = [hidden_size * (0.15 + 0.85 * step / 6) for step in range(7)]
+    widths: list[int] = []
+    for head_multiple in (8, 4, 2, 1):
+        unit = num_attention_heads * head_multiple
+        narrowed = {max(unit, unit * math.floor(target / unit + 0.5)) for target in targets[:-1]}
+        widths = [*sorted(width for width in narrowed if width < hidden_size), hidden_size]
+        if len(widths) == 7:
+            break
+    return widths
+
+
+@strict
+class SuperShaperConfig(PreTrainedConfig):
+    """Configuration of a SuperShaper supernet or subnet. The fields of BERT keep BERT's names and defaults.
+
+    Args:
+        hidden_size: Width of the embeddings, the pooler and the heads; the largest width of a layer.
+        hidden_sizes: Hidden size of each stored layer, `num_hidden_layers` of them. `None` means `hidden_size` for
+            every layer.
+        width_choices: The hidden sizes a layer may be narrowed to: strictly increasing, each a multiple of
+            `num_attention_heads`, the last one `hidden_size`. `None` means `default_width_choices`. A subnet has none.
+        head_slicing: Which query, key and value channels a narrowed layer keeps. `"prefix"`: the first w, viewed as
+            `num_attention_heads` heads (the paper's). `"per_head"`: the first w / heads channels of every head, so that
+            heads keep their identity at every width.
+        merged_bottlenecks: Whether each output bottleneck is multiplied with the next input bottleneck, as in a subnet.
+        sparse_prediction: Whether the masked-LM head runs only on labelled positions when labels are given. The logits
+            then have the shape `(labelled positions, vocab_size)`.
+
+    Raises:
+        ValueError: If the widths, the heads and `width_choices` do not fit together.
+
+    Example:
+        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2)
+        >>> config.hidden_sizes
+        [96, 96]
+        >>> config.width_choices
+        [16, 24, 40, 56, 72, 80, 96]
+    """
+
+    model_type = "supershaper"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    classifier_dropout: float | int | None = None
+    tie_word_embeddings: bool = True
+    hidden_sizes: list[int] | None = None
+    width_choices: list[int] | None = None
+    head_slicing: Literal["prefix", "per_head"] = "prefix"
+    merged_bottlenecks: bool = False
+    sparse_prediction: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.hidden_sizes is None:
+            self.hidden_sizes = [self.hidden_size] * self.num_hidden_layers
+        if self.width_choices is None and not self.merged_bottlenecks:
+            self.width_choices = default_width_choices(self.hidden_size, self.num_attention_heads)
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+
+    def validate_hidden_sizes(self) -> None:
+        """Check that the stored layers' widths fit the model's other sizes."""
+        heads, full = self.num_attention_heads, self.hidden_size
+        if full % heads:
+            raise ValueError(f"hidden_size={full} is not divisible by num_attention_heads={heads}.")
+        if self.hidden_sizes is None or len(self.hidden_sizes) != self.num_hidden_layers or not self.hidden_sizes:
+            raise ValueError(
+                f"hidden_sizes={self.hidden_sizes} must list one width for each of the "
+                f"num_hidden_layers={self.num_hidden_layers} layers, and at least one."
+            )
+        for width in self.hidden_sizes:
+            if not 0 < width <= full or width % heads:
+                raise ValueError(
+                    f"hidden_sizes={self.hidden_sizes}: {width} must be a positive multiple of "
+                    f"num_attention_heads={heads} and at most hidden_size={full}."
+                )
+        if not self.merged_bottlenecks and set(self.hidden_sizes) != {full}:
+            raise ValueError(
+                f"hidden_sizes={self.hidden_sizes}: a supernet (merged_bottlenecks=False) has every layer at "
+                f"hidden_size={full}. Cut a narrower model out of it with extract_subnet(shape)."
+            )
+
+    def validate_width_choices(self) -> None:
+        """Check that the width choices are increasing, divisible by the heads, and end at the full width."""
+        choices, heads = self.width_choices, self.num_attention_heads
+        if self.merged_bottlenecks:
+            if choices is not None:
+                raise ValueError(f"width_choices={choices}: a subnet (merged_bottlenecks=True) has no width choices.")
+            return
+        if not choices:
+            raise ValueError(f"width_choices={choices} is empty. Leave it out for the default choices.")
+        if any(second <= first for first, second in itertools.pairwise(choices)):
+            raise ValueError(
+                f"width_choices={choices} must be strictly increasing. Use {sorted(set(choices))} instead."
+            )
+        if choices[-1] != self.hidden_size:
+            raise ValueError(
+                f"width_choices={choices} must end with hidden_size={self.hidden_size}, so that the full supernet is "
+                "one of its own shapes."
+            )
+        misfits = [width for width in choices if width <= 0 or width % heads]
+        if misfits:
+            raise ValueError(
+                f"width_choices={choices}: {misfits} must be positive multiples of num_attention_heads={heads}."
+            )
+
+    def normalize_shape(self, shape: Sequence[int]) -> list[int]:
+        """Return `shape` as a list of Python integers, or raise if this supernet cannot take it.
+
+        Args:
+            shape: One hidden size per layer out of `width_choices`; 0 drops the layer. A list, tuple, or integer array.
+
+        Raises:
+            TypeError: If `shape` is not a sequence of integers.
+            ValueError: If the model is a subnet, or the length or a width is not allowed.
+        """
+        if self.width_choices is None:
+            raise ValueError(
+                f"shape={shape} was given to a subnet with fixed hidden_sizes={self.hidden_sizes}: it is not elastic. "
+                "Pass shape to the supernet it was cut from, or leave it out."
+            )
+        allowed = f"Allowed: {self.width_choices}, or 0 to drop the layer."
+        ordered = hasattr(shape, "__getitem__") and getattr(shape, "ndim", 1) > 0 and not isinstance(shape, Mapping)
+        if isinstance(shape, (str, bytes)) or not ordered:
+            raise TypeError(f"shape={shape!r} must be a list of {self.num_hidden_layers} integers. {allowed}")
+        if len(shape) != self.num_hidden_layers:
+            raise ValueError(
+                f"shape={_as_list(shape)} has {len(shape)} widths, but the supernet has {self.num_hidden_layers} "
+                f"layers: give one width for each. {allowed}"
+            )
+        widths = [_as_width(width, layer, allowed) for layer, width in enumerate(shape)]
+        for layer, width in enumerate(widths):
+            if width != 0 and width not in self.width_choices:
+                reason = self._why_not(width)
+                raise ValueError(f"shape={widths}: width {width} of layer {layer} {reason}. {allowed}")
+        if not any(widths):
+            raise ValueError(f"shape={widths} drops every layer: at least one layer must stay. {allowed}")
+        return widths
+
+    def subnet_config(self, shape: Sequence[int]) -> "SuperShaperConfig":
+        """Return the configuration of the standalone subnet cut at `shape`: dropped layers left out, labels kept."""
+        config = copy.deepcopy(self)
+        config.hidden_sizes = [width for width in self.normalize_shape(shape) if width]
+        config.num_hidden_layers = len(config.hidden_sizes)
+        config.width_choices = None
+        config.merged_bottlenecks = True
+        config.validate()
+        return config
+
+    def _why_not(self, width: int) -> str:
+        if width < 0:
+            return "is negative"
+        if width > self.hidden_size:
+            return f"is above hidden_size={self.hidden_size}"
+        if width % self.num_attention_heads:
+            return f"is not divisible by num_attention_heads={self.num_attention_heads}"
+        return "is not one of the width choices"
+
+
+def _as_list(shape: Any) -> Any:
+    return shape.tolist() if hasattr(shape, "tolist") else list(shape)
+
+
+def _as_width(width: Any, layer: int, allowed: str) -> int:
+    """Return an integer or NumPy integer as int; a bool, a float or a string is a mistake, not a width."""
+    try:
+        if isinstance(width, bool) or str(getattr(width, "dtype", "")) in ("bool", "torch.bool"):
+            raise TypeError
+        return operator.index(width)
+    except TypeError:
+        kind = type(width).__name__
+        raise TypeError(f"shape: the width of layer {layer} is {width!r} ({kind}), not an integer. {allowed}") from None
+
+
+__all__ = ["SuperShaperConfig"]

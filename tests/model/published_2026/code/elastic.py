@@ -1,0 +1,299 @@
+# Copyright 2026 The supershaper-hf authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The elastic encoder: how a layer is narrowed, how bottlenecks merge, and how a subnet is cut out of its supernet.
+
+A layer works at the width of its input: it uses the first channels of its own parameters. So the shape of a forward
+pass is decided by the bottlenecks between the layers, and no module remembers it. Module and parameter names are
+BERT's, plus `encoder.input_bottleneck` and `encoder.output_bottleneck`.
+
+In reading order: `channels` and `elastic_linear` narrow one linear map, `merge` multiplies two bottlenecks, then the
+layer, the encoder that runs a shape, and `subnet_tensors`, which stores what the encoder would have used.
+Source: SuperShaper, arXiv 2110.04711. This file travels to the Hub beside `modeling_supershaper.py`.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .configuration_supershaper import SuperShaperConfig
+
+
+def channels(tensor: torch.Tensor, axis: int, width: int, num_heads: int = 1) -> torch.Tensor:
+    """Return the channels a layer narrowed to `width` keeps along `axis`: the first `width / num_heads` per head.
+
+    With one head these are simply the first `width` channels, as a view.
+    """
+    if tensor.shape[axis] == width:
+        return tensor
+    if num_heads == 1:
+        return tensor.narrow(axis, 0, width)
+    heads = tensor.unflatten(axis, (num_heads, -1))
+    return heads.narrow(axis + 1, 0, width // num_heads).flatten(axis, axis + 1)
+
+
+def elastic_linear(
+    layer: nn.Linear, inputs: torch.Tensor, width: int | None = None, in_heads: int = 1, out_heads: int = 1
+) -> torch.Tensor:
+    """Apply the part of `layer` that maps `inputs` (..., in_width) to (..., width); `width=None` keeps every output.
+
+    A whole layer is called as a module, so that quantised or adapted replacements of `nn.Linear` work in subnets.
+    """
+    in_width = inputs.shape[-1]
+    width = layer.out_features if width is None else width
+    if (in_width, width) == (layer.in_features, layer.out_features):
+        return layer(inputs)
+    weight = channels(channels(layer.weight, 0, width, out_heads), 1, in_width, in_heads)
+    return nn.functional.linear(inputs, weight, channels(layer.bias, 0, width, out_heads))
+
+
+def elastic_layer_norm(norm: nn.LayerNorm, inputs: torch.Tensor) -> torch.Tensor:
+    """Normalise `inputs` (..., width) over its own width, with the first `width` weights and biases of `norm`."""
+    width = inputs.shape[-1]
+    if (width,) == norm.normalized_shape:
+        return norm(inputs)
+    return nn.functional.layer_norm(inputs, (width,), norm.weight[:width], norm.bias[:width], norm.eps)
+
+
+def merge(
+    out_weight: torch.Tensor, out_bias: torch.Tensor, in_weight: torch.Tensor, in_bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multiply an output bottleneck (hidden_size, w) and the next input bottleneck (v, hidden_size) into a w -> v map.
+
+    Nothing stands between the two, so the product is exact: W = W_in W_out, b = W_in b_out + b_in.
+    """
+    return in_weight @ out_weight, in_weight @ out_bias + in_bias
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class SuperShaperSelfAttention(nn.Module):
+    """Multi-head attention at the width of its input: always `num_attention_heads` heads of size width / heads."""
+
+    def __init__(self, config: SuperShaperConfig, width: int):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.sliced_heads = config.num_attention_heads if config.head_slicing == "per_head" else 1
+        self.is_causal = False
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch, length, width = hidden_states.shape
+        head_size = width // self.num_heads
+
+        def project(layer: nn.Linear) -> torch.Tensor:
+            projected = elastic_linear(layer, hidden_states, width, out_heads=self.sliced_heads)
+            return projected.view(batch, length, self.num_heads, head_size).transpose(1, 2)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, weights = attention_interface(
+            self,
+            project(self.query),
+            project(self.key),
+            project(self.value),
+            attention_mask,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=head_size**-0.5,
+            **kwargs,
+        )
+        return context.reshape(batch, length, width).contiguous(), weights
+
+
+class SuperShaperResidual(nn.Module):
+    """The end of each half of a post-LN layer: LayerNorm(residual + dropout(dense(inputs))) at the residual's width."""
+
+    def __init__(self, config: SuperShaperConfig, in_features: int, width: int):
+        super().__init__()
+        self.dense = nn.Linear(in_features, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, inputs: torch.Tensor, residual: torch.Tensor, in_heads: int = 1) -> torch.Tensor:
+        outputs = elastic_linear(self.dense, inputs, residual.shape[-1], in_heads=in_heads)
+        return elastic_layer_norm(self.LayerNorm, residual + self.dropout(outputs))
+
+
+class SuperShaperAttention(nn.Module):
+    def __init__(self, config: SuperShaperConfig, width: int):
+        super().__init__()
+        self.self = SuperShaperSelfAttention(config, width)
+        self.output = SuperShaperResidual(config, width, width)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        context, _ = self.self(hidden_states, attention_mask, **kwargs)
+        return self.output(context, hidden_states, in_heads=self.self.sliced_heads)
+
+
+class SuperShaperIntermediate(nn.Module):
+    def __init__(self, config: SuperShaperConfig, width: int):
+        super().__init__()
+        self.dense = nn.Linear(width, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.activation(elastic_linear(self.dense, hidden_states))
+
+
+class SuperShaperLayer(GradientCheckpointingLayer):
+    """A post-LN BERT layer at the width of its input: (batch, length, w) -> (batch, length, w)."""
+
+    def __init__(self, config: SuperShaperConfig, width: int):
+        super().__init__()
+        self.attention = SuperShaperAttention(config, width)
+        self.intermediate = SuperShaperIntermediate(config, width)
+        self.output = SuperShaperResidual(config, config.intermediate_size, width)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        attended = self.attention(hidden_states, attention_mask, **kwargs)
+        return self.output(self.intermediate(attended), attended)
+
+
+class SuperShaperBottleneck(nn.Linear):
+    """The linear map into or out of a layer. It starts as the identity, so that a new supernet equals its BERT."""
+
+
+class SuperShaperEncoder(nn.Module):
+    """The layers and the bottlenecks between them.
+
+    In a supernet every layer has an input bottleneck (hidden_size -> w) and an output bottleneck (w -> hidden_size). In
+    a subnet they are merged: input bottleneck i maps the width of layer i - 1 to that of layer i, and one output
+    bottleneck after the last layer leads back to hidden_size.
+    """
+
+    def __init__(self, config: SuperShaperConfig):
+        super().__init__()
+        self.merged_bottlenecks = config.merged_bottlenecks
+        full, widths = config.hidden_size, config.hidden_sizes
+        sources = [full, *widths[:-1]] if config.merged_bottlenecks else [full] * len(widths)
+        ends = widths[-1:] if config.merged_bottlenecks else widths
+        self.input_bottleneck = nn.ModuleList(
+            SuperShaperBottleneck(source, width) for source, width in zip(sources, widths)
+        )
+        self.layer = nn.ModuleList(SuperShaperLayer(config, width) for width in widths)
+        self.output_bottleneck = nn.ModuleList(SuperShaperBottleneck(width, full) for width in ends)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        shape: Sequence[int],
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        previous = None
+        for index, width in enumerate(shape):
+            if width == 0:
+                continue
+            hidden_states = self._enter(hidden_states, previous, index, width)
+            hidden_states = self.layer[index](hidden_states, attention_mask, **kwargs)
+            previous = index
+        last = self.output_bottleneck[-1 if self.merged_bottlenecks else previous]
+        return elastic_linear(last, hidden_states)
+
+    def _enter(self, hidden_states: torch.Tensor, previous: int | None, index: int, width: int) -> torch.Tensor:
+        """Map the output of layer `previous` (`None`: the embeddings) to the input of layer `index` at `width`."""
+        entry = self.input_bottleneck[index]
+        if previous is None or self.merged_bottlenecks:
+            return elastic_linear(entry, hidden_states, width)
+        exit = self.output_bottleneck[previous]
+        source, full = hidden_states.shape[-1], entry.in_features
+        tokens = hidden_states.numel() // source
+        # Multiplications: merging costs one (width, full) x (full, source) product and saves the detour through `full`.
+        if source * width * (full + tokens) < tokens * full * (source + width):
+            weight, bias = merge(exit.weight[:, :source], exit.bias, entry.weight[:width], entry.bias[:width])
+            return nn.functional.linear(hidden_states, weight, bias)
+        return elastic_linear(entry, elastic_linear(exit, hidden_states), width)
+
+
+def subnet_tensors(
+    subnet: PreTrainedModel, shape: Sequence[int], load: Callable[[str], torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and value of every tensor that `subnet` stores, cut out of its supernet one at a time.
+
+    Args:
+        subnet: An `empty_model` of the subnet, which tells the names and the sizes to cut to.
+        shape: The shape as given to the supernet, dropped layers included.
+        load: Returns a tensor of the supernet by name, from memory or from disk. Each is asked for when it is needed.
+
+    A tensor that is not narrowed is yielded as `load` returned it.
+    """
+    kept = [layer for layer, width in enumerate(shape) if width]
+    heads = subnet.config.num_attention_heads if subnet.config.head_slicing == "per_head" else 1
+
+    def cut(name: str, size: torch.Size) -> torch.Tensor:
+        """Load a tensor and keep, along each axis, the channels of a layer of that width."""
+        head_axis = (
+            0 if re.search(r"\.self\.(query|key|value)\.", name) else 1 if ".attention.output.dense." in name else -1
+        )
+        tensor = load(name)
+        for axis, width in enumerate(size):
+            tensor = channels(tensor, axis, width, heads if axis == head_axis else 1)
+        return tensor
+
+    def bottleneck(prefix: str, index: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield weight and bias of the subnet's input bottleneck `index`, merged with the one before it."""
+        entry, width = f"{prefix}input_bottleneck.{kept[index]}", shape[kept[index]]
+        weight, bias = load(f"{entry}.weight")[:width], load(f"{entry}.bias")[:width]
+        if index > 0:
+            exit, source = f"{prefix}output_bottleneck.{kept[index - 1]}", shape[kept[index - 1]]
+            weight, bias = merge(load(f"{exit}.weight")[:, :source], load(f"{exit}.bias"), weight, bias)
+        yield f"{prefix}input_bottleneck.{index}.weight", weight
+        yield f"{prefix}input_bottleneck.{index}.bias", bias
+
+    tied = subnet.all_tied_weights_keys
+    for name, target in subnet.state_dict().items():
+        part = re.match(r"(?P<prefix>.*encoder\.)(?P<kind>\w+)\.(?P<index>\d+)\.(?P<rest>.*)", name)
+        if name in tied:
+            continue
+        if part is None:
+            yield name, load(name)
+        elif part["kind"] == "layer":
+            yield name, cut(f"{part['prefix']}layer.{kept[int(part['index'])]}.{part['rest']}", target.shape)
+        elif part["kind"] == "output_bottleneck":
+            yield name, cut(f"{part['prefix']}output_bottleneck.{kept[-1]}.{part['rest']}", target.shape)
+        elif part["rest"] == "weight":  # weight and bias of a merged bottleneck come out of one product
+            yield from bottleneck(part["prefix"], int(part["index"]))
