@@ -7,10 +7,10 @@ from conftest import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM
-from supershaper_hf.model.costs import training_flops
+from supershaper_hf.model.costs import flops_cost, training_flops
 
 
-SPACE = SearchSpace(tiny_config())
+SPACE = SearchSpace.from_config(tiny_config())
 SHAPES = [[8, 20, 36], [48, 48, 48], [0, 36, 8], [20, 0, 48], [36, 8, 0], [0, 20, 0]]
 
 
@@ -34,9 +34,45 @@ def test_one_shape_gives_an_int():
 
 
 def test_head_slicing_changes_no_cost():
-    per_head = SearchSpace(tiny_config(head_slicing="per_head"))
+    per_head = SearchSpace.from_config(tiny_config(head_slicing="per_head"))
     assert per_head.num_parameters(SHAPES[0]) == SPACE.num_parameters(SHAPES[0])
     assert per_head.flops(SHAPES[0], 24) == SPACE.flops(SHAPES[0], 24)
+
+
+@pytest.mark.parametrize("length", [0, -1, 2.5, 24.0, True, "24", None, float("nan")], ids=str)
+def test_length_that_is_no_number_of_tokens_is_refused(length):
+    with pytest.raises(ValueError, match=r"sequence_length=.* must be an integer of at least 1"):
+        SPACE.flops([8, 0, 36], length)
+
+
+def test_integers_of_numpy_are_lengths():
+    assert SPACE.flops([8, 0, 36], np.uint8(200)) == SPACE.flops([8, 0, 36], 200)
+
+
+def exact_flops(shape, length):
+    """Operations of a shape without dropped layers, in Python's integers."""
+    cost, sources = flops_cost(SPACE.config, length), [48, *shape[:-1]]
+    layers = sum(cost.enter(source, width) + cost.layer(width) for source, width in zip(sources, shape))
+    return cost.fixed + layers + cost.leave(shape[-1])
+
+
+@pytest.mark.parametrize("exponent", [3, 6, 8, 9, 12, 18, 19, 400])
+def test_flops_of_long_inputs_are_exact_or_refused(exponent):
+    """4 * length ** 2 * 3 * 48 passes 2 ** 63 between 10 ** 8 and 10 ** 9 tokens."""
+    length, shapes = 10**exponent, [[8, 20, 36], [48, 48, 48]]
+    if exponent < 9:
+        assert SPACE.flops(shapes, length).tolist() == [exact_flops(shape, length) for shape in shapes]
+    else:
+        with pytest.raises(ValueError, match="has more flops than 64 bits can count"):
+            SPACE.flops(shapes, length)
+
+
+def test_more_parameters_than_can_be_counted_are_refused():
+    config = tiny_config(vocab_size=10**18)
+    with pytest.raises(ValueError, match="The largest shape has more parameters than 64 bits can count"):
+        SearchSpace.from_config(config).num_parameters([8, 20, 36])
+    many = SearchSpace.from_config(tiny_config(vocab_size=10**17))
+    assert many.num_parameters([8, 20, 36]) == SPACE.num_parameters([8, 20, 36]) + (10**17 - 61) * 49
 
 
 # Training
@@ -68,6 +104,11 @@ def test_training_flops_of_several_shapes_are_their_sum():
 def test_training_flops_of_a_subnet_are_those_of_its_shape():
     subnet = tiny_config().subnet_config([8, 0, 36])
     assert training_flops(subnet, [[8, 36]], 4, 9, 5) == training_flops(tiny_config(), [[8, 0, 36]], 4, 9, 5)
+
+
+def test_training_flops_never_overflow():
+    one, many = (training_flops(tiny_config(), SHAPES, count, 10**7, count) for count in (1, 10**12))
+    assert many == 10**12 * one > 2**63
 
 
 def test_training_flops_of_a_large_run_are_an_exact_integer():

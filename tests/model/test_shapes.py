@@ -14,9 +14,9 @@ from supershaper_hf.model.shapes import DISTRIBUTIONS, PROFILES, SHAPE_NAMES
 
 
 GOLDEN = json.loads((Path(__file__).with_name("params_golden.json")).read_text())
-PAPER = SearchSpace(SuperShaperConfig(vocab_size=28996))
-TINY = SearchSpace(tiny_config())
-SIX_LAYERS = SearchSpace(
+PAPER = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996))
+TINY = SearchSpace.from_config(tiny_config())
+SIX_LAYERS = SearchSpace.from_config(
     SuperShaperConfig(vocab_size=500, hidden_size=384, num_hidden_layers=6, intermediate_size=1536)
 )
 
@@ -46,7 +46,9 @@ def test_golden_table_is_what_subnets_store(row):
 def test_num_parameters_is_what_the_subnet_stores(shape, tied):
     config = tiny_config(tie_word_embeddings=tied)
     subnet = SuperShaperForMaskedLM(config).extract_subnet(shape)
-    assert SearchSpace(config).num_parameters(shape) == sum(parameter.numel() for parameter in subnet.parameters())
+    assert SearchSpace.from_config(config).num_parameters(shape) == sum(
+        parameter.numel() for parameter in subnet.parameters()
+    )
 
 
 def test_num_parameters_of_many_shapes_are_those_of_each():
@@ -147,6 +149,12 @@ def distance_from_uniform(positions):
     return max(np.abs(ordered - steps[1:]).max(), np.abs(ordered - steps[:-1]).max())
 
 
+def test_draws_by_budget_are_those_of_earlier_versions():
+    """A run that goes on with a newer version trains the shapes it would have trained."""
+    assert TINY.sample(4, (5, 7), "budget", 0.3).tolist() == [[0, 48, 48], [0, 20, 0], [8, 20, 0], [0, 20, 0]]
+    assert SIX_LAYERS.sample(2, 3, "budget").tolist() == [[96, 288, 288, 288, 336, 336], [240, 288, 48, 288, 144, 240]]
+
+
 def test_uniform_draws_are_those_of_earlier_versions():
     for seed in (3, (3, 1)):
         expected = np.random.default_rng(seed).choice(TINY.width_choices, size=(20, 3))
@@ -160,7 +168,7 @@ def test_draws_depend_on_the_seed_alone(distribution, drop_rate):
     np.random.seed(7)
     TINY.sample(5, (3, 2), distribution, drop_rate)
     assert np.array_equal(TINY.sample(20, (3, 1), distribution, drop_rate), first)
-    assert np.array_equal(SearchSpace(tiny_config()).sample(20, [3, 1], distribution, drop_rate), first)
+    assert np.array_equal(SearchSpace.from_config(tiny_config()).sample(20, [3, 1], distribution, drop_rate), first)
 
 
 def test_every_seed_and_step_draws_its_own_shapes(distribution):
@@ -179,7 +187,7 @@ def test_sampled_shapes_are_allowed(distribution, drop_rate):
 
 
 def test_space_of_one_shape_can_be_sampled(distribution):
-    space = SearchSpace(tiny_config(width_choices=[48]))
+    space = SearchSpace.from_config(tiny_config(width_choices=[48]))
     assert space.sample(2, 0, distribution).tolist() == [[48, 48, 48]] * 2
 
 
@@ -277,20 +285,21 @@ def test_one_random_layer_survives_when_all_would_be_dropped(distribution):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n": -1}, "n=-1 shapes cannot be drawn. Allowed: 0 or more."),
+        ({"num_shapes": -1}, "num_shapes=-1 must be an integer of at least 0."),
+        ({"num_shapes": 2.0}, "num_shapes=2.0 must be an integer of at least 0."),
         (
             {"distribution": "normal"},
-            "Unknown distribution='normal'. Allowed: 'uniform', 'parameters', 'budget'.",
+            "distribution='normal' is unknown. Allowed: 'uniform', 'parameters', 'budget'.",
         ),
-        ({"drop_rate": -0.1}, "drop_rate=-0.1 must be at least 0 and below 1"),
-        ({"drop_rate": 1}, "drop_rate=1 must be at least 0 and below 1"),
-        ({"drop_rate": float("nan")}, "drop_rate=nan must be at least 0 and below 1"),
+        ({"drop_rate": -0.1}, "drop_rate=-0.1 must be a finite number at least 0 and below 1"),
+        ({"drop_rate": 1}, "drop_rate=1 must be a finite number at least 0 and below 1"),
+        ({"drop_rate": float("nan")}, "drop_rate=nan must be a finite number at least 0 and below 1"),
     ],
     ids=str,
 )
 def test_wrong_arguments_of_sample_are_refused(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        TINY.sample(**{"n": 3, "seed": 0, **arguments})
+        TINY.sample(**{"num_shapes": 3, "seed": 0, **arguments})
 
 
 # Named shapes

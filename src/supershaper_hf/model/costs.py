@@ -1,8 +1,8 @@
 """What a subnet costs: parameters and floating-point operations of many shapes at once, without building any.
 
-Both, and the seconds of a `latency.LatencyTable`, are sums of terms that involve one layer, or one layer and the kept
-layer before it. `ChainCost` holds these terms: `chain_cost` adds them up for every row of an array of shapes, and
-`search.py` minimises over the same terms exactly.
+Both costs, and the seconds of a `latency.LatencyTable`, are sums of terms that involve one layer, or one layer and the
+kept layer before it. `ChainCost` holds these terms. `chain_cost` adds them up for every row of an array of shapes, and
+`search/pareto.py` minimises over the same terms exactly.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ..checks import check_count
 from .configuration_supershaper import SuperShaperConfig
 
 
@@ -18,10 +19,12 @@ class ChainCost(NamedTuple):
 
     Attributes:
         name: `"parameters"`, `"flops"` or `"latency"` (seconds).
-        fixed: What every shape costs: embeddings and head. An int if all terms are integers, else a float.
-        enter: Cost of the bottleneck from a source width (`hidden_size` for the embeddings) to a layer of a width.
-        layer: Cost of a layer of a width.
-        leave: Cost of the bottleneck from the last kept layer's width back to `hidden_size`.
+        fixed: Cost of the embeddings and the head, which every shape has. It is an int if all terms are integers, else
+            a float.
+        enter: Function of two widths: the cost of the bottleneck from the first (`hidden_size` for the embeddings) to
+            the second.
+        layer: Function of one width: the cost of a layer of this width.
+        leave: Function of one width: the cost of the bottleneck from the last kept layer to `hidden_size`.
     """
 
     name: str
@@ -32,19 +35,24 @@ class ChainCost(NamedTuple):
 
 
 class HasChainCost(Protocol):
-    """A cost that is made for one configuration, such as a `latency.LatencyTable`."""
+    """An object that has a cost for a configuration, such as a `latency.LatencyTable`."""
 
     def chain_cost(self, config: SuperShaperConfig) -> ChainCost: ...
 
 
-Cost = str | HasChainCost  # as users name it: "parameters", "flops", or a latency table
+Cost = str | HasChainCost  # what users give: "parameters", "flops", or a latency table
 
 
 def resolve_cost(cost: Cost, config: SuperShaperConfig, sequence_length: int = 128) -> ChainCost:
-    """Return the terms of a cost given as `"parameters"`, `"flops"` (of `sequence_length` tokens) or a latency table.
+    """Return the terms of a cost.
+
+    Args:
+        cost: `"parameters"`, `"flops"`, or a latency table.
+        config: Configuration of the supernet.
+        sequence_length: Number of tokens for `"flops"`.
 
     Raises:
-        ValueError: If the cost is none of these, or the table does not fit the configuration.
+        ValueError: If the cost is none of these, the table does not fit the configuration, or a number is too large.
     """
     if not isinstance(cost, str):
         return cost.chain_cost(config)
@@ -54,7 +62,7 @@ def resolve_cost(cost: Cost, config: SuperShaperConfig, sequence_length: int = 1
 
 
 def chain_cost(cost: ChainCost, hidden_size: int, shapes: np.ndarray) -> np.ndarray:
-    """Return the (n,) costs of integer `shapes` (n, layers); a width of 0 passes the width before it on."""
+    """Return the (n,) costs of integer `shapes` (n, layers). A layer of width 0 passes the width before it on."""
     total = np.full(len(shapes), cost.fixed)  # integers where the terms are
     source = np.full(len(shapes), hidden_size, dtype=np.int64)
     for width in np.asarray(shapes, dtype=np.int64).T:
@@ -65,37 +73,57 @@ def chain_cost(cost: ChainCost, hidden_size: int, shapes: np.ndarray) -> np.ndar
 
 
 def parameter_cost(config: SuperShaperConfig) -> ChainCost:
-    """Count every tensor that the masked-LM subnet stores once, tied weights once.
+    """Count the parameters of the masked-LM subnet, tied weights once.
 
-    The published figures of the 2021 paper leave out the decoder's bias and count the head's LayerNorm at the last
-    layer's width, so they are slightly lower.
+    The figures of the 2021 paper are slightly lower: they leave out the bias of the decoder, and count the LayerNorm of
+    the head at the width of the last layer.
+
+    Raises:
+        ValueError: If a shape of `config` has more parameters than 64 bits can count.
     """
     full, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     embeddings = (vocab + config.max_position_embeddings + config.type_vocab_size + 2) * full
     head = full * full + full + 2 * full + vocab + (0 if config.tie_word_embeddings else vocab * full)
-    return ChainCost(
+    cost = ChainCost(
         "parameters",
         fixed=embeddings + head,
         enter=lambda source, width: source * width + width,
         layer=lambda width: 4 * (width * width + width) + 2 * ffn * width + ffn + width + 4 * width,
         leave=lambda width: width * full + full,
     )
+    return _countable(cost, config, "Use smaller sizes.")
 
 
 def flops_cost(config: SuperShaperConfig, sequence_length: int) -> ChainCost:
     """Count the floating-point operations of one forward pass of the masked-LM subnet over one sequence.
 
-    Two for each multiply-add of a matrix product, the masked-LM head on every position included; element-wise work
-    (LayerNorm, softmax, activations, biases) is left out, as in `torch.utils.flop_counter`.
+    A multiplication and an addition in a matrix product count as two operations. The masked-LM head is counted on every
+    position. Element-wise work (LayerNorm, softmax, activations, biases) is not counted, as in
+    `torch.utils.flop_counter`.
+
+    Raises:
+        ValueError: If `sequence_length` is not an integer of at least 1, or a shape of `config` needs more operations
+            than 64 bits can count.
     """
-    full, ffn, vocab, length = config.hidden_size, config.intermediate_size, config.vocab_size, sequence_length
-    return ChainCost(
+    check_count("sequence_length", sequence_length)
+    full, ffn, vocab, length = config.hidden_size, config.intermediate_size, config.vocab_size, int(sequence_length)
+    cost = ChainCost(
         "flops",
         fixed=2 * length * full * (full + vocab),
         enter=lambda source, width: 2 * length * source * width,
         layer=lambda width: 2 * length * (4 * width * width + 2 * ffn * width) + 4 * length * length * width,
         leave=lambda width: 2 * length * width * full,
     )
+    return _countable(cost, config, f"Use a smaller sequence_length than {length:,}.")
+
+
+def _countable(cost: ChainCost, config: SuperShaperConfig, advice: str) -> ChainCost:
+    """Return `cost` if that of the largest shape fits into 64 bits: many shapes are counted in an integer array."""
+    full = config.hidden_size
+    largest = cost.fixed + config.num_hidden_layers * (cost.enter(full, full) + cost.layer(full)) + cost.leave(full)
+    if largest > np.iinfo(np.int64).max:
+        raise ValueError(f"The largest shape has more {cost.name} than 64 bits can count. {advice}")
+    return cost
 
 
 def training_flops(
@@ -104,16 +132,16 @@ def training_flops(
     """Count the operations of training on one batch at each of `shapes`, forward and backward.
 
     The backward pass of a matrix product is two products of the same size. The masked-LM head runs on the labelled
-    positions only. An outside teacher is not counted.
+    positions only. A separate teacher model is not counted.
 
     Args:
-        config: Of the supernet or subnet.
-        shapes: The shapes trained on the batch, one hidden size per layer each.
-        sequences: Sequences in the batch.
-        length: Tokens of each, padding included.
-        labelled: Labelled tokens in the batch.
+        config: Configuration of the supernet or subnet.
+        shapes: The shapes that are trained on the batch, with one hidden size per layer.
+        sequences: Number of sequences in the batch.
+        length: Number of tokens in each sequence, padding included.
+        labelled: Number of labelled tokens in the batch.
     """
     full, cost = config.hidden_size, flops_cost(config, length)
-    encoder = chain_cost(cost._replace(fixed=0), full, np.array(shapes)).sum()
-    head = len(shapes) * 2 * labelled * full * (full + config.vocab_size)
-    return 3 * int(sequences * encoder + head)
+    encoder = sum(chain_cost(cost._replace(fixed=0), full, np.array(shapes)).tolist())  # Python integers never overflow
+    head = len(shapes) * 2 * int(labelled) * full * (full + config.vocab_size)
+    return 3 * (int(sequences) * encoder + head)

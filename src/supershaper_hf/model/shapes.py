@@ -17,12 +17,13 @@ from typing import overload
 
 import numpy as np
 
+from ..checks import check_choice, check_count, check_number
 from .configuration_supershaper import SuperShaperConfig
 from .costs import ChainCost, chain_cost, flops_cost, parameter_cost
 
 
-# Relative widths from the first layer to the last. The hand-crafted ones are the paper's comparisons at 63-65 M
-# parameters; "supershaper" is its published heuristic: first layer at the mean, 2-4 narrow, the top wide.
+# Relative widths from the first layer to the last. With the hand-crafted ones the paper compares its result at 63 to
+# 65 M parameters. "supershaper" is the rule that it derives: layer 1 at the mean, layers 2 to 4 narrow, the top wide.
 PROFILES: dict[str, Sequence[float]] = {
     "rectangle": [1] * 12,
     "bottle": [120] * 6 + [600] * 5 + [768],
@@ -36,19 +37,12 @@ PROFILES: dict[str, Sequence[float]] = {
 SHAPE_NAMES = [*PROFILES, "first_layers"]
 
 DISTRIBUTIONS = ("uniform", "parameters", "budget")
-CANDIDATES = 8  # shapes drawn for each budget, of which the nearest is kept; 1 is visibly uneven, 32 hardly better
+CANDIDATES = 8  # Shapes drawn for each budget. The nearest is kept. With 1 sizes are unevenly spread, 32 hardly help.
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All shapes of one supernet: `width_choices` for every layer.
-
-    Args:
-        config: The supernet's configuration.
-
-    Raises:
-        ValueError: If `config` belongs to a subnet, which has one shape only.
-    """
+    """All shapes of one supernet: each layer takes one of its `width_choices`. Make it with `from_config`."""
 
     config: SuperShaperConfig
 
@@ -61,14 +55,29 @@ class SearchSpace:
 
     @classmethod
     def from_config(cls, config: SuperShaperConfig) -> "SearchSpace":
+        """Return the search space of a supernet.
+
+        Args:
+            config: The supernet's configuration.
+
+        Raises:
+            ValueError: If `config` belongs to a subnet, which has only one shape.
+
+        Example:
+            >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2)
+            >>> SearchSpace.from_config(config).largest
+            [96, 96]
+        """
         return cls(config)
 
     @property
     def width_choices(self) -> list[int]:
+        """The hidden sizes that a layer can have, from the smallest to the largest."""
         return list(self.config.width_choices or [])
 
     @property
     def num_layers(self) -> int:
+        """Number of layers of the supernet."""
         return self.config.num_hidden_layers
 
     @property
@@ -78,6 +87,7 @@ class SearchSpace:
 
     @property
     def largest(self) -> list[int]:
+        """Every layer at the largest width choice."""
         return [self.width_choices[-1]] * self.num_layers
 
     @property
@@ -86,90 +96,103 @@ class SearchSpace:
         return [self.width_choices[0]] * self.num_layers
 
     def validate(self, shape: Sequence[int]) -> list[int]:
-        """Return `shape` as a list of Python integers, or raise: see `SuperShaperConfig.normalize_shape`."""
+        """Return `shape` as a list of Python integers, or raise as `SuperShaperConfig.normalize_shape` does."""
         return self.config.normalize_shape(shape)
 
     def sample(
-        self, n: int, seed: int | Sequence[int], distribution: str = "uniform", drop_rate: float = 0.0
+        self, num_shapes: int, seed: int | Sequence[int], distribution: str = "uniform", drop_rate: float = 0.0
     ) -> np.ndarray:
-        """Draw `n` shapes, an integer array (n, layers), from `seed` alone.
+        """Draw `num_shapes` shapes as an integer array (num_shapes, layers).
 
-        The same seed gives the same shapes everywhere; `seed=(seed, step)` gives each training step its own.
+        They depend on the arguments alone: the same seed gives the same shapes on every machine. `seed=(seed, step)`
+        gives shapes of its own to each training step.
 
         Args:
-            n: Number of shapes.
+            num_shapes: Number of shapes.
             seed: A non-negative integer, or a sequence of them.
-            distribution: `"uniform"`: each layer's width uniform over the choices, as in the paper.
-                `"parameters"`: in proportion to the parameters of a layer of that width, so wide layers are seen more
-                often. `"budget"`: uniform over the number of parameters of the subnet, from the smallest to the
-                largest, so that small and large subnets are seen equally often; under the other two, sums over many
-                layers crowd in the middle. The range is cut into `n` equal slices, and one shape is drawn near a
-                random point of each, in random order.
-            drop_rate: Probability of each layer to be dropped after its width is drawn. A shape that would lose every
-                layer keeps one, drawn at random. Budgets are met before dropping.
+            distribution: How widths are drawn. `"uniform"`, as in the paper: each layer takes each width equally often.
+                `"parameters"`: a layer takes a width in proportion to the parameters of a layer of that width, so
+                wide layers are drawn more often. `"budget"`: the numbers of parameters are spread evenly from the
+                smallest subnet to the largest, so small and large subnets are drawn equally often. With the other two
+                most subnets are of middle size, because the widths of many layers add up. For `"budget"` the range is
+                cut into `num_shapes` equal slices, and one shape is drawn near a random point of each, in random order.
+            drop_rate: Probability that a layer is dropped after its width was drawn. A shape that would lose every
+                layer keeps a random one. Budgets are met before layers are dropped.
 
         Raises:
-            ValueError: If `n` is negative, the distribution unknown, or the rate outside [0, 1).
+            ValueError: If `num_shapes` is not an integer of at least 0, the distribution is unknown, or the rate is
+                outside [0, 1).
 
         Example:
             >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=4)
-            >>> SearchSpace(config).sample(2, seed=(0, 1), distribution="budget", drop_rate=0.25)
+            >>> space = SearchSpace.from_config(config)
+            >>> space.sample(2, seed=(0, 1), distribution="budget", drop_rate=0.25)
             array([[24, 40,  0, 24],
                    [ 0, 96, 80, 96]])
         """
-        if n < 0:
-            raise ValueError(f"n={n} shapes cannot be drawn. Allowed: 0 or more.")
-        if distribution not in DISTRIBUTIONS:
-            raise ValueError(f"Unknown distribution={distribution!r}. Allowed: {', '.join(map(repr, DISTRIBUTIONS))}.")
-        if not 0 <= drop_rate < 1:
-            raise ValueError(
-                f"drop_rate={drop_rate} must be at least 0 and below 1: the probability of each layer to be dropped. "
-                "Use 0 to drop none."
-            )
+        check_count("num_shapes", num_shapes, least=0)
+        check_choice("distribution", distribution, DISTRIBUTIONS)
+        check_number("drop_rate", drop_rate, least=0, below=1)
         random = np.random.default_rng(seed)
         if distribution == "budget":
-            shapes = self._sample_budgets(n, random)
+            shapes = self._sample_budgets(num_shapes, random)
         else:
             sizes = parameter_cost(self.config).layer(np.array(self.width_choices))
             odds = None if distribution == "uniform" else sizes / sizes.sum()
-            shapes = random.choice(self.width_choices, size=(n, self.num_layers), p=odds)
+            shapes = random.choice(self.width_choices, size=(num_shapes, self.num_layers), p=odds)
         if drop_rate:
             dropped = random.random(shapes.shape) < drop_rate
-            survivor = random.integers(self.num_layers, size=n)
+            kept = random.integers(self.num_layers, size=num_shapes)  # the layer that stays if all were to be dropped
             emptied = dropped.all(axis=1)
-            dropped[emptied, survivor[emptied]] = False
+            dropped[emptied, kept[emptied]] = False
             shapes[dropped] = 0
         return shapes
 
-    def _sample_budgets(self, n: int, random: np.random.Generator) -> np.ndarray:
-        """Draw one shape near each of `n` numbers of parameters that are spread evenly over the space's range.
+    def _sample_budgets(self, num_shapes: int, random: np.random.Generator) -> np.ndarray:
+        """Draw one shape near each of `num_shapes` numbers of parameters, which are spread over the space's range.
 
-        Widths are drawn independently from p(w) ~ exp(tilt * cost(w)), the distribution of largest entropy for its mean
-        cost, so layers stay as diverse as the budget allows. The mean number of parameters rises with the tilt: a table
-        of both tells the tilt of each budget. Single draws scatter around the mean, so the nearest of a few is kept.
+        1. Draw the budgets, one in each of `num_shapes` equal slices of the range.
+        2. The width of each layer is drawn on its own, from p(w) ~ exp(tilt * parameters(w)). Of all distributions with
+           the same mean size this one has the largest entropy, so the layers of a shape stay as unlike as possible.
+        3. The mean number of parameters rises with the tilt. A table of both gives the tilt of each budget.
+        4. Single shapes scatter around this mean, so `CANDIDATES` are drawn and the nearest is kept.
         """
-        smallest, largest = self.num_parameters(self.smallest), self.num_parameters(self.largest)
-        budgets = smallest + (largest - smallest) * (random.permutation(n) + random.random(n)) / n
+        budgets = self._draw_budgets(num_shapes, random)
+        odds = self._tilted_odds(self._tilts_of(budgets))  # (num_shapes, choices)
+        bounds = odds.cumsum(axis=1)[:, None, None, :-1]
+        picks = (random.random((num_shapes, CANDIDATES, self.num_layers, 1)) > bounds).sum(axis=-1)
+        candidates = np.array(self.width_choices)[picks]  # (num_shapes, CANDIDATES, layers)
+        rows = candidates.reshape(-1, self.num_layers)
+        sizes = chain_cost(parameter_cost(self.config), self.config.hidden_size, rows)
+        distances = np.abs(sizes.reshape(num_shapes, CANDIDATES) - budgets[:, None])
+        return candidates[np.arange(num_shapes), distances.argmin(axis=1)]
 
-        full, layers, choices = self.config.hidden_size, self.num_layers, np.array(self.width_choices)
-        cost = parameter_cost(self.config)
-        # Mean parameters of widths drawn from p: fixed + p . alone + p . paired . p
+    def _draw_budgets(self, num_shapes: int, random: np.random.Generator) -> np.ndarray:
+        """Return a random number of parameters from each of `num_shapes` equal slices, in random order."""
+        smallest, largest = self.num_parameters(self.smallest), self.num_parameters(self.largest)
+        slices = random.permutation(num_shapes) + random.random(num_shapes)
+        return smallest + (largest - smallest) * slices / num_shapes
+
+    def _tilts_of(self, budgets: np.ndarray) -> np.ndarray:
+        """Return the tilts at which shapes have these numbers of parameters on average."""
+        cost, full, layers = parameter_cost(self.config), self.config.hidden_size, self.num_layers
+        choices = np.array(self.width_choices)
+        tilts = np.sinh(
+            np.linspace(-7, 7, 141)
+        )  # -548: every layer has the smallest width; 0: uniform; 548: the largest
+        odds = self._tilted_odds(tilts)
+        # Terms of one width: into the first layer, all layers, out of the last one. Terms of two: between layers.
         alone = cost.enter(full, choices) + layers * cost.layer(choices) + cost.leave(choices)
         paired = (layers - 1) * cost.enter(choices[:, None], choices)
+        means = cost.fixed + odds @ alone + ((odds @ paired) * odds).sum(axis=1)
+        return np.interp(budgets, means, tilts)
 
-        def odds(tilts: np.ndarray) -> np.ndarray:
-            exponents = np.outer(tilts, cost.layer(choices) / cost.layer(full))
-            odds = np.exp(exponents - exponents.max(axis=1, keepdims=True))
-            return odds / odds.sum(axis=1, keepdims=True)
-
-        tilts = np.sinh(np.linspace(-7, 7, 141))  # from all at the smallest width (-548) over uniform to the largest
-        table = odds(tilts)
-        means = cost.fixed + table @ alone + ((table @ paired) * table).sum(axis=1)
-        bounds = odds(np.interp(budgets, means, tilts)).cumsum(axis=1)[:, None, None, :-1]
-        picks = (random.random((n, CANDIDATES, layers, 1)) > bounds).sum(axis=-1)
-        candidates = choices[picks]  # (n, CANDIDATES, layers)
-        counts = chain_cost(cost, full, candidates.reshape(-1, layers)).reshape(n, CANDIDATES)
-        return candidates[np.arange(n), np.abs(counts - budgets[:, None]).argmin(axis=1)]
+    def _tilted_odds(self, tilts: np.ndarray) -> np.ndarray:
+        """Return the probability of each width choice at each tilt, as an array (tilts, choices)."""
+        layer = parameter_cost(self.config).layer
+        exponents = np.outer(tilts, layer(np.array(self.width_choices)) / layer(self.config.hidden_size))
+        odds = np.exp(exponents - exponents.max(axis=1, keepdims=True))
+        return odds / odds.sum(axis=1, keepdims=True)
 
     @overload
     def num_parameters(self, shapes: Sequence[int]) -> int: ...
@@ -182,7 +205,17 @@ class SearchSpace:
             shapes: One shape or many, see `shape_rows`.
 
         Returns:
-            An int for one shape, an integer array (n,) for many.
+            An int for one shape, an integer array (n,) for n shapes.
+
+        Raises:
+            ValueError: If a shape is not allowed.
+
+        Example:
+            >>> space = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996))
+            >>> space.num_parameters([360] * 12)
+            58108612
+            >>> space.num_parameters([space.smallest, space.largest])
+            array([ 33219652, 116018500])
         """
         return self._cost(parameter_cost(self.config), shapes)
 
@@ -191,7 +224,22 @@ class SearchSpace:
     @overload
     def flops(self, shapes: np.ndarray, sequence_length: int) -> "int | np.ndarray": ...
     def flops(self, shapes, sequence_length):
-        """Return the operations of one forward pass over one sequence of `sequence_length` tokens: see `costs`."""
+        """Return the floating-point operations of one forward pass of the masked-LM subnet at each shape.
+
+        Args:
+            shapes: One shape or many, see `shape_rows`.
+            sequence_length: Number of tokens of the one sequence.
+
+        Returns:
+            An int for one shape, an integer array (n,) for n shapes. See `costs.flops_cost` for what is counted.
+
+        Raises:
+            ValueError: If a shape is not allowed, or `sequence_length` is not an integer of at least 1 or too large.
+
+        Example:
+            >>> SearchSpace.from_config(SuperShaperConfig(vocab_size=28996)).flops([360] * 12, sequence_length=128)
+            15028764672
+        """
         return self._cost(flops_cost(self.config, sequence_length), shapes)
 
     def named_shape(self, name: str, max_parameters: int) -> list[int]:
@@ -199,11 +247,16 @@ class SearchSpace:
 
         Args:
             name: One of `SHAPE_NAMES`. A profile is stretched over the layers, scaled, and rounded to the nearest
-                width choices; `"first_layers"` keeps the first layers at full width and drops the rest.
-            max_parameters: Budget in parameters of the masked-LM subnet.
+                width choices. `"first_layers"` keeps the first layers at full width and drops the rest.
+            max_parameters: Largest number of parameters of the masked-LM subnet.
 
         Raises:
-            ValueError: If the name is unknown, or even the smallest shape of this profile exceeds the budget.
+            ValueError: If the name is unknown, or even the smallest shape of this profile has more parameters.
+
+        Example:
+            >>> space = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996))
+            >>> space.named_shape("diamond", max_parameters=63_000_000)
+            [120, 240, 360, 480, 480, 480, 768, 480, 480, 360, 240, 120]
         """
         if name == "first_layers":
             candidates = np.tril(np.full((self.num_layers, self.num_layers), self.config.hidden_size))
@@ -217,31 +270,36 @@ class SearchSpace:
         """Return the largest shape with these relative widths whose subnet has at most `max_parameters`.
 
         Args:
-            profile: Positive relative widths from the first layer to the last, in any unit; stretched over the layers,
-                scaled, and rounded to the nearest width choices.
-            max_parameters: Budget in parameters of the masked-LM subnet.
+            profile: Positive relative widths from the first layer to the last, in any unit. They are stretched over the
+                layers, scaled, and rounded to the nearest width choices.
+            max_parameters: Largest number of parameters of the masked-LM subnet.
 
         Raises:
-            ValueError: If a relative width is not positive, or even the smallest such shape exceeds the budget.
+            ValueError: If a relative width is not positive, or even the smallest such shape has more parameters.
+
+        Example:
+            >>> space = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996))
+            >>> space.profile_shape([1, 1, 2], max_parameters=63_000_000)
+            [240, 240, 240, 240, 240, 240, 360, 360, 480, 480, 540, 600]
         """
         if len(profile) == 0 or not np.all(np.isfinite(profile) & (np.asarray(profile) > 0)):
             raise ValueError(f"profile={list(profile)} must be positive numbers: relative widths, first layer first.")
         return self._largest_within(max_parameters, self._scaled(profile), "scaled")
 
     def _largest_within(self, max_parameters: int, candidates: np.ndarray, name: str) -> list[int]:
-        """Return the last of `candidates`, which grow, that has at most `max_parameters`."""
+        """Return the last of `candidates` (n, layers) with at most `max_parameters`. They are sorted by size."""
         sizes = self._cost(parameter_cost(self.config), candidates)
         fits = np.flatnonzero(sizes <= max_parameters)
         if len(fits) == 0:
             raise ValueError(
                 f"max_parameters={max_parameters:,} is below the smallest {name} subnet, which has {sizes.min():,} "
                 f"parameters (the smallest subnet of any shape without dropped layers: "
-                f"{self.num_parameters(self.smallest):,}). Raise the budget."
+                f"{self.num_parameters(self.smallest):,}). Use a larger max_parameters."
             )
         return candidates[fits[-1]].tolist()
 
     def _scaled(self, profile: Sequence[float]) -> np.ndarray:
-        """Return every shape that the profile takes on as its scale grows, from the smallest to the largest."""
+        """Return every shape that the profile becomes as its scale grows, from the smallest to the largest."""
         stretched = np.interp(np.linspace(0, 1, self.num_layers), np.linspace(0, 1, len(profile)), profile)
         choices = np.array(self.width_choices)
         # A layer's rounded width changes only where its scaled width crosses the middle between two choices.
@@ -267,8 +325,8 @@ class SearchSpace:
 def shape_rows(shapes: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> tuple[np.ndarray, bool]:
     """Return one shape or many as an integer array (n, layers), and whether it was one.
 
-    Every function that takes `shapes` follows this rule: for one shape, a sequence of integers, it returns one result;
-    for many, a sequence of shapes or an integer array (n, layers), it returns an array of n results.
+    Every function that takes `shapes` follows this rule. For one shape, which is a sequence of integers, it returns one
+    result. For many, which are a sequence of shapes or an integer array (n, layers), it returns an array of n results.
 
     Raises:
         ValueError: If `shapes` is neither, or its widths are not integers.
