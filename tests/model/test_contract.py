@@ -5,6 +5,7 @@ import torch
 import transformers
 from conftest import assert_same, randomize, run, tiny_batch, tiny_bert_config, tiny_config, tiny_model
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -12,6 +13,8 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 
@@ -130,6 +133,31 @@ def test_hidden_states_are_the_embeddings_and_each_kept_layer(model_class):
         (sequences, 9, 20),
         (sequences, 9, 48),
     ]
+
+
+@pytest.mark.parametrize("shape", [[20, 36, 8], [48, 8, 20]], ids=str)
+def test_states_are_brought_to_the_hidden_size_as_the_docstring_says(shape, head_slicing):
+    """The state after layer i becomes what the supernet would return if layer i were its last."""
+    model, batch = tiny_model(SuperShaperModel, head_slicing=head_slicing), tiny_batch()
+    config, states = model.config, model(**batch, shape=shape, output_hidden_states=True).hidden_states
+    for i, state in enumerate(states[1:-1]):
+        assert state.shape[-1] == shape[i]
+        state = nn.functional.pad(state, (0, config.hidden_size - state.shape[-1]))
+        state = model.base_model.encoder.output_bottleneck[i](state)
+        assert_same(state, model(**batch, shape=shape[: i + 1] + [0] * (2 - i)).last_hidden_state)
+    assert states[-1].shape[-1] == config.hidden_size
+
+
+def test_trainer_predicts_with_a_subnet_and_collects_its_states(tmp_path):
+    """States of different widths are collected one by one."""
+    subnet = tiny_model(output_hidden_states=True).extract_subnet([20, 36, 8])
+    rows = [{name: values[row] for name, values in tiny_batch(batch=5).items()} for row in range(5)]
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=2, use_cpu=True, report_to="none", dataloader_pin_memory=False
+    )
+    logits, hidden_states = Trainer(subnet, arguments).predict(rows).predictions
+    assert logits.shape == (5, 9, 61)
+    assert [state.shape for state in hidden_states] == [(5, 9, 48), (5, 9, 20), (5, 9, 36), (5, 9, 48)]
 
 
 def test_last_hidden_state_is_the_last_of_the_hidden_states():

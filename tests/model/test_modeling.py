@@ -206,6 +206,17 @@ def test_subnet_can_be_trained(model_class):
     assert all(parameter.grad is not None for parameter in subnet.base_model.encoder.parameters())
 
 
+@pytest.mark.parametrize("frozen", ["", "embeddings", "layer.0."], ids=["everything", "embeddings", "a layer"])
+def test_parameters_of_a_subnet_are_trainable_where_those_of_the_supernet_are_frozen(frozen, model_class):
+    supernet = tiny_model(model_class)
+    for name, parameter in supernet.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    before = [parameter.requires_grad for parameter in supernet.parameters()]
+    assert not all(before)
+    assert all(parameter.requires_grad for parameter in supernet.extract_subnet([8, 0, 36]).parameters())
+    assert [parameter.requires_grad for parameter in supernet.parameters()] == before
+
+
 def test_subnet_takes_no_shape(model_class):
     subnet = tiny_model(model_class).extract_subnet([8, 0, 36])
     with pytest.raises(ValueError, match=r"it is not elastic\. Pass shape to the supernet it was cut from"):
