@@ -29,7 +29,7 @@ from supershaper_hf import (
 )
 
 
-pytest_plugins = ["training_runs"]
+pytest_plugins = ["publishing", "training_runs"]
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 torch.set_num_threads(1)  # faster than 2 on tensors this small, above all where other jobs run
 

@@ -1,4 +1,4 @@
-"""Checks of arguments that several wings share. Each error names the argument, the value and what is allowed."""
+"""Checks of arguments that several wings share. Each error names the argument, its value and what is allowed."""
 
 import math
 from collections.abc import Iterable
@@ -9,7 +9,13 @@ import numpy as np
 
 
 def check_count(name: str, count: Any, least: int = 1) -> None:
-    """Raise a ValueError unless `count` is an integer, of Python or NumPy, of at least `least`."""
+    """Raise a ValueError unless `count` is an integer of Python or NumPy and at least `least`.
+
+    Example:
+        >>> check_count("max_steps", 0)
+        Traceback (most recent call last):
+        ValueError: max_steps=0 must be an integer of at least 1.
+    """
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < least:
         raise ValueError(f"{name}={count!r} must be an integer of at least {least}.")
 
@@ -23,26 +29,48 @@ def check_number(
     most: float = math.inf,
     below: float = math.inf,
 ) -> None:
-    """Raise a ValueError unless `value` is a finite number, of Python or NumPy, within the bounds.
+    """Raise a ValueError unless `value` is a finite number of Python or NumPy, and within the bounds.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Its value.
+        least: Smallest allowed value.
+        above: Bound that every allowed value is above.
+        most: Largest allowed value.
+        below: Bound that every allowed value is below.
 
     Example:
         >>> check_number("learning_rate", -1.0, above=0)
         Traceback (most recent call last):
         ValueError: learning_rate=-1.0 must be a finite number above 0.
     """
-    number = isinstance(value, Real) and not isinstance(value, (bool, np.bool_)) and math.isfinite(value)
-    if number and least <= value <= most and above < value < below:
+    if _is_finite(value) and least <= value <= most and above < value < below:
         return
     bounds = [
-        f"{word} {bound:g}"
+        f"{word} {bound}"
         for word, bound in (("at least", least), ("above", above), ("at most", most), ("below", below))
         if math.isfinite(bound)
     ]
     raise ValueError(f"{name}={value!r} must be a finite number{' ' * bool(bounds)}{' and '.join(bounds)}.")
 
 
+def _is_finite(value: Any) -> bool:
+    if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that is larger than every float
+        return False
+
+
 def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    """Raise a ValueError unless `value` is one of `allowed`."""
+    """Raise a ValueError unless `value` is one of `allowed`.
+
+    Example:
+        >>> check_choice("sampling", "sandwitch", ["sandwich", "random", "fixed"])
+        Traceback (most recent call last):
+        ValueError: sampling='sandwitch' is unknown. Allowed: 'sandwich', 'random', 'fixed'.
+    """
     allowed = list(allowed)
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown. Allowed: {', '.join(map(repr, allowed))}.")

@@ -1,7 +1,7 @@
-"""What is known of CPU, CUDA and MPS devices: their names, how to wait for them, how fast they multiply matrices.
+"""Devices: what they are called, how to wait for them, and how fast they multiply matrices.
 
-`Clock` stamps the time at which a device reaches a point of the program; `matrix_product_rate` is the peak that a
-training step is compared with.
+This file is the only one that knows how CPU, CUDA and MPS (Apple GPUs) differ. MPS has no float64 tensors, so no
+function here creates one.
 """
 
 import itertools
@@ -15,25 +15,41 @@ from typing import Any
 import numpy as np
 import torch
 
+from .checks import check_choice
 
-EVENTS = ("cuda", "mps")  # device types that run behind the program and stamp the time themselves
+
+# Devices that work while the program goes on. They have events, which record the time at which the device reaches them.
+ASYNCHRONOUS = ("cuda", "mps")
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse_device(device: str | torch.device) -> torch.device:
-    """Return a device that is here and can be timed, or raise a ValueError."""
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """Return `device` if this machine has it and this package can measure times on it.
+
+    Raises:
+        ValueError: If it cannot be used.
+
+    Example:
+        >>> parse_device("cpu")
+        device(type='cpu')
+    """
+    numbers = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
     try:
         found = torch.device(device)
-    except RuntimeError:  # no name of a device
+    except (RuntimeError, TypeError):  # it is not the name of a device
         found = None
-    if found is None or not present.get(found.type):
-        allowed = [kind for kind, here in present.items() if here]
-        raise ValueError(f"device={str(device)!r} is not here or cannot be timed. Allowed: {allowed}.")
+    if found is None or (found.index or 0) >= numbers.get(found.type, 0):
+        allowed = ["cpu", *(f"{kind}:{index}" for kind in ("cuda", "mps") for index in range(numbers[kind]))]
+        raise ValueError(f"device={str(device)!r} is not available on this machine. Allowed: {allowed}.")
     return found
 
 
 def device_name(device: str | torch.device) -> str:
-    """Return the name of a GPU, or of the processor with the number of threads torch uses."""
+    """Return the name of a GPU, or of the processor together with the number of threads that torch uses."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -41,7 +57,7 @@ def device_name(device: str | torch.device) -> str:
 
 
 def local_devices() -> list[str]:
-    """Return the names of the devices of this machine that a table can be measured on."""
+    """Return the names of all devices of this machine on which times can be measured."""
     gpus = [device_name(f"cuda:{index}") for index in range(torch.cuda.device_count())]
     return [device_name("cpu"), *gpus, *([device_name("mps")] if torch.backends.mps.is_available() else [])]
 
@@ -55,50 +71,74 @@ def _processor() -> str:
 
 @dataclass(frozen=True)
 class Clock:
-    """Stamps the time at which a device reaches a point of the program, not the time at which the program asks."""
+    """Records the times at which a device reaches points of the program.
+
+    A GPU reaches a point later than the program does, which only queues its work.
+
+    Example:
+        >>> clock = Clock(torch.device("cpu"))
+        >>> stamps = [clock.stamp() for _ in range(3)]
+        >>> clock.intervals(stamps).shape
+        (2,)
+    """
 
     device: torch.device
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all work in its queue."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type in ASYNCHRONOUS:
+            self._backend.synchronize()
+
+    def stamp(self) -> Any:
+        """Return a time stamp for `intervals`: the time itself, or an event that the device will reach."""
+        if self.device.type not in ASYNCHRONOUS:
+            return time.perf_counter()
+        event = self._backend.Event(enable_timing=True)
+        # Without a stream, an event goes to the current GPU, which may be another one.
+        event.record(*([torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []))
+        return event
+
+    def intervals(self, stamps: Sequence[Any]) -> np.ndarray:
+        """Return the seconds between neighbouring stamps, (stamps - 1,), after the device has reached the last one."""
+        if self.device.type not in ASYNCHRONOUS:
+            return np.diff(stamps)
+        self.synchronize()
+        return np.array([before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(stamps)])
 
     @property
     def _backend(self) -> Any:
         return getattr(torch, self.device.type)
 
-    def synchronize(self) -> None:
-        """Wait for what the device still has to do."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type in EVENTS:
-            self._backend.synchronize()
-
-    def stamp(self) -> Any:
-        if self.device.type not in EVENTS:
-            return time.perf_counter()
-        event = self._backend.Event(enable_timing=True)
-        # By itself an event goes to the current GPU, which need not be this one.
-        event.record(*([torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []))
-        return event
-
-    def intervals(self, stamps: Sequence[Any]) -> np.ndarray:
-        """Return the seconds between neighbouring stamps, (stamps - 1,), once the device has reached the last."""
-        if self.device.type not in EVENTS:
-            return np.diff(stamps)
-        self.synchronize()
-        return np.array([before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(stamps)])
-
 
 def matrix_product_rate(device: torch.device, mixed_precision: str = "no", seconds: float = 0.2) -> float:
-    """Measure the best rate, in FLOP/s, of a square matrix product on `device` in the precision of training.
+    """Measure the highest rate, in FLOP/s, at which `device` multiplies square matrices.
 
-    It is the peak that a training step is compared with: what this machine does, not what its data sheet says.
+    Progress of training is shown as a share of this rate. Unlike the rate in a data sheet it can be reached.
+
+    Args:
+        device: The device.
+        mixed_precision: Precision of training, which is that of the matrices: `"no"` (float32), `"bf16"` or `"fp16"`.
+        seconds: Time to spend. At least one product is measured.
+
+    Raises:
+        ValueError: If `mixed_precision` is another one, such as `"fp8"`.
+
+    Example:
+        >>> matrix_product_rate(torch.device("cpu"), seconds=0.0) > 0
+        True
     """
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+    check_choice("mixed_precision", mixed_precision, PRECISIONS)
     size = 8192 if device.type == "cuda" else 1024
-    left = torch.ones(size, size, device=device, dtype=dtype)  # ones: training's random state stays untouched
+    factor = torch.ones(size, size, device=device, dtype=PRECISIONS[mixed_precision])  # leaves the random state alone
     clock = Clock(device)
+    torch.mm(factor, factor)  # the first product also loads the library
+    clock.synchronize()
     best, deadline = 0.0, time.perf_counter() + seconds
     while best == 0.0 or time.perf_counter() < deadline:
         start = time.perf_counter()
-        torch.mm(left, left)
+        torch.mm(factor, factor)
         clock.synchronize()
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best

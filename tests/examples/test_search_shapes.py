@@ -204,7 +204,7 @@ def test_layers_that_were_dropped_in_an_earlier_search_do_not_harm(inputs, tmp_p
     [
         (["--cost=watts"], "--cost watts is unknown. Allowed: parameters, flops, latency."),
         (["--cost=latency"], "--cost latency and --insensitivity need --latency DEVICE."),
-        (["--latency=gpu"], "device='gpu' is not here or cannot be timed. Allowed: ['cpu'"),
+        (["--latency=gpu"], "device='gpu' is not available on this machine. Allowed: ['cpu'"),
         (["--max_cost=100"], "max_cost=100 cannot be met: the cheapest shape has parameters"),
         (["--num_shapes=5"], "num_shapes=5 and rounds=4"),
     ],

@@ -275,7 +275,7 @@ def test_sweep_not_kept_is_no_sample():
         ({"warmup": -1}, "warmup=-1 must be an integer of at least 0."),
         ({"dtype": torch.int8}, "dtype=torch.int8 is not a floating-point type. Use torch.float32"),
         ({"dtype": "float32"}, "dtype='float32' is not a floating-point type. Use torch.float32"),
-        ({"device": "meta"}, "device='meta' is not here or cannot be timed. Allowed: ['cpu'"),
+        ({"device": "meta"}, "device='meta' is not available on this machine. Allowed: ['cpu'"),
     ],
     ids=str,
 )
@@ -324,7 +324,7 @@ def test_device_stamps_are_read_after_the_device_reached_them(monkeypatch):
 
 def test_device_that_is_not_here_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"device='cuda:1' is not here or cannot be timed\. Allowed: \['cpu'"):
+    with pytest.raises(ValueError, match=r"device='cuda:1' is not available on this machine\. Allowed: \['cpu'"):
         LatencyTable.measure(tiny_config(), device="cuda:1", sequence_length=5)
 
 

@@ -44,3 +44,27 @@ def test_markdown_table_has_a_header_a_rule_and_the_same_cells():
 @pytest.mark.parametrize("table", [text_table, markdown_table])
 def test_yes_and_no_are_not_counted(table):
     assert "True" in table([{"holds": True}])
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("a|b", "a\\|b"),
+        ("a\\|b", "a\\\\\\|b"),
+        ("a\n\n| b", "a \\| b"),
+        ("a\r\nb\u2028c", "a b c"),
+        ("<b>a</b>", "&lt;b>a&lt;/b>"),
+        ("C:\\a", "C:\\a"),
+    ],
+)
+def test_markdown_table_is_not_broken_by_a_cell_or_a_column(text, cell):
+    assert markdown_table([{"a": text, text: 1}]) == f"| a | {cell} |\n| --- | --- |\n| {cell} | 1 |"
+
+
+def test_text_table_is_not_broken_by_a_line_break():
+    assert text_table([{"a": "b\nc", "d": 1}]).splitlines() == ["a    d", "---  -", "b c  1"]
+
+
+def test_markdown_table_takes_the_columns_of_the_first_record_in_its_order():
+    table = markdown_table([{"b": 1, "a": 2}, {"a": 4, "b": 3, "c": 5}])
+    assert table.splitlines() == ["| b | a |", "| --- | --- |", "| 1 | 2 |", "| 3 | 4 |"]

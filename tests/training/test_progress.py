@@ -3,12 +3,11 @@ import math
 import random
 
 import pytest
-import torch
 from accelerate import Accelerator
 
 from supershaper_hf.training import progress as progress_module
 from supershaper_hf.training.arguments import SuperPretrainingArguments
-from supershaper_hf.training.progress import SPIKE_WINDOW, Monitor, Progress, TrainingSummary, matrix_product_rate
+from supershaper_hf.training.progress import SPIKE_WINDOW, Monitor, Progress, TrainingSummary
 
 
 # Loss spikes
@@ -186,42 +185,6 @@ def test_dictionary_of_a_summary_is_complete_and_survives_json():
         )
         | {"mixed_precision": "bf16"},
     }
-
-
-# The peak
-
-
-def test_rate_of_matrix_products_is_positive():
-    assert 1e7 < matrix_product_rate(torch.device("cpu"), seconds=0.0) < 1e15
-
-
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
-)
-def test_rate_is_measured_in_the_precision_of_training(monkeypatch, precision, dtype):
-    seen = set()
-    monkeypatch.setattr(torch, "mm", lambda *factors: seen.update(factor.dtype for factor in factors))
-    matrix_product_rate(torch.device("cpu"), precision, seconds=0.0)
-    assert seen == {dtype}
-
-
-def test_measuring_the_rate_leaves_the_random_state_alone():
-    before = torch.get_rng_state()
-    matrix_product_rate(torch.device("cpu"), seconds=0.0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_rate_counts_two_operations_for_each_multiplication(monkeypatch):
-    """A clock that moves one second at each look: the product of two 1024 x 1024 matrices takes one."""
-    monkeypatch.setattr(progress_module.time, "perf_counter", iter(range(100)).__next__)
-    assert matrix_product_rate(torch.device("cpu"), seconds=5) == 2 * 1024**3
-
-
-def test_rate_is_the_best_of_all_tries(monkeypatch):
-    # Start; then for each try: is there time left, before, after.
-    clock = iter([0.0, 0.0, 4.0, 4.0, 4.0, 6.0, 6.0, 6.0, 7.0, 9.0])
-    monkeypatch.setattr(progress_module.time, "perf_counter", clock.__next__)
-    assert matrix_product_rate(torch.device("cpu"), seconds=8) == 2 * 1024**3 / 1.0
 
 
 # The monitor

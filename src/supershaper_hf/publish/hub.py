@@ -1,113 +1,26 @@
 """Publish a complete repository: weights, configuration, code, tokenizer and model card, in one commit.
 
-Three verbs: `save_for_hub` writes the folder, `push_folder` uploads one, `push_to_hub` does both. A folder or a
-repository is complete or unchanged; a README.md that is already there is left alone unless `overwrite_card` is set.
+`save_for_hub` writes a folder, `push_folder` uploads one, `push_to_hub` does both. A folder or a repository is complete
+or unchanged. A README.md that a repository already has stays as it is unless `overwrite_card` is set.
 """
 
+import copy
+import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 from transformers import PreTrainedTokenizerBase
-from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..data.sequences import check_vocabulary
 from ..files import write_folder
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
-from ..model.shapes import SearchSpace
-
-
-TEMPLATE = Path(__file__).with_name("model_card_template.md")
-PIPELINE_TAGS = {
-    "SuperShaperModel": "feature-extraction",
-    "SuperShaperForMaskedLM": "fill-mask",
-    "SuperShaperForSequenceClassification": "text-classification",
-    "SuperShaperForTokenClassification": "token-classification",
-    "SuperShaperForQuestionAnswering": "question-answering",
-    "SuperShaperForMultipleChoice": None,
-}
-
-
-def model_card(
-    model: SuperShaperPreTrainedModel,
-    repo_id: str,
-    *,
-    with_tokenizer: bool = True,
-    license: str | None = None,
-    language: str | None = None,
-    base_model: str | None = None,
-    datasets: Sequence[str] | None = None,
-    tags: Sequence[str] | None = None,
-    training: str | None = None,
-    evaluation: str | None = None,
-    limits: str | None = None,
-) -> ModelCard:
-    """Return the model card of a supernet or subnet: what it is, how to load it, and what its author says of it.
-
-    Args:
-        model: The model to describe; parameters are counted, not declared.
-        repo_id: The name used in the card's code examples.
-        with_tokenizer: Whether the repository has a tokenizer for the examples to load.
-        license: Licence identifier of the Hub, such as `"apache-2.0"`. None is claimed by default.
-        language: Language code, such as `"en"`.
-        base_model: Hub id of the model the weights started from.
-        datasets: Hub ids of the training data.
-        tags: Further tags.
-        training: Markdown for the section on training.
-        evaluation: Markdown for the section on evaluation.
-        limits: Markdown for the section on limits.
-    """
-    config, architecture = model.config, type(model).__name__
-    tag = PIPELINE_TAGS.get(architecture)
-    data = ModelCardData(
-        model_name=repo_id.split("/")[-1],
-        library_name="transformers",
-        pipeline_tag=tag,
-        license=license,
-        language=language,
-        base_model=base_model,
-        datasets=list(datasets) if datasets else None,
-        tags=["supershaper", "bert", *(tags or [])],
-    )
-    elastic = not config.merged_bottlenecks
-    return ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        repo_id=repo_id,
-        model_name=data.model_name,
-        elastic=elastic,
-        architecture=architecture,
-        auto_class=architecture.replace("SuperShaperModel", "AutoModel").replace("SuperShaperFor", "AutoModelFor"),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        layers=config.num_hidden_layers,
-        hidden_sizes=config.hidden_sizes,
-        hidden_size=config.hidden_size,
-        width_choices=config.width_choices,
-        heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        max_length=config.max_position_embeddings,
-        middle_budget=middle_budget(model) if elastic else None,
-        base_model=base_model,
-        with_tokenizer=with_tokenizer,
-        pipeline=tag if with_tokenizer and tag in PIPELINE_REGISTRY.get_supported_tasks() else None,
-        training=training,
-        evaluation=evaluation,
-        limits=limits,
-    )
-
-
-def middle_budget(model: SuperShaperPreTrainedModel) -> int:
-    """Return a parameter budget in the middle of a supernet's range, rounded up, for the example in its card."""
-    space = SearchSpace.from_config(model.config)
-    middle = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2
-    digit = 10 ** (len(str(middle)) - 2)
-    return -(-middle // digit) * digit
+from .card import model_card
 
 
 def save_for_hub(
@@ -124,27 +37,35 @@ def save_for_hub(
     """Write everything a Hub repository needs into `folder`, which appears complete or not at all.
 
     Args:
-        model: A supernet or subnet, any head.
+        model: A supernet or subnet with any head.
         folder: A folder that does not exist or is empty.
-        tokenizer: Saved beside it; `None` leaves it out.
-        repo_id: The name used in the card's examples; by default the folder's name. Give it before `push_folder`.
-        max_shard_size: Largest weight file.
-        state_dict: The weights, where `model` itself holds only this process's share of them.
-        replace: Whether a folder that is already there gives way to the new one.
-        **card: The sections and metadata of `model_card`.
+        tokenizer: Tokenizer to save beside the model. It is saved without the truncation and padding of its last call.
+        repo_id: The name of the model in the card's examples; by default the name of the folder. Give it if you
+            upload the folder with `push_folder` later.
+        max_shard_size: Size of the largest weight file.
+        state_dict: The weights, if `model` itself holds only the share of this process.
+        replace: Whether the new folder replaces one that is already there.
+        **card: The sections and metadata of the card: see `supershaper_hf.publish.card.model_card`.
 
     Returns:
         The path of `folder`.
 
     Raises:
-        FileExistsError: If `folder` is not empty.
+        FileExistsError: If `folder` is not empty and `replace` is not set.
         ValueError: If the tokenizer has more tokens than the model.
 
     Example:
-        >>> save_for_hub(subnet, "subnet-63m", tokenizer=tokenizer, license="apache-2.0")  # doctest: +SKIP
+        >>> import tempfile
+        >>> from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
+        >>> config = SuperShaperConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     folder = save_for_hub(SuperShaperForMaskedLM(config), f"{parent}/tiny", license="apache-2.0")
+        ...     sorted(file.name for file in folder.iterdir() if file.suffix != ".py")
+        ['README.md', 'config.json', 'model.safetensors']
     """
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
+        tokenizer = without_truncation(tokenizer)
     readme = model_card(model, repo_id or Path(folder).name, with_tokenizer=tokenizer is not None, **card)
 
     def write(partial: Path) -> None:
@@ -154,6 +75,16 @@ def save_for_hub(
         readme.save(partial / "README.md")
 
     return write_folder(folder, write, replace)
+
+
+def without_truncation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy of `tokenizer` without the truncation and padding that its last call has left in it."""
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
 
 
 def push_folder(
@@ -169,31 +100,32 @@ def push_folder(
     commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> str:
-    """Upload a folder written by `save_for_hub` as one commit, creating the repository if there is none.
+    """Upload a folder written by `save_for_hub` as one commit. A repository that does not exist is created.
 
-    With `path_in_repo` any folder goes beside a model, such as the records of its shapes. Hidden files and folders
-    (`.git`, `.cache`, ...) and `__pycache__` are left out.
+    With `path_in_repo` you can upload any folder beside a model, such as the records of its shapes. Hidden files and
+    folders (`.git`, `.cache`, ...) and `__pycache__` are left out.
 
     Args:
-        folder: The folder; it is only read.
+        folder: The folder to upload. It is not changed.
         repo_id: `"user/name"`.
-        path_in_repo: Folder of the repository to upload into, such as `"search"`; by default its root, which takes a
-            model. What else is in the repository, its README.md included, is left as it is.
-        private: Whether a new repository is private; ignored for an existing one.
-        token: Access token; by default the one of `hf auth login`.
-        revision: Branch to commit to; created if there is none.
-        create_pr: Open a pull request instead of committing.
-        overwrite_card: Replace a README.md that the repository already has.
+        path_in_repo: Folder of the repository to upload into, such as `"search"`. Nothing else in the repository
+            changes. By default a model is uploaded to the root of the repository.
+        private: Whether a new repository is private. An existing one keeps its visibility.
+        token: Access token; by default the one that `hf auth login` has stored.
+        revision: Branch to commit to. A branch that does not exist is created.
+        create_pr: Whether to open a pull request instead of committing.
+        overwrite_card: Whether to replace a README.md that the repository already has.
         commit_message: Title of the commit; by default it names what is uploaded.
-        commit_description: Its body.
+        commit_description: Text below the title of the commit.
 
     Returns:
-        The address of the commit, or of the pull request.
+        The address of the commit or of the pull request.
 
     Raises:
-        FileNotFoundError: If `folder` holds no model; with `path_in_repo`, no file.
-        ValueError: If `path_in_repo` is not a folder inside the repository.
-        PermissionError: If there is no token, or it may not write there.
+        FileNotFoundError: If `folder` holds no model, or with `path_in_repo` no file.
+        ValueError: If `path_in_repo` is not a folder inside the repository, a symbolic link leads out of `folder`, or
+            the token has a character that no token has.
+        PermissionError: If there is no token, or the token may not write there.
         ConnectionError: If the Hub cannot be reached or fails. The repository is complete or unchanged.
 
     Example:
@@ -207,30 +139,23 @@ def push_folder(
             f"{folder} has no config.json. Write it with save_for_hub(model, folder, tokenizer=tokenizer)."
         )
     if not files:
-        raise FileNotFoundError(f"{folder} has no file to upload: it is empty, not a folder, or all in it is hidden.")
-    target = PurePosixPath(path_in_repo or "")
-    if path_in_repo is not None and (not target.parts or any(part[0] in "./" for part in target.parts)):
-        raise ValueError(
-            f"path_in_repo={path_in_repo!r} must name a folder inside the repository, such as 'search', and no hidden "
-            "one. Leave it out to upload a model."
+        raise FileNotFoundError(
+            f"{folder} has no file to upload: it is empty, it is not a folder, or all its files are hidden."
         )
+    target = check_path_in_repo(path_in_repo)
     if commit_message is None:
         commit_message = f"Upload {target if target.parts else 'model'} with supershaper-hf"
-    api = HfApi(library_name="supershaper-hf", token=token)
+    api = HfApi(library_name="supershaper-hf", token=check_token(token))
     with explain_failure(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        keep_card = path_in_repo is None and not overwrite_card
-        keep_card = keep_card and api.file_exists(repo_id, "README.md", revision=revision)
-        # create_commit, not upload_folder: always exactly one commit, so a repository is never half new.
+        if path_in_repo is None and not overwrite_card and api.file_exists(repo_id, "README.md", revision=revision):
+            files = [path for path in files if path != folder / "README.md"]
+        # create_commit makes exactly one commit, so a repository is never half new; upload_folder may make several.
         commit = api.create_commit(
             repo_id,
-            operations=[
-                CommitOperationAdd((target / path.relative_to(folder).as_posix()).as_posix(), path)
-                for path in files
-                if not (keep_card and path == folder / "README.md")
-            ],
+            operations=[CommitOperationAdd(str(target / path.relative_to(folder).as_posix()), path) for path in files],
             commit_message=commit_message,
             commit_description=commit_description,
             revision=revision,
@@ -240,12 +165,53 @@ def push_folder(
 
 
 def files_to_publish(folder: Path) -> list[Path]:
-    """Return the files in a folder and those inside it, but for what tools keep there for themselves."""
+    """Return the files in `folder` and in the folders inside it, without hidden ones and `__pycache__`.
 
-    def is_private(path: Path) -> bool:
-        return any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(folder).parts)
+    Raises:
+        ValueError: If a symbolic link leads to something else than one of these files. Its target could be any private
+            file of this machine. The folders of the Hub's cache consist of such links.
+    """
 
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not is_private(path)]
+    def is_private(path: Path, root: Path) -> bool:
+        return any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
+
+    root = Path(os.path.realpath(folder))
+    visible = [path for path in sorted(folder.rglob("*")) if not is_private(path, folder)]
+    for link in (path for path in visible if path.is_symlink()):
+        target = Path(os.path.realpath(link))
+        if not target.is_file() or not target.is_relative_to(root) or is_private(target, root):
+            raise ValueError(
+                f"{link} is a symbolic link to {target}, which is not one of the files of {folder} that are uploaded. "
+                "Replace the link by a copy of what you want to publish, or remove it. Nothing was published."
+            )
+    return [path for path in visible if path.is_file()]
+
+
+def check_path_in_repo(path_in_repo: str | None) -> PurePosixPath:
+    """Return the folder of the repository to upload into, or raise a ValueError."""
+    target = PurePosixPath(path_in_repo or "")
+    if path_in_repo is not None and (not target.parts or any(part[0] in "./" for part in target.parts)):
+        raise ValueError(
+            f"path_in_repo={path_in_repo!r} must name a folder inside the repository that is not hidden, such as "
+            "'search'. Leave it out to upload a model."
+        )
+    return target
+
+
+def check_token(token: str | bool | None) -> str | bool | None:
+    """Return `token` without white space around it, or raise a ValueError that does not show it.
+
+    The client of the Hub would print a token that it cannot send, for instance one with a line break, in its error.
+    """
+    if isinstance(token, str):
+        token = token.strip()
+    used = get_token() if token is None or token is True else token
+    if isinstance(used, str) and not (used and all("!" <= character <= "~" for character in used)):
+        raise ValueError(
+            "The access token is empty or has a character that no token has, such as a space or a line break. Copy it "
+            "again from https://huggingface.co/settings/tokens. Nothing was published."
+        )
+    return token
 
 
 def push_to_hub(
@@ -264,6 +230,8 @@ def push_to_hub(
     **card: Any,
 ) -> str:
     """Publish a model as a complete repository: `save_for_hub` into a temporary folder, then `push_folder`.
+
+    The arguments, the result and the errors are those of these two functions.
 
     Example:
         >>> push_to_hub(subnet, "user/subnet-63m", tokenizer=tokenizer, private=True)  # doctest: +SKIP
@@ -287,11 +255,11 @@ def push_to_hub(
 
 @contextmanager
 def explain_failure(repo_id: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into a message that says what happened and what to do."""
+    """Replace an error of the Hub's client by one that says what happened and what to do."""
     try:
         yield
-    except (HTTPError, OSError, RuntimeError) as error:  # HTTPError: also a connection that failed
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # a RuntimeError wraps LFS uploads
+    except (HTTPError, OSError, RuntimeError) as error:  # a connection that failed is an HTTPError too
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error  # uploads of weights raise RuntimeError
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status == 401 or isinstance(error, LocalTokenNotFoundError):
             raise PermissionError(
@@ -303,9 +271,9 @@ def explain_failure(repo_id: str) -> Iterator[None]:
                 f"This token may not write to {repo_id!r} (403): the name belongs to someone else, or the token has "
                 "only the role 'read'. Choose a repo_id in your own namespace or another token. Nothing was published."
             ) from error
-        passing = status is None or status >= 500
+        may_pass = status is None or status == 429 or status >= 500
         raise ConnectionError(
             f"Uploading to {repo_id!r} failed{f' with status {status}' if status else ''}: {str(error).rstrip('.')}. "
-            "A commit is applied whole or not at all, so the repository is complete or unchanged."
-            f"{' Run the same call again.' * passing}"
+            "The Hub applies a commit completely or not at all, so the repository is complete or unchanged."
+            f"{' Run the same call again.' * may_pass}"
         ) from error

@@ -1,5 +1,9 @@
-"""Records as tables: plain text for a terminal, Markdown for a model card."""
+"""Rows as tables: plain text for a terminal, Markdown for a model card.
 
+A row is a mapping from column to value. The columns of a table are those of its first row.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +11,7 @@ import numpy as np
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay out records as a plain-text table, numbers to the right; the first record's keys are the columns.
+    """Return `rows` as a plain-text table with numbers aligned to the right.
 
     Example:
         >>> print(text_table([{"shape": "rectangle", "parameters": 1234567}, {"shape": "bottle", "parameters": 9}]))
@@ -28,9 +32,22 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lay out records as a Markdown table; the first record's keys are the columns."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Return `rows` as a Markdown table.
+
+    Example:
+        >>> print(markdown_table([{"shape": "rectangle", "parameters": 1234567}]))
+        | shape | parameters |
+        | --- | --- |
+        | rectangle | 1,234,567 |
+    """
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(markdown_cell(cell.replace('<', '&lt;')) for cell in line)} |" for line in lines)
+
+
+def markdown_cell(text: str) -> str:
+    """Return Markdown `text` for a cell of a table, which a `|` or a line break would end too early."""
+    return re.sub(r"(\\*)\|", r"\1\1\\|", " ".join(text.split()))
 
 
 def _cell(value: Any) -> str:
@@ -38,4 +55,4 @@ def _cell(value: Any) -> str:
         return f"{value:.2f}"
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return f"{value:,}"
-    return str(value)
+    return " ".join(str(value).split())

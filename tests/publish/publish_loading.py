@@ -1,0 +1,47 @@
+"""Load every head of a published model: in this process, or as a script in one that does not have the package.
+
+As a script it takes the file to write to, the commit message of a copy that it publishes, and the Auto classes.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import hf_hub_download
+
+
+class NoPackage:
+    """Makes this process behave as if supershaper_hf were not installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "supershaper_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def load_everything(auto_classes, **options):
+    """Return what the model, its tokenizer and its heads are, as loaded by `from_pretrained(..., **options)`."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained("user/name", **options)
+    encoded = tokenizer("the big cat [MASK] on the moon .", return_tensors="pt")
+    results = {"vocabulary": tokenizer.get_vocab(), "encoded": dict(encoded)}
+    for auto_class in auto_classes:
+        model = getattr(transformers, auto_class).from_pretrained("user/name", **options)
+        results[auto_class] = type(model).__name__, type(model).__module__, model.base_model.encoder.state_dict()
+        if auto_class == "AutoModelForMaskedLM":
+            with torch.no_grad():
+                results["logits"] = model(**encoded).logits
+    return results
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, NoPackage())
+    output, commit_message, *auto_classes = sys.argv[1:]
+    torch.set_num_threads(1)  # as in the tests: the number of threads changes the last bits
+    card = Path(hf_hub_download("user/name", "README.md")).read_text(encoding="utf-8")
+    shown: dict = {}
+    exec(re.search(r"```python\n(.+?)```", card, re.DOTALL)[1], shown)
+    results = load_everything(auto_classes, trust_remote_code=True)
+    results["card"] = [type(shown[name]).__name__ for name in ("model", "tokenizer")]
+    shown["model"].push_to_hub("user/copy", commit_message=commit_message)
+    torch.save(results, output)
