@@ -1,7 +1,7 @@
 import json
 import random
 import re
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -128,12 +128,15 @@ def test_a_sequence_may_have_no_label(tokenizer, sequences):
 
 @pytest.mark.parametrize("rate", [0, -0.1, 1.01])
 def test_rate_out_of_range_is_refused(tokenizer, rate):
-    with pytest.raises(ValueError, match=f"mlm_probability={rate} must be above 0 and at most 1"):
+    with pytest.raises(
+        ValueError,
+        match=f"mlm_probability={rate} must be a finite number above 0 and at most 1",
+    ):
         MaskingCollator(tokenizer, rate)
 
 
 def test_negative_seed_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="seed=-1 must be 0 or more"):
+    with pytest.raises(ValueError, match="seed=-1 must be an integer of at least 0"):
         MaskingCollator(tokenizer, seed=-1)
 
 
@@ -333,25 +336,24 @@ def test_length_of_a_stream_is_checked(files, tokenizer):
 # Going on
 
 
-def assert_resumes(make, cuts, n):
-    """After every cut, and again after a second one, the rest equals that of the run that was not stopped."""
+def assert_resumes(make, seed, workers, n):
+    """A run that is cut and resumed again and again yields what a run yields that was not stopped."""
     whole = take(make(num_workers=0), n)
-    for workers, first, second in cuts:
-        found = take(make(num_workers=workers), second - first, stored(whole[first][1]))
-        found += take(make(num_workers=workers), n - second - 1, stored(found[-1][1]))
-        for (batch, state), (expected, expected_state) in zip(found, whole[first + 1 :], strict=True):
-            assert_equal(batch, expected)
-            # Where `datasets` reads ahead, it has several words for one place in the text.
-            assert state | {"source": None} == expected_state | {"source": None}
+    generator = random.Random(seed)
+    for num_workers in workers:
+        state = None
+        cuts = [0, *sorted(generator.sample(range(1, n), 6)), n]
+        for first, last in pairwise(cuts):
+            found = take(make(num_workers=num_workers), last - first, state)
+            for (batch, found_state), (expected, expected_state) in zip(found, whole[first:last], strict=True):
+                assert_equal(batch, expected)
+                # Where `datasets` reads ahead, it has several words for one place in the text.
+                assert found_state | {"source": None} == expected_state | {"source": None}
+            state = stored(found[-1][1])
 
 
 def stored(state):
     return json.loads(json.dumps(state))
-
-
-def cuts(n, seed, workers):
-    generator = random.Random(seed)
-    return [(workers[i < 2], *sorted(generator.sample(range(n - 1), 2))) for i in range(10)]
 
 
 @pytest.mark.parametrize(("rank", "processes"), [(0, 1), (1, 2)])
@@ -361,7 +363,7 @@ def test_dataset_resumes_exactly(tokenizer, sequences, rank, processes):
     def make(num_workers):
         return MicroBatches(small, tokenizer, 4, 0.3, 5, rank, processes, num_workers)
 
-    assert_resumes(make, cuts(40, seed=rank, workers=(0, 2)), n=40)
+    assert_resumes(make, seed=rank, workers=(0, 0, 2), n=40)
 
 
 @pytest.mark.parametrize("cross_documents", [False, True])
@@ -371,7 +373,7 @@ def test_stream_resumes_exactly(files, tokenizer, rank, processes, cross_documen
         options = {"num_workers": num_workers, "cross_documents": cross_documents}
         return stream(files, tokenizer, 3, rank, processes, **options)
 
-    assert_resumes(make, cuts(60, seed=rank, workers=(0, 1)), n=60)
+    assert_resumes(make, seed=rank, workers=(0, 0, 1), n=40)
 
 
 @pytest.mark.parametrize("kind", ["map", "parquet"])
@@ -386,7 +388,7 @@ def test_streams_that_are_read_ahead_resume_exactly(files, tokenizer, kind):
             text = text.map(lambda rows: rows, batched=True, batch_size=5)
         return MicroBatches(text, tokenizer, 3, 0.4, 5, max_length=14, documents_per_chunk=4, num_workers=num_workers)
 
-    assert_resumes(make, cuts(60, seed=1, workers=(0, 1)), n=60)
+    assert_resumes(make, seed=1, workers=(0, 0, 1), n=40)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -412,15 +414,103 @@ def test_two_iterators_do_not_disturb_each_other(files, tokenizer):
             assert found_state == state
 
 
+def states(text, tokenizer):
+    """Micro-batches of each kind with a state that they go on from."""
+    kinds = {
+        "stored": MicroBatches(tokenize(load_text(text), tokenizer, 14), tokenizer, 3),
+        "stream": stream(text, tokenizer),
+    }
+    return {kind: (batches, take(batches, 4)[-1][1]) for kind, batches in kinds.items()}
+
+
+def test_state_of_the_other_kind_of_text_is_refused(files, tokenizer):
+    (stored_text, stored_state), (streamed, stream_state) = states(files, tokenizer).values()
+    with pytest.raises(ValueError, match=r"state \{'micro_batch': 4\} does not belong to a stream, whose states have"):
+        take(streamed, 1, stored_state)
+    with pytest.raises(ValueError, match="does not belong to stored text, whose states have the keys micro_batch"):
+        take(stored_text, 1, stream_state)
+
+
+@pytest.mark.parametrize("kind", ["stored", "stream"])
+def test_damaged_state_is_refused(files, tokenizer, kind):
+    batches, state = states(files, tokenizer)[kind]
+    damaged = [[], "state", {}, state | {"more": 1}]
+    for name in set(state) - {"source"}:
+        damaged += [{key: value for key, value in state.items() if key != name}]
+        damaged += [state | {name: value} for value in (None, -1, 0.5, "4", True, [1])]
+    for found in damaged:
+        with pytest.raises(ValueError, match=r"does not belong to|of the state=.* must be an integer of at least 0"):
+            take(batches, 1, found)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_state_of_a_stream_that_does_not_fit_the_text_is_refused(files, tokenizer, num_workers):
+    batches = stream(files, tokenizer, num_workers=num_workers)
+    state = next(state for _, state in batches.iterate() if state["source"] is not None)
+    for source in ({}, {"examples_iterable": None}, {"other": 1}, [1], "text"):
+        with pytest.raises(ValueError, match=r"^The text cannot go on from the state "):
+            take(batches, 1, state | {"source": source})
+    with pytest.raises(ValueError, match=r"^The state has used up 999 sequences of a part of the text that has "):
+        take(batches, 1, state | {"offset": 999})
+    end = json.loads(json.dumps(state["source"]).replace('"shard_idx": 0', '"shard_idx": 99'))
+    with pytest.raises(ValueError, match=r"^The (state has used up|text cannot go on)"):
+        take(batches, 1, state | {"source": end})
+
+
+# Which text it is
+
+
+def test_fingerprint_is_that_of_the_text_not_of_its_place(files, tokenizer, sequences, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for file in files.glob("*.txt"):
+        (elsewhere / file.name).write_text(file.read_text())
+    for first, second in (
+        (stream(files, tokenizer), stream(elsewhere, tokenizer, 7, 1, 2, num_workers=1, seed=9)),
+        (
+            MicroBatches(sequences, tokenizer, 4),
+            MicroBatches(Dataset.from_dict(sequences[:]), tokenizer, 7, 0.3, 9, 1, 2),
+        ),
+    ):
+        assert first.fingerprint == second.fingerprint
+        before = take(first, 3)
+        assert first.fingerprint == second.fingerprint
+        assert_equal(take(first, 3)[2][0], before[2][0])  # looking at the text has not moved it
+
+
+def test_fingerprints_tell_texts_apart(files, tokenizer):
+    def fingerprints():
+        stored = [MicroBatches(tokenize(load_text(files), tokenizer, n), tokenizer, 4) for n in (12, 13)]
+        return [batches.fingerprint for batches in (*stored, stream(files, tokenizer))]
+
+    before = fingerprints()
+    assert (files / "b.txt").write_text("the cat sat on the big mat and ran .")
+    after = fingerprints()
+    (files / "c.txt").unlink()
+    assert len({*before, *after, *fingerprints()}) == 9
+
+
+def test_fingerprint_looks_at_a_few_sequences(tokenizer):
+    """A text of any length: the first, the last and some between; not all."""
+    rows = [[2, 5 + i % 10, 6, 7, 8, 9, 10, 3] for i in range(1001)]
+
+    def fingerprint(changed):
+        ids = [[0, *row[1:]] if i in changed else row for i, row in enumerate(rows)]
+        columns = {"input_ids": ids, "special_tokens_mask": [[1, *[0] * 6, 1]] * len(ids)}
+        return MicroBatches(Dataset.from_dict(columns), tokenizer, 4).fingerprint
+
+    assert len({fingerprint(changed) for changed in ([], [0], [1000], range(500, 512))}) == 4
+    assert fingerprint([1]) == fingerprint([])
+
+
 # Refusals
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
-        ({"documents_per_chunk": 0}, "documents_per_chunk=0 must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be an integer of at least 1"),
+        ({"num_workers": -1}, "num_workers=-1 must be an integer of at least 0"),
+        ({"documents_per_chunk": 0}, "documents_per_chunk=0 must be an integer of at least 1"),
         ({"rank": 2, "num_processes": 2}, "rank=2 must be at least 0 and below num_processes=2"),
         ({"rank": -1}, "rank=-1 must be at least 0 and below num_processes=1"),
     ],

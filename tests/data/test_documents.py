@@ -2,17 +2,22 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import random
 import re
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 from datasets import Dataset, IterableDataset, load_dataset
-from texts import random_documents
+from texts import random_documents, small_files_only
 from torch.utils.data import DataLoader
 
 from supershaper_hf.data.documents import (
     COMPRESSIONS,
+    explained_disk_errors,
     load_text,
     split_text,
 )
@@ -28,7 +33,11 @@ def write(path, lines, kind="txt"):
         Dataset.from_dict({"number": range(len(lines)), "text": lines}).to_parquet(path)
         return path
     rows = lines if ".txt" in path.name else [json.dumps({"number": i, "text": line}) for i, line in enumerate(lines)]
-    content = "".join(f"{row}\n" for row in rows).encode()
+    return write_bytes(path, "".join(f"{row}\n" for row in rows).encode())
+
+
+def write_bytes(path, content):
+    """Write a file, compressed by its suffix."""
     compress = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
     path.write_bytes(compress.get(path.suffix, bytes)(content))
     return path
@@ -109,6 +118,39 @@ def test_a_changed_file_is_read_again_an_unchanged_one_is_not(tmp_path):
     assert load_text(file)["text"] == ["new"]
 
 
+def test_files_of_equal_size_and_time_give_their_own_text(tmp_path, streaming):
+    for words in ("old", "new"):
+        file = write(tmp_path / "text.txt", [words])
+        os.utime(file, ns=(10**18, 10**18))
+        assert read(file, streaming) == [words]
+
+
+def test_a_touched_file_is_not_read_again(tmp_path):
+    file = write(tmp_path / "text.txt", ["same"])
+    first = load_text(file)
+    os.utime(file, ns=(10**18, 10**18))
+    assert load_text(file).cache_files == first.cache_files
+
+
+def test_text_is_read_again_by_another_version_of_the_reader(tmp_path, monkeypatch):
+    file = write(tmp_path / "text.txt", ["same"])
+    first = load_text(file)
+    monkeypatch.setattr("supershaper_hf.data.documents.READER", 1000)
+    assert load_text(file).cache_files != first.cache_files
+
+
+@pytest.mark.parametrize("compression", ["", *COMPRESSIONS])
+@pytest.mark.parametrize("content", ["one\ntwo\n", '{"text": "one"}\n{"text": "two"}\n'], ids=["txt", "jsonl"])
+def test_a_byte_order_mark_is_no_text(compression, content, tmp_path, streaming):
+    suffix = "jsonl" if "{" in content else "txt"
+    mark = b"\xef\xbb\xbf"
+    file = write_bytes(tmp_path / f"text.{suffix}{compression}", mark + content.encode())
+    assert read(file, streaming) == ["one", "two"]
+    alone = write_bytes(tmp_path / f"alone.{suffix}{compression}", mark)
+    with pytest.raises(ValueError, match=re.escape(f"{alone} is empty: it holds no document with text.")):
+        read(alone, streaming)
+
+
 def test_the_column_of_text_can_be_chosen(tmp_path, streaming):
     file = tmp_path / "text.jsonl"
     file.write_text('{"text": "no", "body": "yes"}\n')
@@ -157,6 +199,22 @@ def test_file_without_text_is_refused_by_name(name, content, tmp_path, streaming
         empty.write_text(content)
     with pytest.raises(ValueError, match=re.escape(f"{empty} is empty")):
         read([full, empty], streaming)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json"])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_compressed_file_of_nothing_is_refused_as_empty(suffix, compression, tmp_path, streaming):
+    file = write_bytes(tmp_path / f"text{suffix}{compression}", b"")
+    with pytest.raises(ValueError, match=re.escape(f"{file} is empty: it holds no document with text.")):
+        read(file, streaming)
+
+
+@pytest.mark.parametrize("columns", [{}, {"text": pyarrow.array([], pyarrow.string())}], ids=["columns", "rows"])
+def test_parquet_without_rows_is_refused_as_empty(columns, tmp_path, streaming):
+    file = tmp_path / "text.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    with pytest.raises(ValueError, match=re.escape(f"{file} is empty: it holds no document with text.")):
+        read(file, streaming)
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl"])
@@ -251,6 +309,21 @@ def test_file_removed_while_streaming_is_named(tmp_path):
         list(rows)
 
 
+def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path):
+    file = write(tmp_path / "text.txt", random_documents(100)["text"])
+    message = re.escape(f"The text cannot be stored in {datasets.config.HF_DATASETS_CACHE}, because the disk or")
+    with small_files_only(), pytest.raises(OSError, match=message):
+        load_text(file)
+    assert len(load_text(file)) == 100
+
+
+def test_other_errors_are_not_taken_for_a_full_disk():
+    for error in (OSError(13, "Permission denied"), ValueError("x"), datasets.exceptions.DatasetGenerationError("x")):
+        with pytest.raises(type(error)) as caught, explained_disk_errors("folder"):
+            raise error
+        assert caught.value is error
+
+
 # Data sets of the Hub
 
 
@@ -291,6 +364,22 @@ def test_wrong_split_or_column_of_the_hub_is_refused(hub, streaming, options, me
         load_text("user/corpus", streaming=streaming, **options)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), OSError("Not enough disk space. Needed: 3 GB")]
+)
+def test_a_full_disk_is_not_taken_for_an_unknown_data_set(hub, error, monkeypatch):
+    with small_files_only(), pytest.raises(OSError, match=r"The text cannot be stored in .*, because the disk or"):
+        load_text("user/corpus")
+    assert load_text("user/corpus")["text"][:] == DOCUMENTS
+
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("supershaper_hf.data.documents.load_dataset", full)
+    with pytest.raises(OSError, match=r"The text cannot be stored in .*, because the disk or"):
+        load_text("user/corpus")
+
+
 @pytest.mark.parametrize("name", ["user/unknown", "unknown", "user/unknown:en"])
 def test_unknown_name_is_refused(name, streaming):
     message = f"Nothing on disk matches '{name}', and no data set of the Hub could be loaded by this name: "
@@ -323,6 +412,12 @@ def test_at_least_one_document_is_held_out():
 def test_at_least_one_document_is_left_to_train_on():
     train, held_out = split_text(random_documents(3), held_out=0.99, seed=0)
     assert (len(train), len(held_out)) == (1, 2)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_share_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match=f"held_out={share} must be a finite number at least 0 and at most 1"):
+        split_text(random_documents(3), held_out=share, seed=0)
 
 
 def test_one_document_cannot_be_split():

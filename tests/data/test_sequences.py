@@ -1,21 +1,28 @@
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import WORDS, tiny_config
 from datasets import Dataset
-from texts import MAX_LENGTH, random_documents
+from texts import MAX_LENGTH, random_documents, small_files_only
 from transformers import AutoTokenizer, BertTokenizer
 
-from supershaper_hf.data.documents import load_text
+import supershaper_hf
+from supershaper_hf.data.documents import READER, load_text
 from supershaper_hf.data.sequences import (
     SHORTEST_SEQUENCE,
+    VERSION,
     check_vocabulary,
+    fingerprint_tokenizer,
     tokenize,
     tokenize_documents,
     train_tokenizer,
 )
+from supershaper_hf.files import checksum
 
 
 # Tokenizers
@@ -59,6 +66,29 @@ def test_tokenizer_larger_than_the_embeddings_is_refused(tokenizer):
         ValueError, match=r"The tokenizer has 20 tokens, but the model has vocab_size=19: tokens from 19"
     ):
         check_vocabulary(tokenizer, tiny_config(vocab_size=len(tokenizer) - 1))
+
+
+def test_fingerprint_of_a_tokenizer_survives_calls_and_saving(tokenizer, tmp_path):
+    expected = fingerprint_tokenizer(tokenizer)
+    tokenizer(["the cat", "a"], truncation=True, max_length=9, padding="max_length")
+    assert fingerprint_tokenizer(tokenizer) == expected
+    tokenizer.save_pretrained(tmp_path)
+    assert fingerprint_tokenizer(AutoTokenizer.from_pretrained(tmp_path)) == expected
+
+
+def test_fingerprint_tells_tokenizers_apart(tokenizer):
+    vocabulary = tokenizer.get_vocab()
+    swapped = vocabulary | {"cat": vocabulary["dog"], "dog": vocabulary["cat"]}
+    without_rules = SimpleNamespace(get_vocab=dict, special_tokens_map={})  # one that is written in Python
+    others = [
+        BertTokenizer(vocab=swapped),
+        BertTokenizer(vocab=vocabulary | {"extra": len(vocabulary)}),
+        BertTokenizer(vocab=vocabulary, do_lower_case=False),
+        BertTokenizer(vocab=vocabulary, cls_token="the"),
+        without_rules,
+        SimpleNamespace(get_vocab=lambda: {"a": 0}, special_tokens_map={}),
+    ]
+    assert len({fingerprint_tokenizer(found) for found in [tokenizer, *others]}) == 7
 
 
 # Cutting into sequences
@@ -141,18 +171,24 @@ def test_a_process_without_any_sequence_is_no_fault(tokenizer):
     assert len(tokenize(documents, tokenizer, MAX_LENGTH, num_proc=2)) == 4
 
 
+# The package without its models: they would take most of the time.
 SECOND_RUN = """
 import sys
+import types
+
+package = types.ModuleType("supershaper_hf")
+package.__path__ = [sys.argv[2]]
+sys.modules["supershaper_hf"] = package
 import supershaper_hf.data.sequences
 import supershaper_hf.data.documents
-from transformers import AutoTokenizer
+from transformers import BertTokenizer
 
 def fail(*args, **kwargs):
     raise AssertionError("done again")
 
 supershaper_hf.data.sequences.encode = supershaper_hf.data.sequences.pack = fail
 supershaper_hf.data.documents.read_batches = fail
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = BertTokenizer.from_pretrained(sys.argv[1])
 tokenizer("the cat", truncation=True, max_length=9, padding="max_length")  # leaves settings behind
 text = supershaper_hf.data.documents.load_text(f"{sys.argv[1]}/text.txt")
 for cross_documents in (False, True):
@@ -164,7 +200,7 @@ def test_a_second_run_does_not_tokenise_again(tokenizer, tmp_path):
     """In this process, and in a fresh one in which reading and tokenising would fail."""
     (tmp_path / "text.txt").write_text("\n".join(random_documents(30)["text"]))
     tokenizer.save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
 
     def cache_files(cross_documents):
         text = load_text(tmp_path / "text.txt")
@@ -173,9 +209,39 @@ def test_a_second_run_does_not_tokenise_again(tokenizer, tmp_path):
     first = [cache_files(False), cache_files(True)]
     assert all(first)
     assert [cache_files(False), cache_files(True)] == first
-    command = [sys.executable, "-c", SECOND_RUN, str(tmp_path)]
+    command = [sys.executable, "-c", SECOND_RUN, str(tmp_path), supershaper_hf.__path__[0]]
     fresh = subprocess.run(command, capture_output=True, text=True, check=False)
     assert fresh.stdout == "".join(f"{files}\n" for files in first), fresh.stderr
+
+
+def test_another_version_tokenises_again(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("\n".join(random_documents(30)["text"]))
+    text = load_text(tmp_path / "text.txt")
+    before = [tokenize(text, tokenizer, 12, cross_documents).cache_files for cross_documents in (False, True)]
+    monkeypatch.setattr("supershaper_hf.data.sequences.VERSION", 1000)
+    after = [tokenize(text, tokenizer, 12, cross_documents).cache_files for cross_documents in (False, True)]
+    assert len({str(files) for files in before + after}) == 4
+
+
+def test_a_change_of_what_is_cached_has_a_new_version(tokenizer, tmp_path):
+    """If this fails, the cache of users holds what the code does not make any more: raise READER or VERSION."""
+    (tmp_path / "a.txt").write_text("\ufeffthe cat sat on the mat .\n\n a [SEP] dog ran \n" + "big moon " * 9 + "\n")
+    (tmp_path / "b.jsonl").write_text('{"text": " the small mat "}\n{"text": null}\n{"text": "was\\nunder"}\n')
+    text = load_text(tmp_path)
+    cut, packed = (tokenize(text, tokenizer, 12, cross_documents)[:] for cross_documents in (False, True))
+    assert {READER: checksum(text["text"][:])} == {1: "46479c726deaff56"}
+    assert {VERSION: checksum([cut, packed])} == {1: "e5f81405aa8c957d"}
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize("cross_documents", [False, True])
+def test_a_full_disk_is_an_error_that_names_the_folder(tokenizer, tmp_path, cross_documents, num_proc):
+    (tmp_path / "text.txt").write_text("\n".join(random_documents(100)["text"]))
+    text = load_text(tmp_path / "text.txt")
+    message = re.escape(f"The text cannot be stored in {Path(text.cache_files[0]['filename']).parent}, because the")
+    with small_files_only(), pytest.raises(OSError, match=message):
+        tokenize(text, tokenizer, 12, cross_documents, num_proc)
+    assert len(tokenize(text, tokenizer, 12, cross_documents, num_proc)) > 100
 
 
 def test_other_settings_are_tokenised_anew(tokenizer, tmp_path):

@@ -1,13 +1,14 @@
-"""From sequences to masked batches: fixed ones to evaluate on, endless and resumable ones to train on.
+"""Mask sequences of tokens in batches: fixed batches to evaluate on, endless and resumable ones to train on.
 
-Nothing here keeps a random generator. The masks of a sequence are drawn from (seed, its position), the order of text
-from (seed, epoch): so they do not depend on batch size, workers or number of processes, and training goes on from a
-few numbers.
+Nothing here keeps a random generator. The masks of a sequence are drawn from the seed and its position in the endless
+text, the order of the text from the seed and the epoch. So neither depends on the batch size, the workers or the number
+of processes, and a few numbers are enough to go on from.
 """
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count, islice
+from functools import cached_property
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
@@ -17,36 +18,47 @@ from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import check_count, check_number
+from ..files import checksum
 from ..model.modeling_supershaper import IGNORE_INDEX
 from .sequences import check_length, tokenize_documents
 
 
 MLM_PROBABILITY = 0.15
+FINGERPRINTED = 100  # sequences or documents that stand for a text; see `MicroBatches.fingerprint`
 COLUMNS = ("input_ids", "special_tokens_mask")
-STATE = ("epoch", "chunk", "source", "offset", "sequences")  # of a stream; see `Stream`
+STATE = ("micro_batch",)  # what the state of stored text holds: the number of micro-batches that were read
+STREAM_STATE = ("epoch", "chunk", "source", "offset", "sequences")  # what the state of a stream holds; see `Stream`
 Batch = dict[str, torch.Tensor]
 State = dict[str, Any]
 
 
 class MaskingCollator:
-    """BERT's masking: of the chosen tokens 80 % become [MASK], 10 % a token drawn from all, 10 % stay.
+    """Masks tokens as BERT does: of the chosen ones 80 % become [MASK], 10 % a random token, and 10 % stay.
 
-    Called with sequences, each `input_ids`, `special_tokens_mask` and `position`, it returns `input_ids`,
-    `attention_mask` and `labels`, int64, (batch, length) each. Tokens that are not chosen, special or padding have the
-    label `IGNORE_INDEX`. A sequence in which no token was chosen has no labels.
+    It is called with a list of sequences, each with `input_ids`, `special_tokens_mask` and `position`. It returns
+    `input_ids`, `attention_mask` and `labels`, each int64 of `(batch, length)`. The label of a chosen token is the
+    token that it was. All other tokens and padding have the label `IGNORE_INDEX`, so a sequence may have no label.
+    Source: Devlin et al. 2019, arXiv 1810.04805, section 3.1.
 
     Args:
-        tokenizer: One with [MASK] and [PAD].
-        mlm_probability: Chance of each token that is not special to be chosen, in (0, 1].
-        seed: Non-negative. The masks of a sequence follow from its length, `seed` and its `position` alone.
-        pad_to_multiple_of: Pad not just to the longest sequence, but to a multiple of this.
+        tokenizer: A tokenizer with [MASK] and [PAD].
+        mlm_probability: Probability that a token is chosen if it is not special, above 0 and at most 1.
+        seed: Random seed of the masks, at least 0. The masks of a sequence depend on its length, its `position` and
+            this seed, and on nothing else.
+        pad_to_multiple_of: If given, the batch is padded to a multiple of this length.
 
     Raises:
         ValueError: If the tokenizer has no mask or padding token, or an argument is out of its range.
 
     Example:
-        >>> collate = MaskingCollator(tokenizer, mlm_probability=0.3)  # doctest: +SKIP
-        >>> batch = collate([{**sequence, "position": i} for i, sequence in enumerate(sequences)])  # doctest: +SKIP
+        >>> from supershaper_hf import train_tokenizer
+        >>> tokenizer = train_tokenizer(["the cat sat on the mat"] * 2, vocab_size=100, max_length=128)
+        >>> found = tokenize_documents(["the cat sat on the mat"], tokenizer, max_length=8)
+        >>> sequence = {name: values[0] for name, values in found.items()}
+        >>> batch = MaskingCollator(tokenizer, mlm_probability=0.3, seed=7)([{**sequence, "position": 0}])
+        >>> tokenizer.decode(batch["input_ids"][0])
+        '[CLS] the cat [MASK] on the [MASK] [SEP]'
     """
 
     def __init__(
@@ -60,10 +72,10 @@ class MaskingCollator:
             raise ValueError("The tokenizer has no mask token: masked language modelling needs one ([MASK] in BERT).")
         if tokenizer.pad_token_id is None:
             raise ValueError("The tokenizer has no padding token: batches need one ([PAD] in BERT).")
-        if not 0 < mlm_probability <= 1:
-            raise ValueError(f"mlm_probability={mlm_probability} must be above 0 and at most 1.")
-        if seed < 0:
-            raise ValueError(f"seed={seed} must be 0 or more.")
+        check_number("mlm_probability", mlm_probability, above=0, most=1)
+        check_count("seed", seed, least=0)
+        if pad_to_multiple_of is not None:
+            check_count("pad_to_multiple_of", pad_to_multiple_of)
         self.mask, self.padding, self.vocabulary = tokenizer.mask_token_id, tokenizer.pad_token_id, len(tokenizer)
         self.mlm_probability, self.seed, self.multiple = mlm_probability, seed, pad_to_multiple_of or 1
 
@@ -94,14 +106,33 @@ def fixed_masks(
     mlm_probability: float = MLM_PROBABILITY,
     seed: int = 0,
 ) -> list[Batch]:
-    """Mask `dataset` once, to measure every shape on the same tokens; return its batches, as `MaskingCollator` does.
+    """Mask a dataset once, so that every shape can be measured on the same tokens.
 
-    The masks of a sequence follow from `seed` and its index in the dataset. Sequences are ordered by length, so that
-    little is padded.
+    The masks of a sequence depend on `seed` and its index in the dataset. The batches hold the sequences in the order
+    of their lengths, so that there is little padding.
+
+    Args:
+        dataset: The result of `tokenize`.
+        tokenizer: A tokenizer with [MASK] and [PAD].
+        batch_size: Number of sequences of a batch; the last batch may have fewer.
+        mlm_probability: Probability that a token is masked; see `MaskingCollator`.
+        seed: Random seed of the masks.
+
+    Returns:
+        The batches, each as `MaskingCollator` returns it.
+
+    Raises:
+        ValueError: If an argument is out of its range.
 
     Example:
-        >>> batches = fixed_masks(tokenize(held_out, tokenizer, 128), tokenizer, batch_size=64)  # doctest: +SKIP
+        >>> from supershaper_hf import tokenize, train_tokenizer
+        >>> documents = Dataset.from_dict({"text": ["the cat sat on the mat"] * 5})
+        >>> tokenizer = train_tokenizer(documents["text"], vocab_size=100, max_length=128)
+        >>> batches = fixed_masks(tokenize(documents, tokenizer, max_length=8), tokenizer, batch_size=2)
+        >>> [tuple(batch["labels"].shape) for batch in batches]
+        [(2, 8), (2, 8), (1, 8)]
     """
+    check_count("batch_size", batch_size)
     collate = MaskingCollator(tokenizer, mlm_probability, seed)
     sequences = [{**sequence, "position": index} for index, sequence in enumerate(dataset.select_columns([*COLUMNS]))]
     sequences.sort(key=lambda sequence: len(sequence["input_ids"]))
@@ -111,36 +142,44 @@ def fixed_masks(
 class MicroBatches:
     """Endless masked micro-batches of one process, which go on exactly from a state of a few numbers.
 
-    A tokenised `Dataset` is read in endless epochs, each in a new order. At equal `batch_size * num_processes`, any
-    number of processes together see the same sequences with the same masks.
+    Stored text, a tokenised `Dataset`, is read in endless epochs, each in another order. With an equal product of
+    `batch_size` and `num_processes`, any number of processes together see the same sequences with the same masks.
 
-    A streaming `IterableDataset` of text is tokenised on the way. Process `rank` takes the documents whose number has
-    the remainder `rank`, reads and shuffles `documents_per_chunk` of them at a time, and starts again at the end of the
-    text. Micro-batches run on over chunks and epochs. What a stream yields depends on the number of processes. To go on
-    from a state, the current chunk is read again. Do not `shuffle` a stream: `datasets` forgets what its buffer held.
+    A stream, an `IterableDataset` of text, is tokenised while it is read. Every process reads the whole text, keeps
+    the documents whose number leaves the remainder `rank` when divided by `num_processes`, and skips the others. It
+    shuffles `documents_per_chunk` of its documents at a time, and starts again at the end of the text. A micro-batch
+    may hold the end of one chunk and the start of the next. The number of processes changes what each of them yields.
+    To go on from a state, the current chunk is read again. Do not call `shuffle` on a stream, because `datasets` does
+    not store what its buffer held.
 
     Args:
-        dataset: The result of `data.tokenize`, or of `data.load_text(..., streaming=True)`.
-        tokenizer: Chooses and masks the tokens; tokenises a stream.
-        batch_size: Sequences per micro-batch; none is smaller.
-        mlm_probability: See `MaskingCollator`.
-        seed: Of order and masks.
+        dataset: The result of `tokenize`, or of `load_text(..., streaming=True)`.
+        tokenizer: The tokenizer of the dataset. It also tokenises a stream.
+        batch_size: Number of sequences of every micro-batch.
+        mlm_probability: Probability that a token is masked; see `MaskingCollator`.
+        seed: Random seed of the order and of the masks.
         rank: Number of this process.
         num_processes: Number of processes.
-        num_workers: Processes that prepare micro-batches; at most 1 for a stream, which is read in order.
-        max_length: Of the sequences of a stream; by default the tokenizer's `model_max_length`.
-        cross_documents: Pack each chunk of a stream into full sequences, over the ends of documents.
-        documents_per_chunk: Documents of this process that are tokenised and shuffled together.
-        pad_to_multiple_of: See `MaskingCollator`.
+        num_workers: Number of processes that prepare micro-batches. A stream is read in order, so it has at most 1.
+        max_length: Number of tokens of the longest sequence of a stream; by default the tokenizer's `model_max_length`.
+        cross_documents: Pack each chunk of a stream into full sequences, which cross the ends of documents.
+        documents_per_chunk: Number of documents of this process that are tokenised and shuffled together.
+        pad_to_multiple_of: If given, micro-batches are padded to a multiple of this length.
 
     Raises:
-        ValueError: If a number is out of its range, or the dataset is neither of the two; while iterating, if a whole
-            stream has no sequence for this process.
+        ValueError: If a number is out of its range, or the dataset is neither of the two kinds.
 
     Example:
-        >>> text = MicroBatches(sequences, tokenizer, batch_size=32, mlm_probability=0.15, seed=0)  # doctest: +SKIP
-        >>> for batch, state in text.iterate():  # later: text.iterate(state)  # doctest: +SKIP
-        ...     loss = model(**batch).loss
+        >>> from supershaper_hf import tokenize, train_tokenizer
+        >>> documents = Dataset.from_dict({"text": ["the cat sat on the mat", "the mat sat on the cat"]})
+        >>> tokenizer = train_tokenizer(documents["text"][:], vocab_size=100, max_length=128)
+        >>> text = MicroBatches(tokenize(documents, tokenizer, max_length=8), tokenizer, batch_size=4)
+        >>> batch, state = next(text.iterate())
+        >>> tuple(batch["input_ids"].shape), state
+        ((4, 8), {'micro_batch': 1})
+        >>> batch, state = next(text.iterate(state))
+        >>> state
+        {'micro_batch': 2}
     """
 
     def __init__(
@@ -160,13 +199,9 @@ class MicroBatches:
         pad_to_multiple_of: int | None = None,
     ) -> None:
         self.collate = MaskingCollator(tokenizer, mlm_probability, seed, pad_to_multiple_of)
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("documents_per_chunk", documents_per_chunk, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}.")
+        check_count("batch_size", batch_size)
+        check_count("num_workers", num_workers, least=0)
+        check_count("documents_per_chunk", documents_per_chunk)
         if not 0 <= rank < num_processes:
             raise ValueError(f"rank={rank} must be at least 0 and below num_processes={num_processes}.")
         self.dataset, self.tokenizer, self.batch_size, self.seed = dataset, tokenizer, batch_size, seed
@@ -184,17 +219,46 @@ class MicroBatches:
         elif len(dataset) == 0:
             raise ValueError("The dataset is empty: it has no sequence to train on.")
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short description of the text, equal on all processes, which tells whether another run has the same.
+
+        For stored text it holds the number of sequences and a checksum of 100 of them, evenly spaced from the first to
+        the last. For a stream it holds a checksum of the first 100 documents, because more would have to be read. Paths
+        and caches do not count. So it is computed in a moment for any amount of text, but it does not notice a change
+        in sequences between those 100, or in a stream after its first 100 documents.
+
+        Raises:
+            OSError: If the start of a stream cannot be read.
+            ValueError: If the start of a stream is damaged.
+        """
+        if isinstance(self.dataset, IterableDataset):
+            documents = [row["text"] for row in islice(copy.deepcopy(self.dataset), FINGERPRINTED)]
+            return f"stream that begins with {checksum(documents)}"
+        rows = np.unique(np.linspace(0, len(self.dataset) - 1, FINGERPRINTED).round().astype(int))
+        sequences = list(self.dataset.select_columns(["input_ids"])[rows]["input_ids"])
+        return f"{len(self.dataset)} stored sequences with {checksum(sequences)}"
+
     def iterate(self, state: State | None = None) -> Iterator[tuple[Batch, State]]:
         """Yield micro-batches on the CPU for ever, each with the state that `iterate` goes on from after it.
 
-        A state can be stored as JSON. It holds for the same dataset and arguments; only `num_workers` may change.
+        A state can be stored as JSON. It belongs to one dataset and the same arguments. Only `num_workers` may change.
+
+        Args:
+            state: The state to go on from, or `None` to start at the beginning.
+
+        Raises:
+            OSError: If a stream cannot be read, for example because a file has vanished.
+            ValueError: If the state belongs to the other kind of dataset or is damaged, if a stream is damaged, or if a
+                whole stream has no sequence for this process.
         """
+        self.check_state(state)
         source: Any = Stream(self, state) if isinstance(self.dataset, IterableDataset) else Masked(self)
         first = 0 if state is None else state.get("micro_batch", 0)
         loader = DataLoader(
             source,
             sampler=None if isinstance(source, Stream) else PositionSampler(self, first),
-            batch_size=None,  # what the sampler yields is one micro-batch
+            batch_size=None,  # each item of the sampler or the stream already is a micro-batch
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else it draws from torch's global one, which training draws dropout from
@@ -204,9 +268,25 @@ class MicroBatches:
                 raise item
             yield item if isinstance(source, Stream) else (item, {"micro_batch": number})
 
+    def check_state(self, state: State | None) -> None:
+        """Raise a ValueError unless `state` is one of this kind of dataset."""
+        kind, names = (
+            ("a stream", STREAM_STATE) if isinstance(self.dataset, IterableDataset) else ("stored text", STATE)
+        )
+        if state is None:
+            return
+        if not isinstance(state, Mapping) or set(state) != set(names):
+            raise ValueError(
+                f"The state {state!r} does not belong to {kind}, whose states have the keys {', '.join(names)}. Go on "
+                "with the text that the run began with, stored or streaming as it was then."
+            )
+        for name in names:
+            if name != "source":
+                check_count(f"{name} of the state", state[name], least=0)
+
 
 class PositionSampler:
-    """Yields, for each micro-batch, the positions in the endless text and the sequences that stand there."""
+    """Yields for each micro-batch its positions in the endless text, and the index of the sequence at each of them."""
 
     def __init__(self, batches: MicroBatches, first: int) -> None:
         self.batches, self.first = batches, first
@@ -226,7 +306,7 @@ class PositionSampler:
 
 
 class Masked(torch.utils.data.Dataset):
-    """Looks up and masks the micro-batch of some positions and rows; runs in the workers."""
+    """Looks up and masks the sequences of a micro-batch. It runs in the workers if there are any."""
 
     def __init__(self, batches: MicroBatches) -> None:
         self.sequences, self.collate = batches.dataset.select_columns([*COLUMNS]), batches.collate
@@ -239,16 +319,20 @@ class Masked(torch.utils.data.Dataset):
 
 
 class Stream(TorchIterableDataset):
-    """Tokenises, shuffles and masks a stream of text from a state on; runs in the worker if there is one.
+    """Tokenises, shuffles and masks a stream of text from a state on. It runs in the worker if there is one.
 
-    A state names the chunk that holds the next sequence, and where the text stood before that chunk: `epoch`, `chunk`
-    (over all epochs), `source` (the state of the text; `None` at its start), `offset` (sequences of the chunk that are
-    used up), `sequences` (of this process so far).
+    A state names the chunk that holds the next sequence, and the place where that chunk begins in the text:
+
+    - `epoch`: How often the whole text has been read.
+    - `chunk`: Number of the chunk, counted over all epochs.
+    - `source`: The state of the text before the chunk, as `datasets` describes it; `None` at the start of the text.
+    - `offset`: Number of sequences of the chunk that are used up.
+    - `sequences`: Number of sequences that this process has used up so far.
     """
 
     def __init__(self, batches: MicroBatches, state: State | None) -> None:
         self.batches = batches
-        self.state = state or dict(zip(STATE, (0, 0, None, 0, 0)))
+        self.state = state or dict(zip(STREAM_STATE, (0, 0, None, 0, 0)))
 
     def __iter__(self) -> Iterator[tuple[Batch, State] | Exception]:
         sequences = self.sequences()
@@ -257,28 +341,27 @@ class Stream(TorchIterableDataset):
                 group = list(islice(sequences, self.batches.batch_size))
                 yield self.batches.collate([sequence for sequence, _ in group]), copy.deepcopy(group[-1][1])
         except (OSError, ValueError) as error:
-            yield error  # as it is: raised in a worker, a traceback would be put in front of its message
+            yield error  # raised in a worker, it would have a traceback in front of its message
 
     def sequences(self) -> Iterator[tuple[dict[str, Any], State]]:
         """Yield each sequence with the state after it."""
-        batches, state = self.batches, self.state
+        batches = self.batches
         dataset = copy.deepcopy(batches.dataset)
-        epoch, chunk, source, offset, number = (state[key] for key in STATE)
+        epoch, chunk, source, offset, number = (self.state[name] for name in STREAM_STATE)
         while True:
             dataset.set_epoch(epoch)
-            if source is not None:
-                dataset.load_state_dict(source)
-            documents = iter(dataset)
+            documents = self.open(dataset, source)
             while block := self.read_block(documents):
                 after = dataset.state_dict()
                 found = self.tokenize(block[batches.rank :: batches.num_processes])
                 order = np.random.default_rng((batches.seed, chunk, batches.rank)).permutation(len(found))
+                self.check_offset(offset, len(order))
                 while offset < len(order):
                     sequence = {**found[order[offset]], "position": number * batches.num_processes + batches.rank}
                     offset, number = offset + 1, number + 1
-                    values = (epoch, chunk, source, offset, number)
-                    yield sequence, dict(zip(STATE, values))
+                    yield sequence, dict(zip(STREAM_STATE, (epoch, chunk, source, offset, number)))
                 chunk, offset, source = chunk + 1, 0, after
+            self.check_offset(offset, 0)
             if number == 0:
                 raise ValueError(
                     f"The text has no document with enough tokens for process {batches.rank} of "
@@ -286,8 +369,36 @@ class Stream(TorchIterableDataset):
                 )
             epoch, source = epoch + 1, None
 
+    def open(self, dataset: IterableDataset, source: dict[str, Any] | None) -> Iterator[dict[str, str]]:
+        """Return the documents from the place on that `source` describes."""
+        if source is None:
+            return iter(dataset)
+        try:
+            dataset.load_state_dict(source)
+            documents = iter(dataset)
+            first = list(islice(documents, 1))  # `datasets` looks at the state when it yields a document
+            given, expected = (
+                {name: type(value) for name, value in state.items()} for state in (source, dataset.state_dict())
+            )
+            if given != expected:  # `datasets` has then started at the beginning, without an error
+                raise KeyError("it has other keys or types of values")
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The text cannot go on from the state {source!r} ({type(error).__name__}: {error}). The state belongs "
+                "to another text, or is damaged. Go on with the text that the run began with."
+            ) from error
+        return chain(first, documents)
+
+    def check_offset(self, offset: int, length: int) -> None:
+        """Raise a ValueError if a state has used up more sequences of its chunk than there are."""
+        if offset > length:
+            raise ValueError(
+                f"The state has used up {offset} sequences of a part of the text that has {length}. It belongs to "
+                "another text or other arguments, or is damaged. Go on with those that the run began with."
+            )
+
     def read_block(self, documents: Iterator[dict[str, str]]) -> list[str]:
-        """Read the next chunk of every process; keep no text of the others."""
+        """Read the next chunk of every process, and keep the text of this process only."""
         batches = self.batches
         block = islice(documents, batches.documents_per_chunk * batches.num_processes)
         return [row["text"] if i % batches.num_processes == batches.rank else "" for i, row in enumerate(block)]

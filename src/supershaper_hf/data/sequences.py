@@ -1,29 +1,49 @@
-"""From documents to sequences of tokens: train or check a tokenizer, cut or pack. `batches` masks them.
+"""Turn documents into sequences of tokens: train or check a tokenizer, then cut the documents or pack them.
 
-A sequence crosses documents only if asked to.
+A sequence holds text of one document, unless it is asked to cross documents. The module `batches` masks sequences.
 """
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
+from datasets.config import HF_DATASETS_CACHE
 from tokenizers import BertWordPieceTokenizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
+from ..files import checksum
 from ..model.configuration_supershaper import SuperShaperConfig
+from .documents import explained_disk_errors
 
 
 SEQUENCES = Features({"input_ids": List(Value("int32")), "special_tokens_mask": List(Value("int8"))})
-SHORTEST_SEQUENCE = 8  # tokens; shorter tails of a document are left out
-ROWS = 1000  # tokenised at a time
+SHORTEST_SEQUENCE = 8  # tokens, [CLS] and [SEP] included
+ROWS = 1000  # number of documents that are tokenised at a time
+VERSION = 1  # belongs to the key of the cache: raise it when this module makes other sequences from the same text
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
-    """Train an uncased WordPiece tokenizer like BERT's on `texts`."""
+    """Train an uncased WordPiece tokenizer like BERT's.
+
+    Equal texts train equal tokenizers.
+
+    Args:
+        texts: The text to train on.
+        vocab_size: Number of tokens, special tokens included. There may be fewer if there is little text.
+        max_length: The tokenizer's `model_max_length`.
+
+    Example:
+        >>> tokenizer = train_tokenizer(["the cat sat", "the dogs sat"] * 2, vocab_size=100, max_length=128)
+        >>> tokenizer.tokenize("The cats")
+        ['the', 'cat', '##s']
+    """
     texts = list(texts)
     trained = BertWordPieceTokenizer(lowercase=True)
-    # The trainer numbers continuation characters in random order and breaks ties by number: number them here instead.
+    # The trainer numbers the continuation characters at random, and these numbers decide which of two equally frequent
+    # pairs is merged. Given as special tokens, the characters have fixed numbers.
     words = BertPreTokenizer().pre_tokenize_str(trained.normalize("\n".join(texts)))
     characters = sorted({character for word, _ in words for character in word[1:]})
     first = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"##{character}" for character in characters)]
@@ -39,6 +59,28 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: SuperShaperConf
             f"{config.vocab_size} on have no embedding. Use the tokenizer the model was trained with, or call "
             f"model.resize_token_embeddings({len(tokenizer)}) and train."
         )
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return 16 hexadecimal digits that are equal for two tokenizers if they make the same tokens of every text.
+
+    They follow from the vocabulary, the rules that split text, and the special tokens. Truncation and padding, which
+    a call of the tokenizer leaves behind in it, do not count.
+
+    Example:
+        >>> texts = ["the cat sat on the mat", "a dog ran"]
+        >>> tokenizer, other = (train_tokenizer(text, vocab_size=100, max_length=128) for text in (texts, ["a mat"]))
+        >>> before = fingerprint_tokenizer(tokenizer)
+        >>> _ = tokenizer(texts, padding=True, truncation=True)
+        >>> fingerprint_tokenizer(tokenizer) == before, fingerprint_tokenizer(other) == before
+        (True, False)
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # written in Python: its class stands for its rules
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    return checksum([rules, tokenizer.special_tokens_map])
 
 
 def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -59,15 +101,15 @@ def tokenize(
     cross_documents: bool = False,
     num_proc: int | None = None,
 ) -> Dataset:
-    """Turn documents into sequences of at most `max_length` tokens, [CLS] and [SEP] included; see `tokenize_documents`.
+    """Turn documents into sequences of at most `max_length` tokens, [CLS] and [SEP] included.
 
-    The result does not depend on `num_proc`. It is cached beside a dataset that comes from disk: a second call with
-    equal arguments, in any process, reads it.
+    `tokenize_documents` says how documents are cut. The result does not depend on `num_proc`. If the documents come
+    from disk, the result is stored beside them: a second call with equal arguments, in any process, reads it.
 
     Args:
         dataset: Documents in a column `text`.
-        tokenizer: One with [CLS] and [SEP].
-        max_length: Tokens of the longest sequence.
+        tokenizer: A tokenizer with [CLS] and [SEP].
+        max_length: Number of tokens of the longest sequence.
         cross_documents: Pack 1,000 documents at a time into full sequences, with [SEP] between them.
         num_proc: Number of processes that tokenise.
 
@@ -75,40 +117,49 @@ def tokenize(
         A dataset with the columns `input_ids` and `special_tokens_mask`.
 
     Raises:
+        OSError: If the disk is full.
         ValueError: If `max_length` does not fit the tokenizer, or no document has `SHORTEST_SEQUENCE` tokens.
 
     Example:
-        >>> sequences = tokenize(load_text("mine.txt"), tokenizer, max_length=128, num_proc=8)  # doctest: +SKIP
+        >>> documents = Dataset.from_dict({"text": ["the cat sat on the mat and the dog ran"]})
+        >>> tokenizer = train_tokenizer(documents["text"][:] * 2, vocab_size=100, max_length=128)
+        >>> sequences = tokenize(documents, tokenizer, max_length=12)
+        >>> tokenizer.decode(sequences[0]["input_ids"])
+        '[CLS] the cat sat on the mat and the dog ran [SEP]'
     """
     check_length(tokenizer, max_length)
     if "text" not in dataset.column_names:
         raise ValueError(f"The dataset has no column 'text', only {dataset.column_names}. Make it with load_text.")
     common: dict[str, Any] = {"batched": True, "batch_size": ROWS}
-    arguments = {"tokenizer": tokenizer, "max_length": max_length, "cross_documents": cross_documents}
-    if cross_documents:
-        # Processes cut the text in other places than batches do, which packing would show: so it is done by one.
-        documents = dataset.map(
-            encode_batch,
-            fn_kwargs={"tokenizer": tokenizer},
-            remove_columns=dataset.column_names,
-            features=Features({"tokens": List(Value("int32"))}),
-            num_proc=num_proc,
-            desc="Tokenising",
-            **common,
-        )
-        sequences = documents.map(
-            pack_batch, fn_kwargs=arguments, remove_columns=["tokens"], features=SEQUENCES, desc="Packing", **common
-        )
-    else:
-        sequences = dataset.map(
-            tokenize_batch,
-            fn_kwargs=arguments,
-            remove_columns=dataset.column_names,
-            features=SEQUENCES,
-            num_proc=num_proc,
-            desc="Tokenising",
-            **common,
-        )
+    key: dict[str, Any] = {"tokenizer": tokenizer, "version": VERSION}
+    arguments = key | {"max_length": max_length, "cross_documents": cross_documents}
+    folders = [Path(file["filename"]).parent for file in dataset.cache_files]
+    with explained_disk_errors(folders[0] if folders else HF_DATASETS_CACHE):
+        if cross_documents:
+            # Each process of `map` cuts the documents into batches of its own. Packing would show where, so one
+            # process packs.
+            documents = dataset.map(
+                encode_batch,
+                fn_kwargs=key,
+                remove_columns=dataset.column_names,
+                features=Features({"tokens": List(Value("int32"))}),
+                num_proc=num_proc,
+                desc="Tokenising",
+                **common,
+            )
+            sequences = documents.map(
+                pack_batch, fn_kwargs=arguments, remove_columns=["tokens"], features=SEQUENCES, desc="Packing", **common
+            )
+        else:
+            sequences = dataset.map(
+                tokenize_batch,
+                fn_kwargs=arguments,
+                remove_columns=dataset.column_names,
+                features=SEQUENCES,
+                num_proc=num_proc,
+                desc="Tokenising",
+                **common,
+            )
     if len(sequences) == 0:
         raise ValueError(
             f"None of the {len(dataset)} documents has {SHORTEST_SEQUENCE} tokens. Use longer text, a document a line."
@@ -121,18 +172,22 @@ def tokenize_documents(
 ) -> dict[str, list[list[int]]]:
     """Cut documents into sequences of at most `max_length` tokens, [CLS] and [SEP] included.
 
-    Each document is cut by itself; tails shorter than `SHORTEST_SEQUENCE` are left out. With `cross_documents` the
-    documents are first joined with [SEP] between them, so that all sequences but the last are full.
+    Each document is cut by itself. The rest of a document is left out if it makes a sequence shorter than
+    `SHORTEST_SEQUENCE`. With `cross_documents` the documents are first joined with [SEP] between them, so that all
+    sequences but the last are full.
 
     Returns:
-        `input_ids` and `special_tokens_mask`, one list per sequence; the latter marks [CLS], [SEP], [PAD] and [MASK].
+        `input_ids` and `special_tokens_mask`, with one list for each sequence. The mask is 1 at [CLS], [SEP], [PAD] and
+        [MASK], which are never predicted.
 
     Raises:
         ValueError: If `max_length` does not fit the tokenizer.
 
     Example:
-        >>> tokenize_documents(["the cat sat on the mat"], tokenizer, max_length=8)["input_ids"]  # doctest: +SKIP
-        [[2, 5, 7, 11, 14, 5, 9, 3]]
+        >>> tokenizer = train_tokenizer(["the cat sat on the mat"] * 2, vocab_size=100, max_length=128)
+        >>> found = tokenize_documents(["The cat sat on the mat."], tokenizer, max_length=8)
+        >>> [tokenizer.decode(ids) for ids in found["input_ids"]], found["special_tokens_mask"]
+        (['[CLS] the cat sat on the mat [SEP]'], [[1, 0, 0, 0, 0, 0, 0, 1]])
     """
     check_length(tokenizer, max_length)
     return pack(encode(texts, tokenizer), tokenizer, max_length, cross_documents)
@@ -143,13 +198,14 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     if not texts:
         return []
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    return tokenizer(list(texts), verbose=False, **options)["input_ids"]  # not verbose: documents may be long
+    # With `verbose` the tokenizer would warn about every document that is longer than its model_max_length.
+    return tokenizer(list(texts), verbose=False, **options)["input_ids"]
 
 
 def pack(
     documents: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, max_length: int, cross_documents: bool
 ) -> dict[str, list[list[int]]]:
-    """Cut tokens of documents into sequences; see `tokenize_documents`."""
+    """Cut the tokens of documents into sequences, as `tokenize_documents` says."""
     first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
     if cross_documents:
         documents = [[token for tokens in documents if tokens for token in (*tokens, last)][:-1]]
@@ -161,16 +217,17 @@ def pack(
     return {"input_ids": sequences, "special_tokens_mask": masks}
 
 
-# What `Dataset.map` runs in its processes. Module-level, with all they need as arguments: the cache goes by these.
+# What `Dataset.map` runs in its processes. Each is a function of the module and gets all that it needs as arguments,
+# because the cache goes by the name of the function and its arguments. `version` is there for this purpose only.
 
 
-def tokenize_batch(batch: dict[str, list], **arguments: Any) -> dict[str, list]:
+def tokenize_batch(batch: dict[str, list], version: int, **arguments: Any) -> dict[str, list]:
     return tokenize_documents(batch["text"], **arguments)
 
 
-def encode_batch(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+def encode_batch(batch: dict[str, list], version: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
     return {"tokens": encode(batch["text"], tokenizer)}
 
 
-def pack_batch(batch: dict[str, list], **arguments: Any) -> dict[str, list]:
+def pack_batch(batch: dict[str, list], version: int, **arguments: Any) -> dict[str, list]:
     return pack(batch["tokens"], **arguments)
