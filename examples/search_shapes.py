@@ -26,7 +26,7 @@ from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperForMaskedLM, 
 from supershaper_hf.data.batches import MLM_PROBABILITY, fixed_masks
 from supershaper_hf.data.documents import load_text
 from supershaper_hf.data.sequences import check_vocabulary, tokenize
-from supershaper_hf.devices import device_name, parse_device
+from supershaper_hf.devices import copy_mapped_weights, device_name, parse_device
 from supershaper_hf.files import write_file
 from supershaper_hf.latency.insensitivity import compare_equal_sizes, insensitivity_rows
 from supershaper_hf.latency.table import LatencyTable
@@ -139,6 +139,7 @@ def main() -> int:
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
     folder = Path(args.output_dir)
     model = SuperShaperForMaskedLM.from_pretrained(args.model).to(accelerator.device)
+    copy_mapped_weights(model)  # before the text is read, which may take minutes
     space = SearchSpace.from_config(model.config)
     length = min(args.max_length, model.config.max_position_embeddings)
     with accelerator.main_process_first():

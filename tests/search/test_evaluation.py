@@ -1,19 +1,23 @@
+import doctest
 import json
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import tiny_model
-from launching import start
+from forking import finish, fork
 from texts import random_documents
 
+from supershaper_hf import SuperShaperForMaskedLM
 from supershaper_hf.data.batches import fixed_masks
 from supershaper_hf.data.sequences import tokenize
 from supershaper_hf.model.modeling_supershaper import IGNORE_INDEX
-from supershaper_hf.search.evaluation import evaluate_shapes
+from supershaper_hf.search import evaluation
+from supershaper_hf.search.evaluation import evaluate_shapes, measure_batch
 
 
 SHAPES = [[48, 48, 48], [8, 20, 36], [36, 0, 8]]
@@ -189,9 +193,62 @@ def test_text_without_labels_is_refused(batches):
         evaluate_shapes(tiny_model(), [unlabelled], SHAPES)
 
 
-def test_wrong_shape_is_refused(batches):
+@pytest.mark.parametrize("shapes", [[[8, 40, 36]], [8, 40, 36]], ids=["many", "one"])
+def test_wrong_shape_is_refused(batches, shapes):
     with pytest.raises(ValueError, match="width 40 of layer 1 is not one of the width choices"):
-        evaluate_shapes(tiny_model(), batches, [[8, 40, 36]])
+        evaluate_shapes(tiny_model(), batches, shapes)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    ["8, 8, 8", ["8", "20", "36"], [["8", "20", "36"]], 8, [8.0, 20.0, 36.0], [[8, 20, 36], 8], {8: 8}],
+    ids=str,
+)
+def test_what_is_no_shape_is_refused(batches, shapes):
+    with pytest.raises(TypeError, match="shape"):
+        evaluate_shapes(tiny_model(), batches, shapes)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_one_shape_has_one_record(batches, kind):
+    model = tiny_model()
+    many = evaluate_shapes(model, batches, kind(SHAPES))
+    assert [evaluate_shapes(model, batches, kind(shape)) for shape in SHAPES] == many
+
+
+def test_example():
+    results = doctest.testmod(evaluation)
+    assert (results.failed, results.attempted) == (0, 7)
+
+
+# Weights that are mapped to a file
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """A model as `from_pretrained` gives it on a CPU: its weights stay in its file, and begin at any byte."""
+    tiny_model(intermediate_size=81).save_pretrained(tmp_path / "model")
+    return SuperShaperForMaskedLM.from_pretrained(tmp_path / "model")
+
+
+def test_a_file_that_is_overwritten_while_shapes_are_measured_changes_nothing(batches, loaded, tmp_path, monkeypatch):
+    file, expected = (
+        tmp_path / "model" / "model.safetensors",
+        evaluate_shapes(tiny_model(intermediate_size=81), batches, SHAPES),
+    )
+    header = evaluation.make_header(loaded, batches)
+
+    def overwrite_and_measure(*arguments):
+        with file.open("r+b") as stream:
+            stream.seek(file.stat().st_size // 8)
+            stream.write(bytes(file.stat().st_size // 2))
+        return measure_batch(*arguments)
+
+    monkeypatch.setattr(evaluation, "measure_batch", overwrite_and_measure)
+    assert evaluate_shapes(loaded, batches, SHAPES, records_file=tmp_path / "records.jsonl") == expected
+    assert evaluation.make_header(loaded, batches) == header
+    assert all(weight.untyped_storage().resizable() for weight in loaded.parameters())  # it is torch's own memory
+    assert loaded.cls["predictions"].decoder.weight is loaded.get_input_embeddings().weight
 
 
 # Several processes
@@ -245,32 +302,48 @@ def test_accelerator_of_one_process_changes_nothing(batches):
     assert evaluate_shapes(model, batches, SHAPES, accelerator=Accelerator()) == evaluate_shapes(model, batches, SHAPES)
 
 
-DIFFERENT = """
-from accelerate import Accelerator
-from conftest import tiny_model
-from launching import start
-from supershaper_hf.search.evaluation import evaluate_shapes
-import torch
+def disagree(folder):
+    """On each of two processes: what it is told where only one of them is wrong or fails."""
+    accelerator = Accelerator()
+    is_second = accelerator.process_index == 1
+    ids = torch.arange(5, 25).view(2, 10)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}] * 2
+    unlabelled = [batch | {"labels": torch.full_like(ids, IGNORE_INDEX)} for batch in batches]
 
-accelerator = Accelerator()
-ids = torch.arange(5, 25).view(2, 10)
-batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}] * 2
-shapes = [[8, 8, 8], [8, 8, 20 + 16 * accelerator.process_index]]
-try:
-    evaluate_shapes(tiny_model(), batches, shapes, accelerator=accelerator)
-except ValueError as error:
-    print(f"rank {accelerator.process_index}: {error}")
-accelerator.end_training()
-"""
+    def told(batches=batches, shape=(8, 8, 20)):
+        try:
+            evaluate_shapes(tiny_model(), batches, [[8, 8, 8], shape], accelerator=accelerator)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        raise AssertionError("no error was raised")
+
+    def out_of_memory(*_):
+        if is_second:
+            raise torch.OutOfMemoryError("out of memory")
+        return torch.zeros(2)
+
+    found = {
+        "shapes": told(shape=(8, 8, 36 if is_second else 20)),
+        "one shape is wrong": told(shape=7 if is_second else (8, 8, 20)),
+        "batches": told(batches[: 1 if is_second else 2]),
+        "no labels on one": told(unlabelled if is_second else batches),
+    }
+    evaluation.measure_batch = out_of_memory
+    found["out of memory"] = told()
+    torch.save(found, folder / f"rank{accelerator.process_index}.pt")
+    torch.distributed.destroy_process_group()
 
 
-def test_processes_that_ask_for_different_shapes_are_told_so(tmp_path):
-    """Else each would measure its own shape on its share of the text, and add up losses of different shapes."""
-    script = tmp_path / "script.py"
-    script.write_text(DIFFERENT)
-    output, _ = start(2, script).communicate(timeout=120)
-    for rank in (0, 1):
-        assert f"rank {rank}: Processes [1] ask for other shapes than process 0" in output
+def test_what_is_wrong_on_one_process_is_told_to_all(tmp_path):
+    """Else the others would wait for ever, or add up losses of different shapes or text."""
+    finish(fork(2, disagree, tmp_path))
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert first == second
+    assert first["shapes"].startswith("ValueError: Processes [1] ask for other shapes than process 0")
+    assert first["one shape is wrong"].startswith("TypeError: shape=7 must be a list of 3 integers")
+    assert first["batches"].startswith("ValueError: Processes [1] have other batches than process 0")
+    assert first["no labels on one"].startswith("ValueError: No token of the batches is labelled")
+    assert first["out of memory"] == "OutOfMemoryError: out of memory"
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import doctest
 import itertools
 import json
 import re
@@ -7,8 +8,12 @@ import pytest
 from conftest import tiny_config
 
 from supershaper_hf import SearchSpace
+from supershaper_hf.files import read_json, write_json
 from supershaper_hf.model.costs import ChainCost
-from supershaper_hf.search.evolution import evolutionary_search
+from supershaper_hf.search import evolution
+from supershaper_hf.search.evolution import FORMAT, evolutionary_search
+from supershaper_hf.search.pareto import pareto_front
+from supershaper_hf.search.predictor import ShapePredictor
 
 
 SPACE = SearchSpace(tiny_config(num_hidden_layers=4))
@@ -343,6 +348,28 @@ def test_predictor_that_knows_no_dropped_layers_is_refused():
     assert search(predictor=predictor, drop_rate=0.2).shape
 
 
+def test_only_layers_that_the_predictor_has_seen_dropped_are_dropped():
+    """As in `pareto_front`, whose front holds the optimum."""
+    shapes = all_shapes(choices=[0, *SPACE.width_choices])[1:]
+    shapes = shapes[(shapes[:, [0, 2]] > 0).all(axis=1)]
+    losses = 6 - np.sqrt(shapes / 48) @ [0.9, 0.1, 0.3, 0.2]
+    predictor = ShapePredictor.fit(shapes, losses)
+    assert predictor.droppable == [False, True, False, True]
+    bound = SPACE.num_parameters([8, 8, 8, 8]) - 1
+    result = search({"parameters": bound}, predictor, drop_rate=0.3)
+    assert result.shape == pareto_front(SPACE, predictor).best(bound)
+    assert search({}, predictor, drop_rate=0.9, minimize="parameters").shape == [8, 0, 8, 0]
+    with pytest.raises(ValueError, match=r"is below the smallest subnet"):
+        search({"parameters": SPACE.num_parameters([8, 0, 8, 0]) - 1}, predictor, drop_rate=0.3)
+    with pytest.raises(ValueError, match="The predictor knows 4 layers, but the search space has 5"):
+        search({}, predictor, drop_rate=0.3, space=SearchSpace(tiny_config(num_hidden_layers=5)))
+
+
+def test_example():
+    results = doctest.testmod(evolution)
+    assert (results.failed, results.attempted) == (0, 7)
+
+
 # Constraints that cannot be met
 
 
@@ -403,7 +430,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, fail_at):
     resumed = Falling()
     assert facts(search(predictor=resumed, checkpoint=file, checkpoint_steps=5)) == facts(whole)
     assert resumed.calls <= 41 - 5 * ((fail_at - 3) // 5)  # iterations before the checkpoint are not run again
-    assert [path.name for path in file.parent.iterdir()] == ["search.json"]
+    assert {path.name for path in file.parent.iterdir()} == {"search.json", ".search.json.lock"}
 
 
 def test_resumes_with_several_measures_and_dropped_layers(tmp_path):
@@ -491,19 +518,97 @@ def test_checkpoint_of_another_latency_table_is_refused(tmp_path):
         search(**arguments, latency=Seconds(0.0011))
 
 
-def test_damaged_checkpoint_is_refused(tmp_path):
-    file = tmp_path / "search.json"
-    search(checkpoint=file)
-    good = file.read_text()
-    moved = json.loads(good)
-    moved["picks"][0][0] ^= 1
-    for damaged in ("", good[: len(good) // 2], "[]", "{}", "3", '{"digest": "x"}', json.dumps(moved)):
-        file.write_text(damaged)
-        with pytest.raises(ValueError, match=re.escape(f"{file} is damaged, or no checkpoint of evolutionary_search")):
-            search(checkpoint=file)
-    file.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"is damaged.*Remove it to start again"):
-        search(checkpoint=file)
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of a small search, which is `SHORT`."""
+    search(**SHORT, checkpoint=tmp_path / "search.json")
+    return tmp_path / "search.json"
+
+
+SHORT = {"iterations": 1, "population_size": 2, "num_parents": 2}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda good: b"",
+        lambda good: good[: len(good) // 2],
+        lambda good: b"[]",
+        lambda good: b"{}",
+        lambda good: b"3",
+        lambda good: b'{"digest": "x"}',
+        lambda good: b"\xff\xfe",
+        lambda good: b"[" * 100_000,
+        lambda good: b'{"settings": ' * 100_000,
+        lambda good: good.replace(b"evolution 1", b"evolution 2"),
+        lambda good: good.replace(b'"seed": 0', b'"seed": NaN'),
+    ],
+)
+def test_damaged_checkpoint_is_refused(checkpoint, damage):
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(checkpoint))} is "):
+        search(**SHORT, checkpoint=checkpoint)
+
+
+def test_no_changed_byte_of_a_checkpoint_gives_another_result(checkpoint):
+    """Whatever one byte becomes: the same result, or a refusal that names the file."""
+    expected, good, harmless = facts(search(**SHORT)), checkpoint.read_bytes(), 0
+    for position, byte in enumerate(good):
+        changed = byte ^ 0x01 if position % 2 else ord("\n")
+        checkpoint.write_bytes(good[:position] + bytes([changed]) + good[position + 1 :])
+        try:
+            harmless += facts(search(**SHORT, checkpoint=checkpoint)) == expected
+        except ValueError as error:
+            harmless += str(error).startswith(str(checkpoint))
+    assert harmless == len(good)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": 3},
+        {"picks": None},
+        {"picks": []},
+        {"picks": [[0, 1, 2, 4]]},
+        {"picks": [[0, 1, 2, -1]]},
+        {"picks": [[0, 1, 2, 10**30]]},
+        {"picks": [[0, 1, 2]]},
+        {"picks": [[0, 1, 2], [0]]},
+        {"picks": [[0.0, 1.0, 2.0, 3.0]]},
+        {"picks": [[0, 1, 2, True]]},
+        {"picks": [[0, 1, 2, 3]]},  # the values are of more shapes
+        {"values": [[1.0, "2"]]},
+        {"values": 1.0},
+        {"probe": [[1.0]]},
+        {"history": []},
+        {"history": {}},
+        {"history": [3]},
+        {"history": [{"iteration": 0}]},
+        {"history": [dict.fromkeys(["iteration", "candidates", "violation", "loss", "parameters"], "1")]},
+    ],
+    ids=str,
+)
+def test_checkpoint_of_other_types_is_refused(checkpoint, change):
+    """Also where somebody has written the right checksum."""
+    write_json(checkpoint, FORMAT, read_json(checkpoint, FORMAT) | change)
+    with pytest.raises(ValueError, match=re.escape(f"{checkpoint} is damaged, or no checkpoint of this search space.")):
+        search(**SHORT, checkpoint=checkpoint)
+
+
+def test_a_second_search_on_the_same_checkpoint_is_told_so_and_stops(tmp_path):
+    file, told = tmp_path / "search.json", []
+
+    class Meanwhile(Falling):
+        def predict(self, shapes):
+            with pytest.raises(RuntimeError, match=re.escape(f"{file} is in use by another run.")):
+                search(checkpoint=file)
+            told.append(file.exists())
+            return super().predict(shapes)
+
+    result = search(predictor=Meanwhile(), checkpoint=file, iterations=3, checkpoint_steps=1)
+    assert told[0] is False  # from the first shapes on
+    assert told[-1] is True
+    assert facts(result) == facts(search(checkpoint=file, iterations=3))
 
 
 def test_fewer_iterations_than_the_checkpoint_has_are_refused(tmp_path):
@@ -522,13 +627,13 @@ def test_fewer_iterations_than_the_checkpoint_has_are_refused(tmp_path):
     [
         ({"params": 1e6}, "Unknown constraint 'params'. Allowed: 'parameters', 'flops', 'latency', 'perplexity'."),
         ({"loss": 2.0}, "Unknown constraint 'loss'. Allowed"),
-        ({"parameters": 0}, "constraints['parameters']=0 must be a finite number above 0: an upper bound. Leave the"),
+        ({"parameters": 0}, "constraints['parameters']=0 must be a finite number above 0."),
         ({"flops": -1.0}, "constraints['flops']=-1.0 must be"),
         ({"perplexity": float("nan")}, "constraints['perplexity']=nan must be"),
         ({"perplexity": float("inf")}, "constraints['perplexity']=inf must be"),
         ({"perplexity": "8"}, "constraints['perplexity']='8' must be"),
         ({"perplexity": True}, "constraints['perplexity']=True must be"),
-        ({"latency": 0.1}, "nothing tells it. Pass latency=LatencyTable(...)"),
+        ({"latency": 0.1}, "but not known. Pass latency=LatencyTable(...)"),
         ([("parameters", 1e6)], 'must map names to upper bounds, such as {"parameters": 63e6}'),
     ],
     ids=str,
@@ -541,9 +646,12 @@ def test_bad_constraints_are_refused(constraints, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"minimize": "perplexity"}, "minimize='perplexity'. Allowed: 'loss', 'parameters', 'flops', 'latency'."),
-        ({"minimize": "latency"}, "nothing tells it. Pass latency=LatencyTable(...)"),
-        ({"latency": "parameters"}, "latency='parameters' must be a LatencyTable, or have chain_cost(config)"),
+        (
+            {"minimize": "perplexity"},
+            "minimize='perplexity' is unknown. Allowed: 'loss', 'parameters', 'flops', 'latency'.",
+        ),
+        ({"minimize": "latency"}, "but not known. Pass latency=LatencyTable(...)"),
+        ({"latency": "parameters"}, "latency='parameters' must be a LatencyTable, or have its method chain_cost"),
         ({"sequence_length": 0}, "sequence_length=0 must be an integer of at least 1."),
         ({"population_size": 1, "num_parents": 1}, "population_size=1 must be an integer of at least 2."),
         ({"population_size": 20.0}, "population_size=20.0 must be an integer"),
@@ -553,11 +661,14 @@ def test_bad_constraints_are_refused(constraints, message):
         ({"num_mutations": -1}, "num_mutations=-1 must be an integer of at least 0."),
         ({"num_crossovers": -1}, "num_crossovers=-1 must be an integer of at least 0."),
         ({"num_mutations": 0, "num_crossovers": 0}, "make no new shapes. Raise at least one"),
-        ({"mutation_rate": 0.0}, "mutation_rate=0.0 must be above 0 and at most 1."),
-        ({"mutation_rate": 1.1}, "mutation_rate=1.1 must be above 0 and at most 1."),
+        ({"mutation_rate": 0.0}, "mutation_rate=0.0 must be a finite number above 0 and at most 1."),
+        ({"mutation_rate": 1.1}, "mutation_rate=1.1 must be a finite number above 0 and at most 1."),
         ({"mutation_rate": float("nan")}, "mutation_rate=nan must be"),
-        ({"drop_rate": 1.0}, "drop_rate=1.0 must be at least 0 and below 1. Use 0"),
+        ({"drop_rate": 1.0}, "drop_rate=1.0 must be a finite number at least 0 and below 1."),
         ({"drop_rate": -0.1}, "drop_rate=-0.1 must be"),
+        ({"drop_rate": "0.1"}, "drop_rate='0.1' must be"),
+        ({"mutation_rate": "0.1"}, "mutation_rate='0.1' must be"),
+        ({"seed": "0"}, "seed='0' must be an integer"),
         ({"seed": -1}, "seed=-1 must be an integer of at least 0."),
         ({"iterations": 0}, "iterations=0 must be an integer of at least 1."),
         ({"iterations": True}, "iterations=True must be an integer"),
@@ -579,7 +690,13 @@ def test_predictions_that_are_no_losses_are_refused():
         def predict(self, shapes):
             return np.where((shapes == 48).all(axis=1), np.nan, super().predict(shapes))
 
-    with pytest.raises(ValueError, match=r"returned \(\d+, 1\) for shapes \(\d+, 4\)\. It must return one loss per"):
+    class Text(Falling):
+        def predict(self, shapes):
+            return super().predict(shapes).astype(str)
+
+    with pytest.raises(ValueError, match=r"returned float64 \(\d+, 1\) for shapes \(\d+, 4\)\. It must return one num"):
         search(predictor=Column())
+    with pytest.raises(ValueError, match=r"returned <U32 \(\d+,\) for shapes \(\d+, 4\)\. It must return one number"):
+        search(predictor=Text())
     with pytest.raises(ValueError, match=r"returned a loss of nan for the shape \[48, 48, 48, 48\]\. Losses must be"):
         search(predictor=Undefined())

@@ -1,39 +1,43 @@
-"""Records on disk: real files, kills and full disks, and processes under torch's launcher.
-
-This file is also the script that is killed and launched: `work` at its end.
-"""
+"""Records on disk: real files, kills and full disks, and several processes."""
 
 import copy
+import io
 import json
 import math
 import os
+import re
 import resource
 import signal
-import sys
 import time
+import warnings
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import SPECIAL_TOKENS, WORDS, randomize, tiny_model
 from datasets import Dataset
-from launching import start
+from forking import finish, fork
 from texts import random_documents
 from transformers import BertTokenizer
 
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, __version__
 from supershaper_hf.data.batches import fixed_masks
 from supershaper_hf.data.sequences import tokenize
+from supershaper_hf.files import checksum, lock
 from supershaper_hf.search import evaluation
-from supershaper_hf.search.evaluation import evaluate_shapes, measure_batch
-from supershaper_hf.search.records import (
-    KEYS,
-    append_record,
+from supershaper_hf.search.evaluation import (
+    evaluate_shapes,
     fingerprint_data,
     fingerprint_model,
     make_header,
+    measure_batch,
+)
+from supershaper_hf.search.records import (
+    FORMAT,
+    KEYS,
+    append_record,
     open_records,
     perplexity,
     read_records,
@@ -90,8 +94,15 @@ def measured(monkeypatch):
     return shapes
 
 
+def unsigned(line):
+    content = json.loads(line)
+    assert content.pop("checksum") == checksum(content)
+    return content
+
+
 def rows(file):
-    return [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    """The records in a file as they are written, without their checksums, which are right."""
+    return [unsigned(line) for line in file.read_bytes().splitlines()[1:]]
 
 
 def edit(file, number, change):
@@ -101,8 +112,47 @@ def edit(file, number, change):
     file.write_bytes(b"\n".join(lines))
 
 
-def changed(**values):
+def edited(**values):
+    """A change that somebody makes by hand."""
     return lambda line: json.dumps(json.loads(line) | values).encode()
+
+
+def signed(line, **values):
+    content = unsigned(line) | values
+    return json.dumps(content | {"checksum": checksum(content)}).encode()
+
+
+def changed(**values):
+    """A change by something that also writes the checksum, so that the types have to be checked."""
+    return lambda line: signed(line, **values)
+
+
+def without(key):
+    def remove(line):
+        content = {name: value for name, value in unsigned(line).items() if name != key}
+        return json.dumps(content | {"checksum": checksum(content)}).encode()
+
+    return remove
+
+
+@contextmanager
+def limited_files(size):
+    """No file can grow beyond `size` bytes."""
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def message_of(act):
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("no error was raised")
 
 
 # What is written
@@ -115,10 +165,10 @@ def test_records_are_those_measured_without_a_file(written, whole, batches):
 
 
 def test_header_tells_what_was_measured(written, batches):
-    header = json.loads(written.read_text().splitlines()[0])
+    header = unsigned(written.read_bytes().splitlines()[0])
     labelled = sum((batch["labels"] >= 0).sum().item() for batch in batches)
     assert header == {
-        "format": "supershaper-hf records 1",
+        "format": "supershaper-hf records 2",
         "version": __version__,
         "model": fingerprint_model(MODEL),
         "data": fingerprint_data(batches),
@@ -136,7 +186,7 @@ def test_header_tells_what_was_measured(written, batches):
 def test_header_of_a_file_is_what_make_header_says(file, batches):
     header = make_header(MODEL, batches)
     assert open_records(file, header) == open_records(file, header) == []
-    assert json.loads(file.read_text()) == header
+    assert unsigned(file.read_bytes()) == {"format": FORMAT, **header}
 
 
 def test_each_record_is_on_disk_before_the_next_shape_is_measured(file, batches, whole, monkeypatch):
@@ -306,9 +356,20 @@ DAMAGE = {
     "not JSON": (lambda line: line[:-5], "not JSON"),
     "zeros": (lambda line: bytes(len(line)), "not JSON"),
     "not text": (lambda line: b"\xff\xfe" + line, "not JSON"),
-    "too deep": (lambda line: b"[" * 100_000, r".*recursion.*"),
-    "a list": (lambda line: b"[" + line + b"]", "not an object with shape, loss, perplexity, accuracy"),
-    "key missing": (lambda line: line.replace(b"accuracy", b"akkuracy"), "not an object with .*"),
+    "too deep": (lambda line: b"[" * 100_000, "not JSON"),
+    "deep": (lambda line: b"[" * 900 + b"]" * 900, "not a JSON object"),
+    "no number": (lambda line: line.replace(b'"loss": ', b'"loss": NaN, "old": '), "not JSON"),
+    "endless number": (lambda line: line.replace(b'"loss": ', b'"loss": %s, "old": ' % (b"9" * 5000)), "not JSON"),
+    "a list": (lambda line: b"[" + line + b"]", "not a JSON object"),
+    "digit of a width": (
+        lambda line: line.replace(b"[0, 8, 8]", b"[8, 8, 8]"),
+        "its checksum is wrong: it was changed",
+    ),
+    "digit of the accuracy": (edited(accuracy=0.125), "its checksum is wrong: it was changed"),
+    "no checksum": (lambda line: json.dumps(unsigned(line)).encode(), "its checksum is wrong: it was changed"),
+    "checksum": (edited(checksum=7), "its checksum is wrong: it was changed"),
+    "key missing": (lambda line: line.replace(b"accuracy", b"akkuracy"), "its checksum is wrong: it was changed"),
+    "another key": (without("accuracy"), "not an object with shape, loss, perplexity, accuracy"),
     "key added": (changed(seconds=1.0), "not an object with .*"),
     "width": (changed(shape=[8, 9, 36]), r"\[8, 9, 36\] is not a shape of this supernet"),
     "width as truth": (changed(shape=[8, False, 36]), r"\[8, False, 36\] is not a shape of this supernet"),
@@ -316,12 +377,19 @@ DAMAGE = {
     "empty": (changed(shape=[0, 0, 0]), r"\[0, 0, 0\] is not a shape of this supernet"),
     "no list": (changed(shape=8), "8 is not a shape of this supernet"),
     "loss": (changed(loss=1.25), r"perplexity [\d.]+ is not the exponential of loss 1\.25"),
-    "loss as text": (changed(loss="1.25"), "loss or accuracy is not a number in its range"),
-    "loss unknown": (changed(loss=None), "loss or accuracy is not .*"),
+    "loss as text": (changed(loss="1.25"), r"loss '1\.25' is not a number"),
+    "loss unknown": (changed(loss=None), "loss None is not a number"),
+    "loss of nothing": (changed(loss=None, perplexity=None, loss_is="-inf"), "loss None is not a number"),
+    "endless loss": (changed(loss=10**400), "loss 10+ is not a number"),
+    "infinite loss": (
+        lambda line: signed(line, loss=math.inf).replace(b"Infinity", b"1e999"),
+        "loss inf is not a number",
+    ),
     "perplexity": (changed(perplexity=None), r"perplexity None is not the exponential of loss .*"),
-    "perplexity as text": (changed(perplexity="2"), r"perplexity 2 is not the exponential of loss .*"),
-    "accuracy": (changed(accuracy=1.25), "loss or accuracy is not .*"),
-    "accuracy unknown": (changed(accuracy=None), "loss or accuracy is not .*"),
+    "perplexity as text": (changed(perplexity="2"), r"perplexity '2' is not the exponential of loss .*"),
+    "accuracy": (changed(accuracy=1.25), r"accuracy 1\.25 is not a number from 0 to 1"),
+    "accuracy unknown": (changed(accuracy=None), "accuracy None is not a number from 0 to 1"),
+    "accuracy as truth": (changed(accuracy=True), "accuracy True is not a number from 0 to 1"),
 }
 
 
@@ -378,10 +446,10 @@ def test_half_a_last_line_is_cut_off_and_the_next_is_not_glued_to_it(left, writt
         assert evaluate_shapes(MODEL, batches, SHAPES, records_file=written) == whole
         append_record(written, whole[0])
     else:
-        with pytest.warns(UserWarning, match=r"line 8 \(half a line, as a run that is killed leaves it\)"):
+        with pytest.warns(UserWarning, match=r"line 8 \(an incomplete line, as a killed run leaves it\)"):
             assert read_records(written) == whole[:-1]
         assert written.read_bytes() == halved  # reading changes nothing
-        with pytest.warns(UserWarning, match=r"line 8 \(half a line"):
+        with pytest.warns(UserWarning, match=r"line 8 \(an incomplete line"):
             assert evaluate_shapes(MODEL, batches, SHAPES, records_file=written) == whole
         assert written.read_bytes() == content
     assert measured == ([] if complete else [SHAPES[-1]])
@@ -396,26 +464,20 @@ def test_header_may_lack_its_end(file, batches, whole):
     assert read_records(file) == whole
 
 
-def without(key):
-    def remove(line):
-        header = json.loads(line)
-        del header[key]
-        return json.dumps(header).encode()
-
-    return remove
-
-
 HEADERS = {
     "cut off": lambda line: line[:-7],
     "missing": lambda line: b"",
     "a record": lambda line: b'{"shape": [8, 8, 8], "loss": 0.0, "perplexity": 1.0, "accuracy": 0.5}',
-    "other format": changed(format="supershaper-hf records 2"),
+    "other format": changed(format="supershaper-hf predictor 2"),
     "no format": without("format"),
     "no model": without("model"),
     "no data": changed(data=None),
     "no precision": without("precision"),
     "no layers": changed(num_layers=4),
     "no choices": changed(width_choices="8"),
+    "no key of choices": without("width_choices"),
+    "edited": edited(precision="bfloat16"),
+    "too deep": lambda line: b"[" * 100_000,
     "no sizes": changed(hidden_sizes=None),
     "a number": lambda line: b"3",
     "not text": lambda line: b"\xff" + line,
@@ -428,10 +490,53 @@ def test_damaged_header_is_refused(damage, written, batches):
     before = written.read_bytes()
     for use in (read_records, lambda file: evaluate_shapes(MODEL, batches, SHAPES, records_file=file)):
         with pytest.raises(
-            ValueError, match=r"(?s)records\.jsonl does not begin with a header .*Give another records_f"
+            ValueError, match=r"(?s)records\.jsonl does not begin with a valid header .*Give another records_f"
         ):
             use(written)
     assert written.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_file_of_another_version_is_refused_and_named(number, written, batches):
+    """Version 1 had no checksums."""
+    edit(written, 1, edited(format=f"supershaper-hf records {number}"))
+    before = written.read_bytes()
+    message = rf"records\.jsonl has the format 'supershaper-hf records {number}', but this version .* needs '{FORMAT}'"
+    for use in (read_records, lambda file: evaluate_shapes(MODEL, batches, SHAPES, records_file=file)):
+        with pytest.raises(ValueError, match=message):
+            use(written)
+    assert written.read_bytes() == before
+
+
+def outcome_of(file):
+    try:
+        return read_records(file)
+    except ValueError as error:
+        return error
+
+
+def test_no_changed_byte_gives_other_numbers(file, batches):
+    """Whatever one byte becomes: the same records, fewer with a warning that names the line, or a refusal."""
+    whole = evaluate_shapes(MODEL, batches, SHAPES[:2], records_file=file)
+    good, outcomes = file.read_bytes(), set()
+    for position in range(len(good)):
+        for flip in (0x01, good[position] ^ ord("\n")):
+            file.write_bytes(good[:position] + bytes([good[position] ^ flip]) + good[position + 1 :])
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                outcome = outcome_of(file)
+            if isinstance(outcome, ValueError):
+                assert str(file) in str(outcome)
+                outcomes.add("refused")
+            elif outcome == whole:
+                outcomes.add("the same")
+            else:
+                assert all(record in whole for record in outcome)
+                assert re.search(
+                    r"records\.jsonl: \d damaged line\(s\) do not count.*: line [234] \(", str(warned[0].message)
+                )
+                outcomes.add("fewer")
+    assert outcomes == {"the same", "fewer", "refused"}
 
 
 def test_empty_file_is_begun(file, batches, whole):
@@ -445,7 +550,7 @@ def test_leftover_of_a_header_is_no_obstacle(file, batches, whole):
     file.parent.mkdir()
     (file.parent / f".{file.name}.partial").write_text('{"format": "supersh')
     evaluate_shapes(MODEL, batches, SHAPES, records_file=file)
-    assert list(file.parent.iterdir()) == [file]
+    assert {path.name for path in file.parent.iterdir()} == {file.name, f".{file.name}.lock"}
     assert read_records(file) == whole
 
 
@@ -460,23 +565,19 @@ def test_file_that_cannot_be_made_is_named(tmp_path, batches):
         evaluate_shapes(MODEL, batches, SHAPES, records_file=tmp_path)
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=110)
-    assert process.returncode == 0, output
-    return output
-
-
-def test_full_disk_keeps_what_is_there_and_is_repaired(file, batches, whole):
-    """No file can grow beyond a limit: the last write ends within a line."""
-    line = len(json.dumps(whole[0]))
+def test_full_disk_keeps_what_is_there_and_is_repaired(file, batches, whole, capsys):
+    """The last write ends within a line. With `capsys` what is printed goes to memory, not to a file."""
     evaluate_shapes(MODEL, batches, [], records_file=file)
-    limit = file.stat().st_size + 2 * line + line // 2
-    output = finish(start(0, __file__, "full", file.parent, limit))
-    assert f"OSError: {file} could not be read or written: [Errno 27] File too large" in output
+    begun = file.stat().st_size
+    evaluate_shapes(MODEL, batches, SHAPES[:2], records_file=file)
+    limit = file.stat().st_size + (file.stat().st_size - begun) // 4
+    with limited_files(limit), pytest.raises(OSError, match=r"could not be read or written: .*File too large") as error:
+        evaluate_shapes(MODEL, batches, SHAPES, records_file=file)
+    assert str(file) in str(error.value)
     assert file.stat().st_size == limit
-    with pytest.warns(UserWarning, match=r"1 damaged line\(s\) do not count.*half a line"):
+    with pytest.warns(UserWarning, match=r"1 damaged line\(s\) do not count.*an incomplete line"):
         assert read_records(file) == whole[:2]
-    with pytest.warns(UserWarning, match="half a line"):
+    with pytest.warns(UserWarning, match="an incomplete line"):
         assert evaluate_shapes(MODEL, batches, SHAPES, records_file=file) == whole
     assert read_records(file) == whole
 
@@ -518,50 +619,70 @@ def test_dataset_refuses_shapes_of_another_space(whole):
 # Kills and several processes
 
 
+def wait_for(started, folder):
+    """Wait until every process of a run is stopped; see `stop`."""
+    deadline = time.monotonic() + 90
+    while len(list(folder.glob("stopped-*"))) < len(started):
+        assert all(process.is_alive() for process in started)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def kill(started):
+    for process in started:
+        process.kill()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [-signal.SIGKILL] * len(started)
+
+
 def rows_written(file):
     return file.read_bytes().count(b"\n") - 1
 
 
-def kill(process, folder, count):
-    """SIGKILL a run of `count` processes, and its launcher, once all of them are stopped; see `stop`."""
-    deadline = time.monotonic() + 90
-    while len(stopped := list(folder.glob("stopped-*"))) < count and time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise AssertionError(process.communicate()[0])
-        time.sleep(0.02)
-    process.kill()  # a launcher dies first, so that it cannot end the others in an orderly way
-    for worker in stopped:
-        os.kill(int(worker.name.removeprefix("stopped-")), signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert len(stopped) == count
-
-
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Two runs at once, of one process and of two, killed amid a shape: folder by number of processes."""
+    """Two runs at once, of one process and of two, killed amid a shape: the folder of each by its processes.
+
+    Also what another run was told that tried to use the same file before.
+    """
     folders = {processes: tmp_path_factory.mktemp("killed") for processes in (0, 2)}
-    started = {processes: start(processes, __file__, "stop", folder) for processes, folder in folders.items()}
+    started = {processes: fork(processes, stop, folder) for processes, folder in folders.items()}
+    told = {}
     for processes, folder in folders.items():
-        kill(started[processes], folder, processes or 1)
-    return folders
+        wait_for(started[processes], folder)
+        file = folder / "records.jsonl"
+        before = file.read_bytes()
+        told[processes] = message_of(partial(evaluate_shapes, MODEL, masked_batches(), SHAPES, records_file=file))
+        assert file.read_bytes() == before
+        kill(started[processes])
+    return folders, told
 
 
 @pytest.fixture(scope="module")
 def resumed(killed, tmp_path_factory):
     """What each of 2 or 3 processes found: continued the run of one process, that of two, did the whole; refusals."""
-    killed_at = {processes: rows_written(folder / "records.jsonl") for processes, folder in killed.items()}
-    strange = tmp_path_factory.mktemp("strange")
-    evaluate_shapes(nudge(tiny_model()), masked_batches(), SHAPES[:1], records_file=strange / "records.jsonl")
+    folders, _ = killed
+    killed_at = {processes: rows_written(folder / "records.jsonl") for processes, folder in folders.items()}
+    given = tmp_path_factory.mktemp("given")
+    evaluate_shapes(nudge(tiny_model()), masked_batches(), SHAPES[:1], records_file=given / "records.jsonl")
+    MODEL.save_pretrained(given / "model")
     started = {
-        2: start(2, __file__, "together", killed[0], strange, tmp_path_factory.mktemp("disk")),
-        3: start(3, __file__, "together", killed[2], strange, tmp_path_factory.mktemp("disk")),
+        2: fork(2, work_together, folders[0], given, tmp_path_factory.mktemp("disk")),
+        3: fork(3, work_together, folders[2], given, tmp_path_factory.mktemp("disk")),
     }
     found = {}
-    for processes, process in started.items():
-        finish(process)
-        folder = killed[0] if processes == 2 else killed[2]
+    for processes, folder in ((2, folders[0]), (3, folders[2])):
+        finish(started[processes])
         found[processes] = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
     return killed_at, found
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_second_run_on_the_same_file_is_told_so_and_stops(processes, killed):
+    """What a kill leaves of the lock stops nobody: the tests below go on with the same file."""
+    folders, told = killed
+    assert told[processes].startswith(f"RuntimeError: {folders[processes] / 'records.jsonl'} is in use by another run.")
 
 
 @pytest.mark.parametrize("processes", [0, 2])
@@ -574,7 +695,7 @@ def test_another_number_of_processes_goes_on_bit_for_bit(processes, resumed, kil
     """Two processes with what one left, three with what two left."""
     killed_at, found = resumed
     before = 0 if processes == 2 else 2
-    file = killed[before] / "records.jsonl"
+    file = killed[0][before] / "records.jsonl"
     for rank in found[processes]:
         assert rank["processes"] == processes
         assert rank["records"] == whole
@@ -590,16 +711,24 @@ def test_processes_without_a_file_return_the_records_of_one(processes, resumed, 
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_fail_together(processes, resumed):
-    """Where the file is of another model, where they differ among themselves, and where the disk is full."""
+def test_processes_that_load_a_folder_return_the_records_of_the_model_that_was_saved(processes, resumed, whole):
+    """To the last bit, although a mapped weight begins at any byte of its file."""
     for rank in resumed[1][processes]:
-        assert "holds records of another model" in rank["strange"]
-        assert f"Processes {[*range(1, processes)]} have other weights or batches than process 0" in rank["different"]
+        assert rank["loaded"] == whole
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_fail_together(processes, resumed):
+    """Where the file is of another model or in use, where they differ among themselves, and where the disk is full."""
+    for rank in resumed[1][processes]:
+        assert "holds records of another model" in rank["another model"]
+        assert "is in use by another run" in rank["in use"]
+        assert f"Processes {[*range(1, processes)]} have other weights than process 0" in rank["different"]
         assert "could not be read or written: [Errno 27] File too large" in rank["full"]
 
 
 def test_one_process_goes_on_where_another_was_killed(killed, resumed, batches, whole, measured):
-    assert evaluate_shapes(MODEL, batches, SHAPES, records_file=killed[2] / "records.jsonl") == whole
+    assert evaluate_shapes(MODEL, batches, SHAPES, records_file=killed[0][2] / "records.jsonl") == whole
     assert measured == []
 
 
@@ -615,47 +744,22 @@ def test_fingerprint_of_a_model_spread_by_fsdp_is_that_of_the_model(resumed, who
 # What is started
 
 
-def limit_files(size):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+def stop(folder):
+    """Measure all shapes. At one of them wait to be killed instead, and say so by the name of an empty file."""
 
+    def measure_or_wait(model, batch, shape):
+        if shape == STOPPED_AT:
+            (folder / f"stopped-{os.getpid()}").touch()
+            signal.pause()
+        return measure_batch(model, batch, shape)
 
-def stop(folder, model, batch, shape):
-    """Measure a batch. At one shape wait to be killed instead, by the name of an empty file."""
-    if shape == STOPPED_AT:
-        (folder / f"stopped-{os.getpid()}").touch()
-        signal.pause()
-    return measure_batch(model, batch, shape)
-
-
-def message_of(act):
-    try:
-        act()
-    except (ValueError, OSError) as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("no error was raised")
-
-
-def work(mode, folder, *arguments):
-    signal.alarm(100)  # ends a deadlock
-    folder = Path(folder)
-    file = folder / "records.jsonl"
-    batches = masked_batches()
-    if mode == "full":
-        limit_files(int(arguments[0]))
-        print(message_of(lambda: evaluate_shapes(MODEL, batches, SHAPES, records_file=file)))
-        return
+    evaluation.measure_batch = measure_or_wait
     accelerator = Accelerator()
-    if mode == "stop":
-        evaluation.measure_batch = partial(stop, folder)
-        evaluate_shapes(MODEL, batches, SHAPES, accelerator=accelerator, records_file=file)
-        return
-    found, rank = work_together(accelerator, file, *map(Path, arguments)), accelerator.process_index
-    torch.save(found, folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    evaluate_shapes(MODEL, masked_batches(), SHAPES, accelerator=accelerator, records_file=folder / "records.jsonl")
 
 
-def work_together(accelerator, file, strange, disk):
+def work_together(folder, given, disk):
+    accelerator = Accelerator()
     batches, measure = masked_batches(), evaluation.Evaluation.measure
     found = {"processes": accelerator.num_processes, "measured": []}
 
@@ -663,20 +767,24 @@ def work_together(accelerator, file, strange, disk):
         return evaluate_shapes(model, batches, shapes, accelerator=accelerator, records_file=records_file)
 
     evaluation.Evaluation.measure = lambda self, shape: found["measured"].append(shape) or measure(self, shape)
-    found["records"] = evaluate(MODEL, file)
+    found["records"] = evaluate(MODEL, folder / "records.jsonl")
     evaluation.Evaluation.measure = measure
     found["without file"] = evaluate(MODEL)
-    found["strange"] = message_of(lambda: evaluate(MODEL, strange / "records.jsonl"))
+    found["loaded"] = evaluate(SuperShaperForMaskedLM.from_pretrained(given / "model"))
+    found["another model"] = message_of(lambda: evaluate(MODEL, given / "records.jsonl"))
     own = MODEL if accelerator.is_main_process else nudge(tiny_model())
-    found["different"] = message_of(lambda: evaluate(own, strange / "none.jsonl"))
+    found["different"] = message_of(lambda: evaluate(own, disk / "none.jsonl"))
     if accelerator.num_processes == 2:
         found["fsdp"] = work_spread(accelerator, evaluate, disk / "fsdp.jsonl")
+    with lock(disk / "used.jsonl") if accelerator.is_main_process else nullcontext():
+        found["in use"] = message_of(lambda: evaluate(MODEL, disk / "used.jsonl"))
     evaluate(MODEL, disk / "records.jsonl", [])
     accelerator.wait_for_everyone()
-    limit_files((disk / "records.jsonl").stat().st_size + 50)
-    found["full"] = message_of(lambda: evaluate(MODEL, disk / "records.jsonl"))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
-    return found
+    # A bar of progress would be written to a file, too.
+    with redirect_stderr(io.StringIO()), limited_files((disk / "records.jsonl").stat().st_size + 50):
+        found["full"] = message_of(lambda: evaluate(MODEL, disk / "records.jsonl"))
+    torch.save(found, folder / f"rank{accelerator.process_index}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def work_spread(accelerator, evaluate, file):
@@ -694,7 +802,3 @@ def work_spread(accelerator, evaluate, file):
         "fingerprint": fingerprint_model(model),
         "records": evaluate(model, file, SHAPES[:2]),
     }
-
-
-if __name__ == "__main__":
-    work(*sys.argv[1:])

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from ..data.batches import MicroBatches
 from ..data.sequences import check_vocabulary
-from ..devices import device_name
+from ..devices import copy_mapped_weights, device_name
 from ..files import to_json
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.costs import training_flops
@@ -85,6 +85,7 @@ def super_pretrain(
         OSError: If a checkpoint cannot be written.
     """
     check_vocabulary(tokenizer, model.config)
+    copy_mapped_weights(model)
     if args.target_perplexity is not None and not eval_batches:
         raise ValueError(f"target_perplexity={args.target_perplexity} needs eval_batches to be measured on.")
     accelerator = make_accelerator(args)
