@@ -20,7 +20,7 @@ from supershaper_hf.report.tables import markdown_table
 
 MODULE = sys.modules[compare_equal_sizes.__module__]
 CONFIG = tiny_config(num_hidden_layers=6)
-SPACE = SearchSpace(CONFIG)
+SPACE = SearchSpace.from_config(CONFIG)
 BUDGET = (SPACE.num_parameters(SPACE.smallest) + SPACE.num_parameters(SPACE.largest)) // 2
 
 
@@ -189,7 +189,7 @@ def test_more_rounds_find_what_the_first_does_not(monkeypatch):
 
 
 def test_too_few_shapes_warn_and_none_raise():
-    tiny = SearchSpace(tiny_config(num_hidden_layers=2, width_choices=[20, 48]))
+    tiny = SearchSpace.from_config(tiny_config(num_hidden_layers=2, width_choices=[20, 48]))
     middle = tiny.num_parameters([20, 48])  # [48, 20] is about as large, and there is no third
     with pytest.warns(UserWarning, match=rf"Only 2 of 5 shapes were found within 5.0% of budget={middle:,} parameters"):
         assert len(shapes_near(tiny, middle, 5, tolerance=0.05)) == 2

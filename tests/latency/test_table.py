@@ -240,7 +240,7 @@ def test_real_measurement_is_positive_and_says_what_it_measured():
     assert (table.sizes, table.attention, table.torch_version) == (SIZES, "sdpa", torch.__version__)
     assert table.device == latency.device_name("cpu")
     assert table.device.endswith(", 1 threads")
-    predicted = table.predict(SearchSpace(tiny_config()).sample(5, 0))
+    predicted = table.predict(SearchSpace.from_config(tiny_config()).sample(5, 0))
     assert predicted.shape == (5,)
     assert (np.isfinite(predicted) & (predicted > 0)).all()
 
@@ -400,7 +400,7 @@ def test_prediction_is_the_sum_of_the_entries(layers):
 
 def test_chain_cost_agrees_with_the_prediction():
     table, config = made_table(), tiny_config()
-    shapes = SearchSpace(config).sample(50, 0, drop_rate=0.3)
+    shapes = SearchSpace.from_config(config).sample(50, 0, drop_rate=0.3)
     cost = resolve_cost(table, config)
     assert cost.name == "latency"
     np.testing.assert_allclose(chain_cost(cost, config.hidden_size, shapes), table.predict(shapes))
@@ -476,13 +476,13 @@ def test_configuration_of_a_subnet_is_checked_by_its_own_widths():
 
 
 def test_width_costs_are_seconds_per_parameter():
-    table, space = made_table(), SearchSpace(tiny_config(num_hidden_layers=2))
+    table, space = made_table(), SearchSpace.from_config(tiny_config(num_hidden_layers=2))
     rows = table.width_costs()
     assert [row["width"] for row in rows] == CHOICES
     assert [row["multiple_of_8"] for row in rows] == [True, False, False, True]
     assert [row["head_size"] for row in rows] == [2, 5, 9, 12]
     assert not any(row["multiple_of_64"] or row["head_multiple_of_8"] for row in rows)
-    alone = SearchSpace(tiny_config(num_hidden_layers=1))
+    alone = SearchSpace.from_config(tiny_config(num_hidden_layers=1))
     for row, seconds in zip(rows, table.seconds.blocks.diagonal()):
         width = row["width"]
         assert row["seconds"] == seconds

@@ -44,7 +44,7 @@ def searched(tmp_path_factory):
     tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(SPECIAL_TOKENS + WORDS)})
     folder, model = tmp_path_factory.mktemp("search"), tiny_model()
     batches = fixed_masks(tokenize(random_documents(4), tokenizer, max_length=12), tokenizer, 8, mlm_probability=0.4)
-    space = SearchSpace(model.config)
+    space = SearchSpace.from_config(model.config)
     shapes = np.unique(np.vstack([space.sample(40, seed=0), [[8] * 3], [[48] * 3]]), axis=0)[:30].tolist()
     records = evaluate_shapes(model, batches, shapes, records_file=folder / RECORDS_FILE)
     seen = records[:13] + records[17:]
