@@ -3,6 +3,16 @@
 import random
 
 
+def load_or_refuse(load, file):
+    """Return what `load(file)` returns, or None if it refuses the file by name; any other error is a failure."""
+    try:
+        return load(file)
+    except ValueError as error:
+        if str(file) not in str(error):
+            raise AssertionError("the error does not name the file") from error
+        return None
+
+
 def damages(whole, count=300, seed=0):
     """Yield damaged copies of the bytes `whole`, among them what is most easily believed: another digit or sign."""
     generator = random.Random(seed)

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from damages import damages
+from damages import damages, load_or_refuse
 from scipy.stats import kendalltau, spearmanr
 
 from supershaper_hf.files import read_json, write_json
@@ -791,11 +791,8 @@ def test_damaged_file_is_refused_by_name_or_changes_nothing(noisy, tmp_path):
     whole = file.read_bytes()
     for damaged in damages(whole):
         file.write_bytes(damaged)
-        try:
-            loaded = ShapePredictor.load(file)
-        except ValueError as error:
-            assert str(file) in str(error)
-        else:
+        loaded = load_or_refuse(ShapePredictor.load, file)
+        if loaded is not None:
             loaded.save(file)
             assert file.read_bytes() == whole
 

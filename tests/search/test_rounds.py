@@ -101,7 +101,7 @@ def test_space_with_fewer_shapes_than_a_predictor_needs_is_refused_before_measur
     space = SearchSpace.from_config(tiny_config(num_hidden_layers=2, width_choices=[20, 48]))
     measure = Measure(random_truth(space))
     with pytest.raises(
-        ValueError, match="This search space has 4 shapes only, but a predictor needs 8. Measure all of"
+        ValueError, match=r"This search space has 4 shapes only, but a predictor needs 8\. Measure all of"
     ):
         in_rounds(space, measure, 20, 4, **options)
     assert measure.calls == []
@@ -281,7 +281,7 @@ def test_large_costs_are_written_out():
 
 
 def test_measured_cost_of_a_shape_is_a_budget_that_it_meets():
-    """Seconds are no binary fractions: another order of adding would miss some budgets by one unit in the last place."""
+    """Seconds are no binary fractions: another order of adding misses some budgets by one unit in the last place."""
     random = np.random.default_rng(0)
     for seed in range(40):
         seconds = RandomSeconds(seed)
