@@ -112,7 +112,8 @@ class Workload:
             )
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(
-                f"dtype={self.dtype!r} is not a floating-point type. Use torch.float32, torch.bfloat16 or torch.float16."
+                f"dtype={self.dtype!r} is not a floating-point type. Use torch.float32, torch.bfloat16 or "
+                "torch.float16."
             )
 
     @property

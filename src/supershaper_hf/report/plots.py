@@ -24,7 +24,7 @@ Point = tuple[float, float]  # cost, perplexity
 
 
 def new_figure(width: float = 8, height: float = 5) -> tuple[Figure, Axes]:
-    """Return a figure with one pair of axes. It is made without pyplot, which keeps global state and may need a screen."""
+    """Return a figure with one pair of axes. It does not use pyplot, which keeps global state."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.3)

@@ -128,7 +128,7 @@ def propose_shapes(
     budgets = np.atleast_1d(max_cost)
     chosen: dict[tuple[int, ...], None] = {}
     for number, drawn in enumerate(predictor.draw(num_shapes, seed)):
-        front = _affordable_front(space, drawn, cost, budgets, sequence_length)
+        front = _affordable_front(space, drawn, cost, max_cost, sequence_length)
         costs = next(iter(front.costs.values()))
         affordable = np.flatnonzero(costs <= budgets[number % len(budgets)])
         for index in affordable[np.argsort(front.losses[affordable], kind="stable")]:
