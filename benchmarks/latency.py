@@ -1,11 +1,11 @@
-"""How well a latency table predicts whole subnets, whether latency follows from size alone, what odd widths cost.
+"""How well does a latency table predict whole subnets? Does latency follow from size alone? What do odd widths cost?
 
-    python benchmarks/latency.py                                         # CPU: bert-base size, about 5 minutes
+    python benchmarks/latency.py                                         # CPU, bert-base size: about 5 minutes
     python benchmarks/latency.py --small                                 # a small BERT, half a minute
     python benchmarks/latency.py --device cuda --dtype bfloat16 --batch_size 32 --save table.json
 
-Sweeps of the table alternate with runs of whole subnets, so that a slow moment of the machine meets both. Needs a
-quiet machine, and memory for all subnets at once: 10 GB at bert-base size in float32.
+Sweeps of the table alternate with runs of whole subnets, so that a slow moment of the machine meets both. The machine
+has to be quiet, and to have memory for all subnets at once: 10 GB at bert-base size in float32.
 """
 
 import argparse
@@ -37,10 +37,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--sequence_length", type=int, default=128)
-    parser.add_argument("--shapes", type=int, default=30, help="random shapes to predict and measure")
-    parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--budgets", type=int, nargs="*", help="in parameters; default: at 20, 50, 80 %% of the range")
-    parser.add_argument("--shapes_per_budget", type=int, default=10)
+    parser.add_argument("--num_shapes", type=int, default=30, help="random shapes to predict and measure")
+    parser.add_argument("--repeats", type=int, default=12, help="sweeps over all subnets")
+    parser.add_argument(
+        "--parameters", type=int, nargs="*", help="sizes to compare shapes of; default: at 20, 50, 80 %% of the range"
+    )
+    parser.add_argument("--num_equal_shapes", type=int, default=10, help="shapes of each of these sizes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", help="file to write the table to")
     return parser.parse_args()
@@ -55,9 +57,9 @@ def make_config(args: argparse.Namespace) -> SuperShaperConfig:
 
 
 def predict_and_measure(space: SearchSpace, args: argparse.Namespace, conditions: dict) -> LatencyTable:
-    """Print how far predictions are from whole subnets; return the table."""
-    shapes = space.sample(args.shapes, args.seed, distribution="budget")
-    probe, timer = LatencyProbe(space.config, **conditions), SubnetTimer(space.config, shapes, **conditions)
+    """Print how far predictions are from the seconds of whole subnets, and return the table."""
+    shapes = space.sample(args.num_shapes, args.seed, distribution="budget")
+    probe, timer = LatencyProbe(space, **conditions), SubnetTimer(space, shapes, **conditions)
     for sweep in range(WARMUP + args.repeats):
         probe.sweep(keep=sweep >= WARMUP)
         timer.sweep(keep=sweep >= WARMUP)
@@ -68,7 +70,9 @@ def predict_and_measure(space: SearchSpace, args: argparse.Namespace, conditions
     print(f"{table.device}, torch {table.torch_version}, {table.dtype}, attention {table.attention}")
     print(f"batch {table.batch_size} x {table.sequence_length}, {args.repeats} interleaved sweeps, widths")
     print(f"{table.width_choices}, {space.num_layers} layers\n")
-    print(f"{args.shapes} random shapes of {sizes.min() / 1e6:.1f} to {sizes.max() / 1e6:.1f} M parameters, ", end="")
+    print(
+        f"{args.num_shapes} random shapes of {sizes.min() / 1e6:.1f} to {sizes.max() / 1e6:.1f} M parameters, ", end=""
+    )
     print(f"{truth.min() * 1e3:.1f} to {truth.max() * 1e3:.1f} ms, predicted from the table:")
     print(
         f"median error {np.median(np.abs(errors)):.1%}, largest {np.abs(errors).max():.1%}, mean {errors.mean():+.1%}"
@@ -83,7 +87,7 @@ def predict_and_measure(space: SearchSpace, args: argparse.Namespace, conditions
 def main() -> None:
     args = parse_arguments()
     start = time.perf_counter()
-    space = SearchSpace(make_config(args))
+    space = SearchSpace.from_config(make_config(args))
     conditions = {
         "device": args.device,
         "batch_size": args.batch_size,
@@ -96,10 +100,10 @@ def main() -> None:
         table.save(args.save)
 
     smallest, largest = space.num_parameters(space.smallest), space.num_parameters(space.largest)
-    budgets = args.budgets or [round(smallest + share * (largest - smallest)) for share in (0.2, 0.5, 0.8)]
-    records = compare_equal_sizes(space.config, budgets, args.shapes_per_budget, repeats=args.repeats, **conditions)
+    sizes = args.parameters or [round(smallest + share * (largest - smallest)) for share in (0.2, 0.5, 0.8)]
+    comparisons = compare_equal_sizes(space, sizes, args.num_equal_shapes, repeats=args.repeats, **conditions)
     print("\nShapes of equal size, within 2 %: the paper's spread is about 1 %\n")
-    print(markdown_table(insensitivity_rows(records)))
+    print(markdown_table(insensitivity_rows(comparisons)))
     print("\nBlocks that keep their width\n")
     print(markdown_table(width_rows(table)))
     print(f"\n{time.perf_counter() - start:.0f} s in all")

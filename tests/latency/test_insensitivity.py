@@ -4,12 +4,17 @@ import sys
 import numpy as np
 import pytest
 from conftest import tiny_config
+from damages import damages, load_or_refuse
 
 from supershaper_hf import SearchSpace
+from supershaper_hf.files import read_json, write_json
 from supershaper_hf.latency.insensitivity import (
+    FORMAT,
     Insensitivity,
     compare_equal_sizes,
     insensitivity_rows,
+    load_comparisons,
+    save_comparisons,
     shapes_near,
     summarize,
     width_rows,
@@ -19,8 +24,7 @@ from supershaper_hf.report.tables import markdown_table
 
 
 MODULE = sys.modules[compare_equal_sizes.__module__]
-CONFIG = tiny_config(num_hidden_layers=6)
-SPACE = SearchSpace(CONFIG)
+SPACE = SearchSpace.from_config(tiny_config(num_hidden_layers=6))
 BUDGET = (SPACE.num_parameters(SPACE.smallest) + SPACE.num_parameters(SPACE.largest)) // 2
 
 
@@ -30,7 +34,7 @@ class FakeTimer:
     seconds_of = staticmethod(lambda shape, copy, sweep: 1.0)
     built: list["FakeTimer"] = []
 
-    def __init__(self, config, shapes, *arguments):
+    def __init__(self, space, shapes, *arguments):
         self.shapes, self.arguments, self.samples, self.discarded = [tuple(shape) for shape in shapes], arguments, [], 0
         self.built.append(self)
 
@@ -52,9 +56,9 @@ def timed(monkeypatch):
     monkeypatch.setattr(MODULE, "SubnetTimer", FakeTimer)
     monkeypatch.setattr(FakeTimer, "built", [])
 
-    def measure(seconds_of, budgets=(BUDGET,), **arguments):
+    def measure(seconds_of, parameters=(BUDGET,), **arguments):
         monkeypatch.setattr(FakeTimer, "seconds_of", staticmethod(seconds_of))
-        return compare_equal_sizes(CONFIG, budgets, **arguments)
+        return compare_equal_sizes(SPACE, parameters, **arguments)
 
     return measure
 
@@ -130,8 +134,8 @@ def test_slow_sweep_that_meets_all_is_no_difference(timed):
 
 def test_every_budget_gets_its_record_and_its_own_sweeps(timed):
     budgets = [int(BUDGET * 0.8), BUDGET]
-    records = timed(lambda shape, *_: sum(shape), budgets, shapes_per_budget=4, tolerance=0.05, repeats=2, seed=3)
-    assert [record.budget for record in records] == budgets
+    records = timed(lambda shape, *_: sum(shape), budgets, num_shapes=4, tolerance=0.05, repeats=2, seed=3)
+    assert [record.target for record in records] == budgets
     assert len(FakeTimer.built) == 2
     for record, timer in zip(records, FakeTimer.built):
         assert len(record.shapes) == 4
@@ -143,7 +147,7 @@ def test_every_budget_gets_its_record_and_its_own_sweeps(timed):
 
 
 def test_real_measurement_has_all_records():
-    [record] = compare_equal_sizes(CONFIG, [BUDGET], shapes_per_budget=3, repeats=2, warmup=1, sequence_length=5)
+    [record] = compare_equal_sizes(SPACE, [BUDGET], num_shapes=3, repeats=2, warmup=1, sequence_length=5)
     assert len(record.shapes) == len(record.seconds) == 3
     assert min(record.seconds) > 0
     assert 0 <= record.p_value <= 1
@@ -152,12 +156,12 @@ def test_real_measurement_has_all_records():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"shapes_per_budget": 1}, "shapes_per_budget=1 must be an integer of at least 2."),
+        ({"num_shapes": 1}, "num_shapes=1 must be an integer of at least 2."),
         ({"repeats": 0}, "repeats=0 must be an integer of at least 1."),
         ({"warmup": -1}, "warmup=-1 must be an integer of at least 0."),
-        ({"tolerance": -0.1}, "tolerance=-0.1 must be at least 0 and below 1"),
-        ({"tolerance": 1}, "tolerance=1 must be at least 0 and below 1"),
-        ({"budgets": [10]}, "Only 0 shapes are within 2.0% of budget=10 parameters"),
+        ({"tolerance": -0.1}, "tolerance=-0.1 must be a finite number at least 0 and below 1"),
+        ({"tolerance": 1}, "tolerance=1 must be a finite number at least 0 and below 1"),
+        ({"parameters": [10]}, "0 shapes have 10 parameters within 2.0%, but a comparison needs two."),
     ],
     ids=str,
 )
@@ -189,12 +193,15 @@ def test_more_rounds_find_what_the_first_does_not(monkeypatch):
 
 
 def test_too_few_shapes_warn_and_none_raise():
-    tiny = SearchSpace(tiny_config(num_hidden_layers=2, width_choices=[20, 48]))
+    tiny = SearchSpace.from_config(tiny_config(num_hidden_layers=2, width_choices=[20, 48]))
     middle = tiny.num_parameters([20, 48])  # [48, 20] is about as large, and there is no third
-    with pytest.warns(UserWarning, match=rf"Only 2 of 5 shapes were found within 5.0% of budget={middle:,} parameters"):
+    with pytest.warns(UserWarning, match=rf"Only 2 of 5 shapes were found that have {middle:,} parameters within 5.0%"):
         assert len(shapes_near(tiny, middle, 5, tolerance=0.05)) == 2
     smallest = tiny.num_parameters(tiny.smallest)
-    with pytest.raises(ValueError, match=rf"Only 1 shapes are within 2.0% of.*Subnets have {smallest:,} to "):
+    with pytest.raises(
+        ValueError,
+        match=rf"1 shapes have {smallest:,} parameters within 2.0%.*Subnets of this space have {smallest:,} to ",
+    ):
         shapes_near(tiny, smallest, 5)
 
 
@@ -220,10 +227,78 @@ def test_rows_are_text_for_a_table():
 
 def test_width_rows_tell_the_time_per_parameter():
     config = tiny_config(hidden_size=128, width_choices=[20, 96, 104, 128])
-    table = LatencyTable.measure(config, sequence_length=5, repeats=1)
+    table = LatencyTable.measure(SearchSpace.from_config(config), sequence_length=5, repeats=1)
     rows = width_rows(table)
     assert [row["multiple of"] for row in rows] == ["neither 8 nor 64", "8", "8", "64"]
     assert [row["head size"] for row in rows] == [5, 24, 26, 32]
     assert rows[-1]["time per parameter"] == "1.00 x that of 128"
     assert all(re.fullmatch(r"\d+\.\d\d ms", row["block"]) for row in rows)
     markdown_table(rows)
+
+
+# The file
+
+
+MEASURED = [
+    Insensitivity(1_000_000, [[8, 20], [20, 8]], [0.010, 0.012], [1_010_000, 990_000], 0.01, 0.001),
+    Insensitivity(2_000_000, [[8, 48], [48, 8], [36, 36]], [0.1, 0.2, 0.3], [2_000_000, 2_010_000, 1_990_000], 0.0, 1),
+]
+
+
+@pytest.mark.parametrize("comparisons", [MEASURED, MEASURED[:1], []], ids=len)
+def test_saved_comparisons_are_the_same(comparisons, tmp_path):
+    save_comparisons(tmp_path / "insensitivity.json", comparisons)
+    assert load_comparisons(tmp_path / "insensitivity.json") == comparisons
+
+
+def test_damaged_file_is_refused_by_name_or_changes_nothing(tmp_path):
+    file = tmp_path / "insensitivity.json"
+    save_comparisons(file, MEASURED)
+    for damaged in damages(file.read_bytes()):
+        file.write_bytes(damaged)
+        assert load_or_refuse(load_comparisons, file) in (MEASURED, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target": 1.5},
+        {"target": None},
+        {"shapes": [8, 20]},
+        {"shapes": [[8, 20], [20]]},
+        {"shapes": [[8, 20]]},
+        {"shapes": "8, 20"},
+        {"seconds": [0.1]},
+        {"seconds": 0.1},
+        {"seconds": [-0.1, 0.2]},
+        {"seconds": ["0.1", "0.2"]},
+        {"seconds": [0.1, True]},
+        {"parameters": [[1, 2]]},
+        {"noise": -1},
+        {"noise": "0"},
+        {"p_value": 1.5},
+        {"other": 1},
+    ],
+    ids=str,
+)
+def test_content_that_is_no_comparison_is_refused_by_name(change, tmp_path):
+    """Somebody has written the file by hand, so the checksum is right."""
+    file = tmp_path / "insensitivity.json"
+    save_comparisons(file, MEASURED)
+    first, second = read_json(file, FORMAT)["comparisons"]
+    write_json(file, FORMAT, {"comparisons": [{**first, **change}, second]})
+    with pytest.raises(ValueError, match=re.escape(f"{file} holds no comparison: ")):
+        load_comparisons(file)
+
+
+@pytest.mark.parametrize("content", [{}, {"comparisons": 5}, {"comparisons": [[]]}], ids=str)
+def test_file_without_comparisons_is_refused_by_name(content, tmp_path):
+    file = tmp_path / "insensitivity.json"
+    write_json(file, FORMAT, content)
+    with pytest.raises(ValueError, match=re.escape(f"{file} holds no comparison: ")):
+        load_comparisons(file)
+
+
+def test_missing_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_comparisons(tmp_path / "none.json")

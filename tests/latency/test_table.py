@@ -1,14 +1,16 @@
 import itertools
-import json
 import re
+import tracemalloc
 import types
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
+from damages import damages, load_or_refuse
 
-from supershaper_hf import SearchSpace
+from supershaper_hf import SearchSpace, devices
+from supershaper_hf.files import read_json, write_json
 from supershaper_hf.latency import table as latency
 from supershaper_hf.latency import timing
 from supershaper_hf.latency.table import Entries, LatencyProbe, LatencyTable, walk_through_pairs
@@ -17,6 +19,7 @@ from supershaper_hf.model.costs import chain_cost, resolve_cost
 
 
 CHOICES = [8, 20, 36, 48]
+SPACE = SearchSpace.from_config(tiny_config())
 SIZES = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 80, "vocab_size": 61, "hidden_act": "gelu"}
 
 
@@ -54,7 +57,7 @@ class Ticks:
 
     def __init__(self, monkeypatch, intervals):
         self.times = np.concatenate([[0.0], np.cumsum(intervals)]).tolist()
-        monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: self.times.pop(0)))
+        monkeypatch.setattr(devices, "time", types.SimpleNamespace(perf_counter=lambda: self.times.pop(0)))
 
 
 # The walk
@@ -84,7 +87,7 @@ def probe_ticks(probe, embeddings, block, leave, head):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_entries_are_what_the_stamps_say(monkeypatch, seed):
-    probe = LatencyProbe(tiny_config(), sequence_length=5, seed=seed)
+    probe = LatencyProbe(SPACE, sequence_length=5, seed=seed)
     ticks = probe_ticks(probe, 7.0, lambda source, width: source + width / 64, lambda width: width / 8, 3.0)
     clock = Ticks(monkeypatch, ticks)
     probe.sweep()
@@ -96,7 +99,7 @@ def test_entries_are_what_the_stamps_say(monkeypatch, seed):
 
 
 def test_table_holds_medians_and_interquartile_ranges(monkeypatch):
-    probe = LatencyProbe(tiny_config(), sequence_length=5)
+    probe = LatencyProbe(SPACE, sequence_length=5)
     sweeps = [probe_ticks(probe, t, lambda *_, t=t: 2 * t, lambda _, t=t: 4 * t, 8 * t) for t in (1, 2, 3, 10, 20)]
     Ticks(monkeypatch, np.concatenate([[*sweep, 0.0] for sweep in sweeps]))
     for _ in sweeps:
@@ -108,7 +111,7 @@ def test_table_holds_medians_and_interquartile_ranges(monkeypatch):
 
 
 def test_prediction_of_the_walk_is_what_the_walk_took(monkeypatch):
-    probe = LatencyProbe(tiny_config(), sequence_length=5)
+    probe = LatencyProbe(SPACE, sequence_length=5)
     ticks = np.random.default_rng(0).uniform(1, 2, 18 + 1 + 6)
     Ticks(monkeypatch, ticks)
     probe.sweep()
@@ -117,7 +120,7 @@ def test_prediction_of_the_walk_is_what_the_walk_took(monkeypatch):
 
 def test_stamps_are_taken_where_the_parts_begin():
     """What ran between two neighbouring stamps is one part: bottleneck and layer of one step of the walk."""
-    probe = LatencyProbe(tiny_config(), sequence_length=5)
+    probe = LatencyProbe(SPACE, sequence_length=5)
     events = []
 
     class Clock:
@@ -152,7 +155,7 @@ def test_stamps_are_taken_where_the_parts_begin():
 
 
 def test_probe_is_one_subnet_of_ordinary_numbers_in_evaluation_mode():
-    probe = LatencyProbe(tiny_config(), sequence_length=5, dtype=torch.bfloat16, batch_size=2)
+    probe = LatencyProbe(SPACE, sequence_length=5, dtype=torch.bfloat16, batch_size=2)
     model = probe._model
     assert model.config.hidden_sizes == probe.walk[1:]
     assert model.config.merged_bottlenecks
@@ -173,7 +176,7 @@ def test_probe_is_one_subnet_of_ordinary_numbers_in_evaluation_mode():
 
 
 def test_sweep_leaves_nothing_behind():
-    probe = LatencyProbe(tiny_config(), sequence_length=5)
+    probe = LatencyProbe(SPACE, sequence_length=5)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     probe.sweep()
@@ -183,7 +186,7 @@ def test_sweep_leaves_nothing_behind():
 
 
 def test_failed_sweep_leaves_no_hooks_and_no_sample():
-    probe = LatencyProbe(tiny_config(), sequence_length=5)
+    probe = LatencyProbe(SPACE, sequence_length=5)
     probe._batch["input_ids"] = torch.full((1, 5), 61)  # not in the vocabulary
     with pytest.raises(IndexError):
         probe.sweep()
@@ -193,7 +196,7 @@ def test_failed_sweep_leaves_no_hooks_and_no_sample():
 
 
 def test_other_bottlenecks_read_ordinary_states_that_were_just_written():
-    probe, read = LatencyProbe(tiny_config(), sequence_length=5), []
+    probe, read = LatencyProbe(SPACE, sequence_length=5), []
     for bottleneck, _ in probe._others:
         bottleneck.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     probe.sweep()
@@ -206,8 +209,8 @@ def test_other_bottlenecks_read_ordinary_states_that_were_just_written():
 
 
 def test_runs_are_made_in_inference_mode():
-    probe, modes = LatencyProbe(tiny_config(), sequence_length=5), []
-    timer = SubnetTimer(tiny_config(), [[8, 8, 8]], sequence_length=5)
+    probe, modes = LatencyProbe(SPACE, sequence_length=5), []
+    timer = SubnetTimer(SPACE, [[8, 8, 8]], sequence_length=5)
     for model in (probe._model, timer._models[0]):
         model.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
     probe.sweep()
@@ -218,13 +221,13 @@ def test_runs_are_made_in_inference_mode():
 def test_building_leaves_the_generator_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    LatencyProbe(tiny_config(), sequence_length=5)
-    SubnetTimer(tiny_config(), [[8, 20, 0]], sequence_length=5)
+    LatencyProbe(SPACE, sequence_length=5)
+    SubnetTimer(SPACE, [[8, 20, 0]], sequence_length=5)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_probe_is_drawn_from_its_seed():
-    first, same, other = (LatencyProbe(tiny_config(), sequence_length=5, seed=seed) for seed in (1, 1, 2))
+    first, same, other = (LatencyProbe(SPACE, sequence_length=5, seed=seed) for seed in (1, 1, 2))
     assert first.walk == same.walk != other.walk
     for name, tensor in first._model.state_dict().items():
         assert torch.equal(tensor, same._model.state_dict()[name])
@@ -233,14 +236,14 @@ def test_probe_is_drawn_from_its_seed():
 
 
 def test_real_measurement_is_positive_and_says_what_it_measured():
-    table = LatencyTable.measure(tiny_config(), batch_size=2, sequence_length=9, repeats=2, warmup=1)
+    table = LatencyTable.measure(SPACE, batch_size=2, sequence_length=9, repeats=2, warmup=1)
     assert table.width_choices == CHOICES
     assert (table.seconds.numbers() > 0).all()
     assert (table.batch_size, table.sequence_length, table.repeats, table.dtype) == (2, 9, 2, "float32")
     assert (table.sizes, table.attention, table.torch_version) == (SIZES, "sdpa", torch.__version__)
     assert table.device == latency.device_name("cpu")
     assert table.device.endswith(", 1 threads")
-    predicted = table.predict(SearchSpace(tiny_config()).sample(5, 0))
+    predicted = table.predict(SearchSpace.from_config(tiny_config()).sample(5, 0))
     assert predicted.shape == (5,)
     assert (np.isfinite(predicted) & (predicted > 0)).all()
 
@@ -249,13 +252,13 @@ def test_warmup_is_thrown_away(monkeypatch):
     kept = []
     monkeypatch.setattr(LatencyProbe, "sweep", lambda self, keep=True: kept.append(keep))
     monkeypatch.setattr(LatencyProbe, "table", lambda self: "table")
-    assert LatencyTable.measure(tiny_config(), sequence_length=5, repeats=2, warmup=3) == "table"
+    assert LatencyTable.measure(SPACE, sequence_length=5, repeats=2, warmup=3) == "table"
     assert kept == [False, False, False, True, True]
 
 
 def test_sweep_not_kept_is_no_sample():
-    probe = LatencyProbe(tiny_config(), sequence_length=5)
-    timer = SubnetTimer(tiny_config(), [[8, 8, 8]], sequence_length=5)
+    probe = LatencyProbe(SPACE, sequence_length=5)
+    timer = SubnetTimer(SPACE, [[8, 8, 8]], sequence_length=5)
     probe.sweep(keep=False)
     timer.sweep(keep=False)
     assert timer.seconds.shape == (0, 1)
@@ -281,11 +284,22 @@ def test_sweep_not_kept_is_no_sample():
 )
 def test_what_cannot_be_measured_is_refused(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        LatencyTable.measure(tiny_config(), **{"sequence_length": 5, **arguments})
+        LatencyTable.measure(SPACE, **{"sequence_length": 5, **arguments})
+
+
+def test_a_configuration_is_as_good_as_its_search_space(monkeypatch):
+    spaces = []
+    monkeypatch.setattr(
+        latency, "LatencyProbe", lambda space, *_: spaces.append(space) or LatencyProbe(SPACE, "cpu", 1, 5)
+    )
+    for given in (tiny_config(), SPACE):
+        LatencyTable.measure(given, repeats=1, warmup=0)
+    assert [space.width_choices for space in spaces] == [CHOICES] * 2
+    assert all(isinstance(space, SearchSpace) for space in spaces)
 
 
 def test_subnet_configuration_is_refused():
-    with pytest.raises(ValueError, match=re.escape("hidden_sizes=[8, 20]. Measure with the supernet's configuration.")):
+    with pytest.raises(ValueError, match=re.escape("hidden_sizes=[8, 20].") + ".*the supernet's configuration"):
         LatencyTable.measure(tiny_config().subnet_config([8, 0, 20]), sequence_length=5)
 
 
@@ -325,12 +339,12 @@ def test_device_stamps_are_read_after_the_device_reached_them(monkeypatch):
 def test_device_that_is_not_here_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"device='cuda:1' is not available on this machine\. Allowed: \['cpu'"):
-        LatencyTable.measure(tiny_config(), device="cuda:1", sequence_length=5)
+        LatencyTable.measure(SPACE, device="cuda:1", sequence_length=5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_measurement_on_a_gpu_is_positive():
-    table = LatencyTable.measure(tiny_config(), device="cuda", sequence_length=9, repeats=2, dtype=torch.bfloat16)
+    table = LatencyTable.measure(SPACE, device="cuda", sequence_length=9, repeats=2, dtype=torch.bfloat16)
     assert (table.seconds.numbers() > 0).all()
     assert table.device == torch.cuda.get_device_name()
 
@@ -339,7 +353,7 @@ def test_measurement_on_a_gpu_is_positive():
 
 
 def test_timer_runs_every_subnet_once_a_sweep_in_changing_order(monkeypatch):
-    timer = SubnetTimer(tiny_config(), [[8, 8, 8], [0, 20, 48], [36, 36, 36]], sequence_length=5)
+    timer = SubnetTimer(SPACE, [[8, 8, 8], [0, 20, 48], [36, 36, 36]], sequence_length=5)
     runs = []
     for index, model in enumerate(timer._models):
         model.register_forward_hook(lambda *_, index=index: runs.append(index))
@@ -357,8 +371,8 @@ def test_timer_runs_every_subnet_once_a_sweep_in_changing_order(monkeypatch):
 def test_timer_gives_each_subnet_its_own_seconds(monkeypatch):
     """The clock goes on by the width of the subnet that ran, however the sweep is ordered."""
     now = [0.0]
-    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-    timer = SubnetTimer(tiny_config(), [[8, 8, 8], [20, 20, 20], [36, 36, 36]], sequence_length=5)
+    monkeypatch.setattr(devices, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    timer = SubnetTimer(SPACE, [[8, 8, 8], [20, 20, 20], [36, 36, 36]], sequence_length=5)
     for model in timer._models:
         width = model.config.hidden_sizes[0]
         model.register_forward_hook(lambda *_, width=width: now.__setitem__(0, now[0] + width))
@@ -368,7 +382,7 @@ def test_timer_gives_each_subnet_its_own_seconds(monkeypatch):
 
 
 def test_copies_of_a_subnet_share_no_memory():
-    timer = SubnetTimer(tiny_config(), [[8, 8, 8], [8, 8, 8]], sequence_length=5)
+    timer = SubnetTimer(SPACE, [[8, 8, 8], [8, 8, 8]], sequence_length=5)
     first, second = ({parameter.data_ptr() for parameter in model.parameters()} for model in timer._models)
     assert not first & second
     for tensors in zip(*(model.state_dict().values() for model in timer._models)):
@@ -400,7 +414,7 @@ def test_prediction_is_the_sum_of_the_entries(layers):
 
 def test_chain_cost_agrees_with_the_prediction():
     table, config = made_table(), tiny_config()
-    shapes = SearchSpace(config).sample(50, 0, drop_rate=0.3)
+    shapes = SearchSpace.from_config(config).sample(50, 0, drop_rate=0.3)
     cost = resolve_cost(table, config)
     assert cost.name == "latency"
     np.testing.assert_allclose(chain_cost(cost, config.hidden_size, shapes), table.predict(shapes))
@@ -429,8 +443,9 @@ def test_fewer_width_choices_than_measured_will_do():
         ([[8, 9, 48]], "knows the widths [8, 20, 36, 48], and 0 for dropped layers, but got [9]."),
         ([[8, 96]], "but got [96]."),
         ([[-8, 48]], "but got [-8]."),
-        ([8, 20, 36], "shapes must be an integer array (n, layers), got int64 (3,). For one shape, pass [shape]."),
+        ([10**12, 48], f"but got [{10**12}]."),
         ([[8.0, 20.0]], "got float64 (1, 2)"),
+        ([0, 0], "A shape drops every layer: at least one layer must stay."),
         ([[8, 20], [0, 0]], "A shape drops every layer: at least one layer must stay."),
     ],
     ids=str,
@@ -438,6 +453,23 @@ def test_fewer_width_choices_than_measured_will_do():
 def test_shapes_that_cannot_be_predicted_are_refused(shapes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         made_table().predict(shapes)
+
+
+@pytest.mark.parametrize("shape", [[8, 20, 36], (0, 48), np.array([48])], ids=str)
+def test_one_shape_gives_a_float_and_many_give_an_array(shape):
+    table = made_table()
+    assert type(table.predict(shape)) is float
+    assert table.predict([shape]).tolist() == [table.predict(shape)]
+    assert table.predict(np.array([shape])).tolist() == [table.predict(shape)]
+
+
+def test_widths_cost_no_memory_in_proportion_to_them():
+    widths = [8, 20, 36, 2_000_000_000]
+    table = made_table(width_choices=widths, sizes={**SIZES, "hidden_size": widths[-1]})
+    tracemalloc.start()
+    assert table.predict([8, widths[-1]]) > 0
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
 
 
 def test_another_size_warns_and_names_both():
@@ -463,7 +495,7 @@ def test_sizes_that_change_no_time_are_let_through():
 
 
 def test_width_that_was_not_measured_is_refused():
-    message = "has the widths [28], which are not in the latency table: it knows [8, 20, 36, 48]. Measure one"
+    message = "has the widths [28], which are not in the latency table: it knows [8, 20, 36, 48]. Measure a table"
     with pytest.raises(ValueError, match=re.escape(message)):
         made_table().chain_cost(tiny_config(width_choices=[8, 28, 48]))
 
@@ -476,13 +508,13 @@ def test_configuration_of_a_subnet_is_checked_by_its_own_widths():
 
 
 def test_width_costs_are_seconds_per_parameter():
-    table, space = made_table(), SearchSpace(tiny_config(num_hidden_layers=2))
+    table, space = made_table(), SearchSpace.from_config(tiny_config(num_hidden_layers=2))
     rows = table.width_costs()
     assert [row["width"] for row in rows] == CHOICES
     assert [row["multiple_of_8"] for row in rows] == [True, False, False, True]
     assert [row["head_size"] for row in rows] == [2, 5, 9, 12]
     assert not any(row["multiple_of_64"] or row["head_multiple_of_8"] for row in rows)
-    alone = SearchSpace(tiny_config(num_hidden_layers=1))
+    alone = SearchSpace.from_config(tiny_config(num_hidden_layers=1))
     for row, seconds in zip(rows, table.seconds.blocks.diagonal()):
         width = row["width"]
         assert row["seconds"] == seconds
@@ -510,14 +542,14 @@ def test_saved_table_is_the_same(tmp_path):
 
 
 def test_measured_table_is_saved_whole(tmp_path):
-    table = LatencyTable.measure(tiny_config(), sequence_length=5, repeats=1, warmup=0)
+    table = LatencyTable.measure(SPACE, sequence_length=5, repeats=1, warmup=0)
     table.save(tmp_path / "table.json")
     assert content(LatencyTable.load(tmp_path / "table.json")) == content(table)
 
 
 def test_counts_may_be_numpy_integers(tmp_path):
     sizes = {"batch_size": np.int64(1), "sequence_length": np.int64(5), "repeats": np.int64(1)}
-    LatencyTable.measure(tiny_config(), **sizes).save(tmp_path / "table.json")
+    LatencyTable.measure(SPACE, **sizes).save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json").sequence_length == 5
 
 
@@ -525,13 +557,15 @@ def test_file_has_a_line_for_each_attribute(tmp_path):
     made_table().save(tmp_path / "table.json")
     lines = (tmp_path / "table.json").read_text().splitlines()
     assert '  "width_choices": [8, 20, 36, 48],' in lines
-    assert len(lines) == 2 + 12
+    assert len(lines) == 2 + 13
 
 
 def test_table_of_another_machine_warns_and_names_both(tmp_path):
     made_table(device="NVIDIA A100").save(tmp_path / "table.json")
     here = re.escape(latency.device_name("cpu"))
-    with pytest.warns(UserWarning, match=f"was measured on NVIDIA A100, this machine has {here}.*hold for NVIDIA A100"):
+    with pytest.warns(
+        UserWarning, match=f"was measured on NVIDIA A100, but this machine has {here}.*hold for NVIDIA A100"
+    ):
         LatencyTable.load(tmp_path / "table.json")
 
 
@@ -542,54 +576,89 @@ def test_every_device_of_the_machine_counts(tmp_path, monkeypatch):
     assert LatencyTable.load(tmp_path / "table.json").device == "GPU 1"
 
 
-def damaged(**changes):
-    """The text of a table in which some attributes are others, or left out where they are None."""
-
-    def write(file):
-        made_table().save(file)
-        values = {**json.loads(file.read_text()), **changes}
-        file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
-
-    return write
-
-
 @pytest.mark.parametrize(
-    ("write", "reason"),
+    ("changes", "reason"),
     [
-        (lambda file: file.write_text(""), "JSONDecodeError"),
-        (lambda file: file.write_bytes(b"\xff\xfe"), "UnicodeDecodeError"),
-        (lambda file: file.write_text("[1, 2]"), "TypeError"),
-        (lambda file: file.write_text('"text"'), "AttributeError"),
-        (lambda file: file.write_text('{"effects": 1}'), "KeyError('format')"),
-        (damaged(format="supershaper-hf predictor 1"), "its format is 'supershaper-hf predictor 1', not"),
-        (damaged(device=None), "device"),
-        (damaged(seconds=None), "KeyError('seconds')"),
-        (damaged(seconds={"embeddings": 1}), "KeyError('blocks')"),
-        (damaged(width_choices=[8, 20, 48]), "seconds: 3 width choices need blocks (3, 3) and leave (3,), got (4, 4)"),
+        ({"device": None}, "device=None must be text"),
+        ({"torch_version": 2.11}, "torch_version=2.11 must be text"),
+        ({"batch_size": "1"}, "batch_size='1' must be an integer of at least 1"),
+        ({"sequence_length": 0}, "sequence_length=0 must be an integer of at least 1"),
+        ({"repeats": 2.5}, "repeats=2.5 must be an integer of at least 1"),
+        ({"seconds": None}, "NoneType"),
+        ({"seconds": {"embeddings": 1}}, "missing 3 required"),
         (
-            damaged(width_choices=[8, 36, 20, 48]),
-            "width_choices=[8, 36, 20, 48] must be positive integers, strictly increasing",
+            {"seconds": {"embeddings": "1", "blocks": [], "leave": [], "head": 1}},
+            "embeddings='1' must be a finite number",
         ),
+        ({"seconds": {"embeddings": 1, "blocks": [["1"]], "leave": [], "head": 1}}, "blocks must be numbers, got <U1"),
+        ({"width_choices": [8, 20, 48]}, "seconds: 3 width choices need blocks (3, 3) and leave (3,), got (4, 4)"),
+        ({"width_choices": [8, 36, 20, 48]}, "width_choices=[8, 36, 20, 48] must be strictly increasing integers"),
+        ({"width_choices": [8, 20, 20, 48]}, "width_choices=[8, 20, 20, 48] must be strictly increasing integers"),
         (
-            damaged(width_choices=[0, 20, 36, 48]),
-            "width_choices=[0, 20, 36, 48] must be positive integers, strictly increasing",
+            {"width_choices": [0, 20, 36, 48]},
+            "width_choices=[0, 20, 36, 48] must be strictly increasing integers of at",
         ),
-        (damaged(width_choices=[]), "width_choices=[] must be"),
-        (damaged(width_choices="8, 20"), "width_choices='8, 20' must be positive integers"),
-        (damaged(width_choices=[8.0, 20.0, 36.0, 48.0]), "width_choices=[8.0, 20.0, 36.0, 48.0] must be"),
-        (damaged(width_choices=[8, 20, 36, 56]), "must end with hidden_size=48"),
-        (damaged(sizes={"hidden_size": 48}), "lacks ['hidden_act', 'intermediate_size', "),
-        (damaged(extra=1), "extra"),
+        ({"width_choices": [-8, 20, 36, 48]}, "width_choices=[-8, 20, 36, 48] must be strictly increasing integers of"),
+        ({"width_choices": []}, "width_choices=[] must be"),
+        ({"width_choices": "8, 20"}, "width_choices='8, 20' must be"),
+        ({"width_choices": [8.0, 20.0, 36.0, 48.0]}, "width_choices=[8.0, 20.0, 36.0, 48.0] must be"),
+        ({"width_choices": [8, 20, 36, 56]}, "must end with hidden_size=48"),
+        (
+            {"sizes": {"hidden_size": 48}},
+            "sizes has the entries ['hidden_size'], but needs ['hidden_act', 'hidden_size'",
+        ),
+        ({"sizes": {**SIZES, "vocab_size": "61"}}, "vocab_size='61' must be an integer"),
+        ({"sizes": {**SIZES, "num_attention_heads": 0}}, "num_attention_heads=0 must be an integer of at least 1"),
+        ({"sizes": 3}, "int"),
+        ({"extra": 1}, "extra"),
     ],
+    ids=str,
 )
-def test_damaged_file_is_refused_by_name(tmp_path, write, reason):
+def test_content_that_is_no_table_is_refused_by_name(tmp_path, changes, reason):
+    """Somebody has written the file by hand, so the checksum is right."""
     file = tmp_path / "table.json"
-    write(file)
+    made_table().save(file)
+    write_json(file, latency.FORMAT, {**read_json(file, latency.FORMAT), **changes})
     with pytest.raises(
-        ValueError, match=r"table\.json is not a latency table.*Write it with LatencyTable.save"
+        ValueError, match=r"table\.json holds no latency table.*Write it with LatencyTable.save"
     ) as error:
         LatencyTable.load(file)
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[1, 2]",
+        b'"text"',
+        b'{"effects": 1}',
+        b'{"format": "supershaper-hf predictor 2"}',
+        b"[" * 10**5,
+    ],
+    ids=lambda text: repr(text[:40]),
+)
+def test_file_that_is_something_else_is_refused_by_name(tmp_path, content):
+    (tmp_path / "table.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"table\.json"):
+        LatencyTable.load(tmp_path / "table.json")
+
+
+def test_damaged_file_is_refused_by_name_or_changes_nothing(tmp_path):
+    file = tmp_path / "table.json"
+    made_table().save(file)
+    for damaged in damages(file.read_bytes()):
+        file.write_bytes(damaged)
+        loaded = load_or_refuse(LatencyTable.load, file)
+        assert loaded is None or content(loaded) == content(made_table())
+
+
+def test_folder_is_refused_by_name(tmp_path):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{tmp_path} is a folder. Give the file in it that LatencyTable.save")
+    ):
+        LatencyTable.load(tmp_path)
 
 
 @pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])

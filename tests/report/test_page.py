@@ -5,8 +5,6 @@ import itertools
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -18,43 +16,46 @@ from texts import random_documents
 from supershaper_hf import LatencyTable, SearchSpace, ShapePredictor, evaluate_shapes
 from supershaper_hf.data.batches import fixed_masks
 from supershaper_hf.data.sequences import tokenize
-from supershaper_hf.latency.insensitivity import insensitivity, insensitivity_rows
+from supershaper_hf.latency.insensitivity import compare_equal_sizes, save_comparisons
 from supershaper_hf.model.costs import chain_cost
-from supershaper_hf.report.page import (
-    FRONT_FILE,
-    INSENSITIVITY_FILE,
-    LATENCY_FILE,
-    PREDICTOR_FILE,
-    RECORDS_FILE,
-    Findings,
-    write_csv,
-    write_report,
-)
+from supershaper_hf.report.__main__ import main
+from supershaper_hf.report.findings import INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, Findings
+from supershaper_hf.report.page import FRONT_FILE, write_csv, write_report
+from supershaper_hf.search.records import read_records
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Shapes left out")  # random weights: no width is better
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory):
-    """A folder with 30 measured shapes, of which a predictor has seen 26, and a latency table."""
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def measure(model):
+    """Measure shapes of the model on a small text, and add them to the records of a folder."""
     from conftest import SPECIAL_TOKENS, WORDS
     from transformers import BertTokenizer
 
     tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(SPECIAL_TOKENS + WORDS)})
-    folder, model = tmp_path_factory.mktemp("search"), tiny_model()
     batches = fixed_masks(tokenize(random_documents(4), tokenizer, max_length=12), tokenizer, 8, mlm_probability=0.4)
-    space = SearchSpace(model.config)
+    return lambda folder, shapes: evaluate_shapes(model, batches, shapes, records_file=folder / RECORDS_FILE)
+
+
+@pytest.fixture(scope="module")
+def searched(model, measure, tmp_path_factory):
+    """A folder with 30 measured shapes, of which a predictor has seen 26, and a latency table."""
+    folder = tmp_path_factory.mktemp("search")
+    space = SearchSpace.from_config(model.config)
     shapes = np.unique(np.vstack([space.sample(40, seed=0), [[8] * 3], [[48] * 3]]), axis=0)[:30].tolist()
-    records = evaluate_shapes(model, batches, shapes, records_file=folder / RECORDS_FILE)
-    seen = records[:13] + records[17:]
-    predictor = ShapePredictor.fit([record["shape"] for record in seen], [record["loss"] for record in seen])
-    predictor.save(folder / PREDICTOR_FILE)
+    records = measure(folder, shapes)
+    ShapePredictor.fit_records(records[:13] + records[17:]).save(folder / PREDICTOR_FILE)
     model.config.to_json_file(folder / "config.json")
-    LatencyTable.measure(model.config, sequence_length=8, repeats=2, warmup=1).save(folder / LATENCY_FILE)
-    budget = space.num_parameters([36, 36, 36])
-    rows = insensitivity_rows(insensitivity(model.config, [budget], 2, 0.2, sequence_length=8, repeats=2))
-    (folder / INSENSITIVITY_FILE).write_text(json.dumps(rows))
+    LatencyTable.measure(space, sequence_length=8, repeats=2, warmup=1).save(folder / LATENCY_FILE)
+    sizes = [space.num_parameters([36, 36, 36])]
+    comparisons = compare_equal_sizes(space, sizes, 2, 0.2, sequence_length=8, repeats=2)
+    save_comparisons(folder / INSENSITIVITY_FILE, comparisons)
     return folder
 
 
@@ -104,8 +105,7 @@ def test_flops_are_counted_for_the_length_named_in_the_heading(folder, length):
 
 def test_page_of_a_predictor_that_has_seen_every_shape_makes_no_claim_of_trust(folder):
     records = Findings.read(folder).records
-    fitted = ShapePredictor.fit([record["shape"] for record in records], [record["loss"] for record in records])
-    fitted.save(folder / PREDICTOR_FILE)
+    ShapePredictor.fit_records(records).save(folder / PREDICTOR_FILE)
     assert "trusted" not in write_report(folder).read_text()
     assert "agreement.png" not in plots(folder)
 
@@ -142,7 +142,9 @@ def test_every_row_names_the_best_measured_perplexity_at_its_cost(folder):
         assert lowest == f"{min(within):.2f}"
 
 
-@pytest.mark.parametrize(("rmse", "expected"), [(1e-9, "Cross-validation promised 0.000"), (9.0, "That is about what")])
+@pytest.mark.parametrize(
+    ("rmse", "expected"), [(1e-9, "In cross-validation the error was only 0.000"), (9.0, "This agrees with")]
+)
 def test_page_says_whether_new_shapes_are_predicted_as_well_as_promised(folder, rmse, expected):
     predictor = ShapePredictor.load(folder / PREDICTOR_FILE)
     predictor.quality = replace(predictor.quality, rmse=rmse)
@@ -150,16 +152,16 @@ def test_page_says_whether_new_shapes_are_predicted_as_well_as_promised(folder, 
     assert expected in write_report(folder).read_text()
 
 
-def test_dropped_layers_that_the_predictor_does_not_know_are_no_test_of_it(folder):
-    with (folder / RECORDS_FILE).open("a") as stream:
-        stream.write('{"shape": [0, 48, 48], "loss": 1.0, "perplexity": 2.718281828459045, "accuracy": 0.5}\n')
+def test_dropped_layers_that_the_predictor_does_not_know_are_no_test_of_it(folder, measure):
+    measure(folder, [[0, 48, 48]])
     assert "4 shapes were measured that the predictor was not fitted on" in write_report(folder).read_text()
 
 
-def test_only_the_front_in_the_table_has_stars(folder, monkeypatch):
+def test_only_the_front_in_the_table_has_stars(folder, measure, monkeypatch):
     starred = {}
+    measure(folder, Findings.read(folder).front("latency").shapes.tolist())
     monkeypatch.setattr(
-        "supershaper_hf.search.pareto.plot_front",
+        "supershaper_hf.report.page.plot_front",
         lambda file, *_, chosen, **__: starred.update({file.stem: len(chosen)}),
     )
     monkeypatch.setattr("supershaper_hf.report.page._profile_section", lambda *_: "")
@@ -182,7 +184,9 @@ def test_csv_is_the_front(folder, cost):
         rows = list(csv.DictReader(stream))
     shapes = [[int(width) for width in row["shape"].split()] for row in rows]
     assert shapes == front.shapes.tolist()
-    assert [float(row[cost]) for row in rows] == pytest.approx(front.costs[cost].tolist())
+    costs = [float(row[cost]) for row in rows]
+    assert costs == front.costs[cost].tolist() == findings.costs(shapes, cost).tolist()
+    assert [front.best(budget) for budget in costs] == shapes  # also to the last bit
     assert [float(row["predicted_loss"]) for row in rows] == pytest.approx(front.losses.tolist())
     deviations = findings.predictor.uncertainty(front.shapes)
     assert [float(row["predicted_deviation"]) for row in rows] == pytest.approx(deviations.tolist())
@@ -216,7 +220,7 @@ def test_costs_of_latency_are_the_seconds_of_the_table(folder):
 
 def test_latency_front_without_a_table_is_refused(folder):
     (folder / LATENCY_FILE).unlink()
-    with pytest.raises(ValueError, match=r"cost='latency' needs latency\.json: measure it with search_shapes\.py"):
+    with pytest.raises(ValueError, match=r"cost='latency' needs latency\.json\. Measure it with search_shapes\.py"):
         write_report(folder, "latency")
 
 
@@ -241,7 +245,114 @@ def test_lists_in_a_csv_are_separated_by_blanks_and_nothing_is_empty(tmp_path):
     assert (tmp_path / "rows.csv").read_text().splitlines() == ["shape,loss,latency", "8 20,0.5,"]
 
 
-def test_command_prints_the_page_it_wrote(folder):
-    command = [sys.executable, "-m", "supershaper_hf.report.page", str(folder), "--num_budgets", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(folder / "report.md")
+def test_command_prints_the_page_it_wrote(folder, capsys):
+    main([str(folder), "--num_budgets", "3"])
+    assert capsys.readouterr().out.strip() == str(folder / "report.md")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num_budgets=0"], "num_budgets=0 must be an integer of at least 1."),
+        (["--max_cost=nan"], "max_cost=nan must be a finite number above 0."),
+        (["--max_cost=10"], "No measured shape with a loss costs at most 10 parameters"),
+        (["--sequence_length=0"], "sequence_length=0 must be an integer of at least 1."),
+    ],
+    ids=str,
+)
+def test_command_refuses_options_that_make_no_sense(folder, options, message, capsys):
+    with pytest.raises(SystemExit):
+        main([str(folder), *options])
+    assert message in capsys.readouterr().err
+
+
+def test_command_names_a_folder_without_a_search(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert f"{tmp_path} has no config.json" in capsys.readouterr().err
+
+
+# Files that do not belong together
+
+
+def test_predictor_of_other_measurements_is_refused(folder):
+    """One loss differs in its last bit: another supernet, or another text, was measured."""
+    records = read_records(folder / RECORDS_FILE)
+    records[20]["loss"] = float(np.nextafter(records[20]["loss"], 0))
+    ShapePredictor.fit_records(records).save(folder / PREDICTOR_FILE)
+    message = f"{folder / PREDICTOR_FILE} was fitted on other measurements than those in {folder / RECORDS_FILE}"
+    with pytest.raises(ValueError, match=re.escape(message) + ".*1 of its 30 shapes have another loss"):
+        write_report(folder)
+
+
+def test_predictor_of_other_shapes_is_refused(folder):
+    findings = Findings.read(folder)
+    known = {tuple(record["shape"]) for record in findings.records}
+    others = [shape for shape in itertools.product(findings.space.width_choices, repeat=3) if shape not in known]
+    ShapePredictor.fit(others, [4 - sum(shape) / 90 for shape in others]).save(folder / PREDICTOR_FILE)
+    with pytest.raises(ValueError, match=r"was fitted on other measurements than those in .*no shape is the same"):
+        write_report(folder)
+
+
+def test_page_says_how_many_records_of_the_fit_are_missing(folder, measure):
+    records = read_records(folder / RECORDS_FILE)
+    (folder / RECORDS_FILE).unlink()
+    measure(folder, [record["shape"] for record in records[:20]])
+    page = write_report(folder).read_text()
+    assert "The records of 10 shapes that the predictor was fitted on are not in `records.jsonl`." in page
+    ShapePredictor.fit_records(records[:20]).save(folder / PREDICTOR_FILE)
+    assert "are not in `records.jsonl`" not in write_report(folder).read_text()
+
+
+def test_predictor_that_was_not_fitted_is_refused(folder):
+    widths = Findings.read(folder).space.width_choices
+    ShapePredictor(widths, 3.0, np.zeros((3, 4))).save(folder / PREDICTOR_FILE)
+    with pytest.raises(ValueError, match=r"predictor\.json was not fitted on measured shapes"):
+        write_report(folder)
+
+
+def test_records_of_another_supernet_are_refused(folder):
+    tiny_model(width_choices=[8, 48]).config.to_json_file(folder / "config.json")
+    with pytest.raises(ValueError, match=r"records\.jsonl holds shapes of another supernet than .*config\.json"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize("name", [PREDICTOR_FILE, LATENCY_FILE, INSENSITIVITY_FILE])
+def test_damaged_file_is_refused_by_name(folder, name):
+    text = (folder / name).read_text()
+    (folder / name).write_text(text.replace("48", "36", 1))
+    with pytest.raises(ValueError, match=re.escape(str(folder / name))):
+        write_report(folder)
+
+
+# Dropped layers
+
+
+def test_page_of_layers_that_were_dropped_before_the_fit_and_after_it(folder, measure):
+    """The second layer is never dropped in a shape of the fit, but in a later one, which is the best measured."""
+    space = Findings.read(folder).space
+    shapes = space.sample(30, seed=5, drop_rate=0.3)
+    shapes[:, 1] = np.maximum(shapes[:, 1], 8)
+    records = measure(folder, np.unique(shapes, axis=0).tolist())
+    ShapePredictor.fit_records(records).save(folder / PREDICTOR_FILE)
+    later = measure(folder, [[48, 0, width] for width in space.width_choices])
+    budgets = [space.num_parameters(record["shape"]) for record in later]
+    page = write_report(folder, max_cost=budgets).read_text()
+    everything = read_records(folder / RECORDS_FILE)
+    for budget, shape in zip(budgets, column(page, "shape"), strict=True):
+        within = [record for record in everything if space.num_parameters(record["shape"]) <= budget]
+        assert shape == str(min(within, key=lambda record: record["loss"])["shape"])
+    assert not Findings.read(folder).predictor.knows(later[0]["shape"])
+    rows = Findings.read(folder).rows(np.array([[48, 0, 8], [48, 8, 8]]))
+    assert [row["predicted_loss"] is None for row in rows] == [True, False]
+    assert rows[0]["measured_perplexity"] == later[0]["perplexity"]
+
+
+def test_row_of_a_budget_below_every_measured_shape_has_no_best_measured(folder, measure):
+    """The front begins below the cheapest shape that was measured."""
+    findings = Findings.read(folder)
+    space = findings.space
+    rich = [r["shape"] for r in findings.records if space.num_parameters(r["shape"]) > space.num_parameters([20] * 3)]
+    (folder / RECORDS_FILE).unlink()
+    measure(folder, rich)
+    assert column(write_report(folder, num_budgets=3).read_text(), "best measured")[0] == ""

@@ -1,16 +1,18 @@
 import itertools
 import json
 import re
+import tracemalloc
 import warnings
 
 import numpy as np
 import pytest
+from damages import damages, load_or_refuse
 from scipy.stats import kendalltau, spearmanr
 
-from supershaper_hf.search import predictor as predictor_module
-from supershaper_hf.search.predictor import FOLDS, MINIMUM_SHAPES, RIDGE_STRENGTHS, Evidence, Quality, ShapePredictor
-from supershaper_hf.search.predictor import _Basis as Basis
-from supershaper_hf.search.predictor import _ridge as ridge
+from supershaper_hf.files import read_json, write_json
+from supershaper_hf.search import regression
+from supershaper_hf.search.predictor import FOLDS, FORMAT, MINIMUM_SHAPES, Evidence, Quality, ShapePredictor
+from supershaper_hf.search.regression import RIDGE_STRENGTHS, Basis, ridge
 
 
 CHOICES = np.array([8, 20, 36, 48])
@@ -129,7 +131,7 @@ def test_leave_one_out_error_is_that_of_refitting_where_there_are_more_terms_tha
     trend, steps = basis.trend(index), basis.steps(index, pairs)
     with pytest.MonkeyPatch.context() as patch:
         for strength in RIDGE_STRENGTHS[::6]:
-            patch.setattr(predictor_module, "RIDGE_STRENGTHS", np.array([strength]))
+            patch.setattr(regression, "RIDGE_STRENGTHS", np.array([strength]))
             # Solved in the space of measurements: stable where there are fewer of them than terms.
             errors = []
             for i in range(n):
@@ -252,10 +254,14 @@ def test_one_layer_is_enough(options):
     ("shapes", "losses", "message"),
     [
         ([[8, 20]] * 8, [1.0] * 7, "one per shape, got (8, 2) and (7,)"),
+        ([[8, 20], [8]] * 4, range(8), "but the shapes have different numbers of layers"),
+        ([[8, 20], [36, 48]] * 4, [f"{i}.5" for i in range(8)], "losses must be numbers, got <U3"),
+        ([[8, 20], [36, 48]] * 4, [i < 4 for i in range(8)], "losses must be numbers, got bool"),
+        ([[8, 20], [36, 48]] * 4, [None] * 8, "losses must be numbers, got object"),
         ([8, 20, 36, 48] * 2, [1.0] * 8, "one per shape, got (8,) and (8,)"),
         ([[8, 20]] * 8, [[1.0]] * 8, "one per shape, got (8, 2) and (8, 1)"),
         ([[8.0, 20.0]] * 8, [1.0] * 8, "shapes must be integers, got float64."),
-        ([[8, 20]] * 7, range(7), "7 measured shapes are too few: at least 8, better 4 for each layer"),
+        ([[8, 20]] * 7, range(7), "7 measured shapes are too few: at least 8 are needed, and 4 for each layer"),
         ([], [], "0 measured shapes are too few"),
         ([[8, 20]] * 9, [1.0, float("nan"), 1.0, float("inf"), *[1.0] * 5], "2 of the losses are not finite"),
         ([[8, 20]] * 8, [2.5] * 8, "All 8 losses are 2.5: the shape makes no difference"),
@@ -268,7 +274,7 @@ def test_unusable_measurements_are_refused(shapes, losses, message):
 
 def test_eight_measurements_are_enough():
     shapes = random_shapes(MINIMUM_SHAPES)
-    assert ShapePredictor.fit(shapes, -shapes.sum(axis=1)).quality.shapes == 8
+    assert ShapePredictor.fit(shapes, -shapes.sum(axis=1)).quality.num_shapes == 8
 
 
 # The ridge
@@ -308,7 +314,7 @@ def test_leave_one_out_error_is_that_of_refitting_and_the_best_strength_is_taken
 def test_strength_is_chosen_again_in_every_fit(monkeypatch, noisy):
     predictor, shapes, losses = noisy
     assert predictor.evidence.strength in RIDGE_STRENGTHS
-    monkeypatch.setattr(predictor_module, "RIDGE_STRENGTHS", np.array([1e3]))
+    monkeypatch.setattr(regression, "RIDGE_STRENGTHS", np.array([1e3]))
     strong = quietly(ShapePredictor.fit, shapes, losses)
     assert strong.evidence.strength == 1e3
     assert not np.allclose(predictor.predict(shapes), strong.predict(shapes), atol=1e-2)
@@ -328,7 +334,7 @@ def test_quality_is_that_of_refitting_without_each_fold(options):
         assert len(np.unique(shapes[rest])) == len(CHOICES)
         predicted[test] = quietly(ShapePredictor.fit, shapes[rest], losses[rest], **options).predict(shapes[test])
     quality = ShapePredictor.fit(shapes, losses, **options).quality
-    assert quality.shapes == 43
+    assert quality.num_shapes == 43
     assert quality.rmse == pytest.approx(np.sqrt(np.mean((losses - predicted) ** 2)), rel=1e-9)
     assert quality.r2 == pytest.approx(1 - quality.rmse**2 / losses.var(), rel=1e-9)
     assert quality.spearman == pytest.approx(spearmanr(losses, predicted).statistic)
@@ -337,13 +343,21 @@ def test_quality_is_that_of_refitting_without_each_fold(options):
 
 def test_predictions_that_are_all_equal_have_no_rank_correlation():
     quality = Quality.of(np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 2.0]))
-    assert (quality.shapes, quality.r2, quality.spearman, quality.kendall) == (3, 0.0, 0.0, 0.0)
+    assert (quality.num_shapes, quality.r2, quality.spearman, quality.kendall) == (3, 0.0, 0.0, 0.0)
     assert quality.poor
     assert Quality.of(np.array([1.0, 1.0]), np.array([1.0, 2.0])).spearman == 0
 
 
 @pytest.mark.parametrize(
-    ("r2", "spearman", "poor"), [(0.49, 0.9, True), (0.9, 0.69, True), (0.51, 0.71, False), (0.5, 0.7, False)]
+    ("r2", "spearman", "poor"),
+    [
+        (0.49, 0.9, True),
+        (float("nan"), 0.9, True),
+        (0.9, float("nan"), True),
+        (0.9, 0.69, True),
+        (0.51, 0.71, False),
+        (0.5, 0.7, False),
+    ],
 )
 def test_quality_is_poor_below_either_limit(r2, spearman, poor):
     assert Quality(10, 0.1, r2, spearman, 0.5).poor == poor
@@ -356,10 +370,10 @@ def test_quality_is_told_in_a_line():
 
 def test_poor_predictor_warns_when_fitted_and_when_loaded(tmp_path):
     shapes = random_shapes(40)
-    with pytest.warns(UserWarning, match=r"predicted poorly: R2 .* on 40 shapes\)\. Measure more shapes") as fitted:
+    with pytest.warns(UserWarning, match=r"predicted poorly: R2 .* on 40 shapes\)\. .* Measure more shapes") as fitted:
         predictor = ShapePredictor.fit(shapes, np.random.default_rng(0).standard_normal(40))
     predictor.save(tmp_path / "predictor.json")
-    with pytest.warns(UserWarning, match=re.escape(f"predicted poorly: {predictor.quality}. Measure more")) as loaded:
+    with pytest.warns(UserWarning, match=re.escape(f"predicted poorly: {predictor.quality}. R2 should")) as loaded:
         ShapePredictor.load(tmp_path / "predictor.json")
     assert [warning.filename for warning in (*fitted, *loaded)] == [__file__] * 2  # the line that called
 
@@ -568,9 +582,14 @@ def test_pair_effects_are_those_of_the_last_kept_layer_before(choices):
     np.testing.assert_allclose(predictor.predict(shapes), expected, atol=1e-12)
 
 
-def test_one_shape_may_be_given_bare(noisy):
-    predictor, _, _ = noisy
-    assert predictor.predict([8, 20, 36]).tolist() == predictor.predict([[8, 20, 36]]).tolist()
+@pytest.mark.parametrize("method", ["predict", "uncertainty"])
+def test_one_shape_gives_a_float_and_many_give_an_array(noisy, method):
+    function = getattr(noisy[0], method)
+    for one in ([8, 20, 36], (8, 20, 36), np.array([8, 20, 36])):
+        assert type(function(one)) is float
+        for many in ([one], np.array([one])):
+            assert function(many).shape == (1,)
+            assert function(many)[0] == function(one)
 
 
 @pytest.mark.parametrize("method", ["predict", "uncertainty"])
@@ -581,7 +600,8 @@ def test_one_shape_may_be_given_bare(noisy):
         ([0, 20, 64], "but got 3 layers and the widths [0, 64]."),
         ([-8, 20, 8], "but got 3 layers and the widths [-8]."),
         ([8, 20], "knows 3 layers and the widths [8, 20, 36, 48], but got 2 layers."),
-        ([8.0, 20.0, 20.0], "but got 3 layers and the widths [8.0, 20.0]."),
+        ([2**62, 20, 20], f"but got 3 layers and the widths [{2**62}]."),
+        ([8.0, 20.0, 20.0], "shapes must be one shape (a list of integers) or many"),
     ],
 )
 def test_shapes_of_another_space_are_refused(noisy, shape, message, method):
@@ -629,7 +649,7 @@ def test_layers_can_be_dropped_only_where_zero_is_known(noisy):
     assert noisy[0].droppable == [False] * 3
     assert ShapePredictor([8, 20], 3.0, np.zeros((2, 2))).droppable == [False] * 2
     assert ShapePredictor([0, 20], 3.0, np.zeros((2, 2))).droppable == [True] * 2
-    evidence = Evidence(np.array([[0, 20], [20, 20]]), 1.0, 0.1)
+    evidence = Evidence(np.array([[0, 20], [20, 20]]), np.array([3.0, 2.0]), 1.0, 0.1)
     assert ShapePredictor([0, 20], 3.0, np.zeros((2, 2)), evidence=evidence).droppable == [True, False]
 
 
@@ -650,6 +670,7 @@ def test_saved_predictor_loads_equal(choices, options, tmp_path):
     assert loaded.draw(1, 0)[0].predict(shapes).tolist() == predictor.draw(1, 0)[0].predict(shapes).tolist()
     assert loaded.quality == predictor.quality
     assert loaded.evidence.shapes.tolist() == shapes.tolist()
+    assert loaded.evidence.losses.tolist() == losses.tolist()
     assert loaded.droppable == predictor.droppable
     loaded.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "predictor.json").read_bytes()
@@ -665,34 +686,81 @@ def test_predictor_that_was_not_fitted_can_be_saved(tmp_path):
 
 
 def test_saved_predictor_is_plain_json(noisy, tmp_path):
-    predictor, shapes, _ = noisy
+    predictor, shapes, losses = noisy
     predictor.save(tmp_path / "predictor.json")
     text = (tmp_path / "predictor.json").read_text(encoding="utf-8")
     stored = json.loads(text)
     assert text.endswith("\n")
-    assert stored["format"] == "supershaper-hf predictor 1"
+    assert stored["format"] == "supershaper-hf predictor 2"
     assert stored["width_choices"] == [8, 20, 36, 48]
     assert stored["effects"] == predictor.effects.tolist()
     assert stored["pair_effects"] is None
     assert stored["evidence"]["shapes"] == shapes.tolist()
-    assert stored["quality"]["shapes"] == 40
+    assert stored["evidence"]["losses"] == losses.tolist()
+    assert stored["quality"]["num_shapes"] == 40
+
+
+def changed(part, **changes):
+    """Another content, in which entries of one part are others; None leaves an entry out."""
+    return lambda content: {
+        **content,
+        part: {name: value for name, value in {**content[part], **changes}.items() if value is not None},
+    }
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "change",
     [
-        lambda content: {**content, "format": "supershaper-hf predictor 0"},
-        lambda content: {name: value for name, value in content.items() if name != "format"},
         lambda content: {name: value for name, value in content.items() if name != "effects"},
         lambda content: {name: value for name, value in content.items() if name != "quality"},
         lambda content: {**content, "loo_rmse": 0.1},
         lambda content: {**content, "width_choices": [8, 20]},
         lambda content: {**content, "width_choices": [8, "20", 36, 48]},
+        lambda content: {**content, "width_choices": [8, 20, 20, 48]},
+        lambda content: {**content, "width_choices": [-8, 20, 36, 48]},
+        lambda content: {**content, "width_choices": [8, 20, 36, 10**30]},
+        lambda content: {**content, "width_choices": [True, 20, 36, 48]},
+        lambda content: {**content, "width_choices": 48},
+        lambda content: {**content, "intercept": "3.0"},
+        lambda content: {**content, "intercept": None},
         lambda content: {**content, "effects": content["effects"][0]},
         lambda content: {**content, "effects": None},
+        lambda content: {**content, "effects": []},
+        lambda content: {**content, "effects": [[str(effect) for effect in row] for row in content["effects"]]},
+        lambda content: {**content, "pair_effects": np.ones((3, 4, 4)).tolist()},
         lambda content: {**content, "quality": {"r2": 1.0}},
-        lambda content: {**content, "evidence": {**content["evidence"], "shapes": [[8, 20], [8]]}},
-        lambda content: {**content, "evidence": {"shapes": [[8, 20, 20]]}},
+        lambda content: {**content, "quality": 5},
+        lambda content: {**content, "evidence": []},
+        changed("quality", r2="0.9"),
+        changed("quality", num_shapes=40.5),
+        changed("evidence", shapes=[[8, 20], [8]]),
+        changed("evidence", shapes=[8, 20, 36]),
+        changed("evidence", shapes=[[8, 20, 37]] * 40),
+        changed("evidence", shapes=[[8, 20]] * 40),
+        changed("evidence", shapes=[[8, 20, 36]] * 39),
+        changed("evidence", losses=[1.0] * 39),
+        changed("evidence", losses=["1.0"] * 40),
+        changed("evidence", losses=None),
+        changed("evidence", strength=0),
+        changed("evidence", noise=-0.1),
+        changed("evidence", noise="0.1"),
+    ],
+)
+def test_content_that_is_no_predictor_is_refused_by_name(noisy, change, tmp_path):
+    """Somebody has written the file by hand, so the checksum is right."""
+    file = tmp_path / "predictor.json"
+    noisy[0].save(file)
+    write_json(file, FORMAT, change(read_json(file, FORMAT)))
+    with pytest.raises(ValueError, match=re.escape(f"{file} holds no predictor: ") + ".*Write it with"):
+        ShapePredictor.load(file)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: {**content, "format": "supershaper-hf predictor 1"},
+        lambda content: {name: value for name, value in content.items() if name != "format"},
+        lambda content: {**content, "intercept": content["intercept"] + 1},
         lambda content: [content],
     ],
 )
@@ -700,16 +768,44 @@ def test_file_with_something_else_is_refused_by_name(noisy, damage, tmp_path):
     file = tmp_path / "predictor.json"
     noisy[0].save(file)
     file.write_text(json.dumps(damage(json.loads(file.read_text()))))
-    with pytest.raises(ValueError, match=re.escape(f"{file} is not a predictor of this version")):
+    with pytest.raises(ValueError, match=re.escape(str(file))):
         ShapePredictor.load(file)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"format": "supersha', b"\xff\xfe\x00", b"null"], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"format": "supersha', b"\xff\xfe\x00", b"null", b"[" * 100_000],
+    ids=lambda text: repr(text[:20]),
+)
 def test_file_that_is_not_json_is_refused_by_name(content, tmp_path):
     file = tmp_path / "predictor.json"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"predictor\.json is not a predictor of this version: .* Write it with"):
+    with pytest.raises(ValueError, match=re.escape(str(file))):
         ShapePredictor.load(file)
+
+
+def test_damaged_file_is_refused_by_name_or_changes_nothing(noisy, tmp_path):
+    predictor, _, _ = noisy
+    file = tmp_path / "predictor.json"
+    predictor.save(file)
+    whole = file.read_bytes()
+    for damaged in damages(whole):
+        file.write_bytes(damaged)
+        loaded = load_or_refuse(ShapePredictor.load, file)
+        if loaded is not None:
+            loaded.save(file)
+            assert file.read_bytes() == whole
+
+
+def test_widths_cost_no_memory_in_proportion_to_them(tmp_path):
+    predictor = ShapePredictor([8, 2_000_000_000], 3.0, [[0.0, -0.5], [0.0, -0.25]])
+    predictor.save(tmp_path / "predictor.json")
+    tracemalloc.start()
+    loaded = ShapePredictor.load(tmp_path / "predictor.json")
+    assert loaded.predict([8, 2_000_000_000]) == 2.75
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
 
 
 def test_missing_file_is_missing(tmp_path):
@@ -718,23 +814,70 @@ def test_missing_file_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("arguments", "message"),
     [
         ({"pair_effects": [[[0.0, 0.0]]]}, "need effects (layers, 2) and pair_effects (layers, 2, 2), got (1, 2) and"),
         ({"effects": [[0.0]]}, "got (1, 1)"),
-        ({"effects": [[0.0, None]]}, "must be finite"),
-        ({"intercept": None}, "is not a predictor of this version"),
-        ({"evidence": {"shapes": [[9]], "strength": 1.0, "noise": 0.1}}, "widths that are not in [8, 20]"),
+        ({"effects": [[0.0, None]]}, "effects must be numbers, got object."),
+        ({"effects": [[0.0, float("inf")]]}, "must be finite"),
+        ({"intercept": None}, "intercept=None must be a finite number."),
+        ({"intercept": float("nan")}, "intercept=nan must be a finite number."),
+        ({"evidence": Evidence(np.array([[9]]), np.ones(1), 1.0, 0.1)}, "widths that are not in [8, 20]"),
+        ({"evidence": Evidence(np.array([[8, 8]]), np.ones(1), 1.0, 0.1)}, "have 2 layers, but effects have 1"),
+        ({"pair_effects": [[[0.0, 0.0], [0.0, 1.0]]]}, "pair_effects must be zero at the first layer and for the"),
+        ({"width_choices": [20, 8]}, "width_choices=[20, 8] must be strictly increasing integers of at least 0."),
+        ({"width_choices": [8, 8]}, "width_choices=[8, 8] must be strictly increasing integers of at least 0."),
+        ({"width_choices": [-8, 8]}, "width_choices=[-8, 8] must be strictly increasing integers of at least 0."),
     ],
+    ids=str,
 )
-def test_damaged_numbers_are_refused_when_loading(changes, message, tmp_path):
-    ShapePredictor([8, 20], 3.0, [[0.0, -0.5]]).save(tmp_path / "predictor.json")
-    content = json.loads((tmp_path / "predictor.json").read_text())
-    (tmp_path / "predictor.json").write_text(json.dumps(content | changes))
+def test_parts_that_make_no_predictor_are_refused(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        ShapePredictor.load(tmp_path / "predictor.json")
+        ShapePredictor(**{"width_choices": [8, 20], "intercept": 3.0, "effects": [[0.0, -0.5]], **arguments})
 
 
 def test_negative_widths_are_refused():
     with pytest.raises(ValueError, match="Width -8 is negative"):
         ShapePredictor.fit([[8, 20], [-8, 20]] * 5, range(10))
+
+
+# Records
+
+
+def records_of(shapes, losses):
+    return [{"shape": shape, "loss": loss} for shape, loss in zip(shapes.tolist(), losses.tolist())]
+
+
+@pytest.mark.parametrize("options", [{}, {"pairs": True}, {"monotone": True}], ids=str)
+def test_fit_on_records_is_the_fit_on_their_shapes_and_losses(noisy, options):
+    _, shapes, losses = noisy
+    fitted = ShapePredictor.fit_records(records_of(shapes, losses), **options)
+    assert fitted.predict(shapes).tolist() == ShapePredictor.fit(shapes, losses, **options).predict(shapes).tolist()
+    assert fitted.quality == ShapePredictor.fit(shapes, losses, **options).quality
+
+
+def test_records_without_a_finite_loss_are_left_out_with_a_warning(noisy):
+    _, shapes, losses = noisy
+    records = records_of(shapes, losses)
+    records[3]["loss"], records[17]["loss"] = float("nan"), float("inf")
+    with pytest.warns(UserWarning, match="2 of 40 measured shapes have no finite loss and are left out") as caught:
+        fitted = ShapePredictor.fit_records(records)
+    rest = np.delete(np.arange(40), [3, 17])
+    assert fitted.evidence.shapes.tolist() == shapes[rest].tolist()
+    assert fitted.evidence.losses.tolist() == losses[rest].tolist()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_too_few_finite_losses_are_counted(noisy):
+    records = records_of(*noisy[1:])[:10]
+    for record in records[:3]:
+        record["loss"] = float("nan")
+    with pytest.raises(ValueError, match="Only 7 of 10 measured losses are finite, but a predictor needs at least 8"):
+        ShapePredictor.fit_records(records)
+
+
+def test_poor_fit_on_records_warns_at_the_line_that_called():
+    shapes = random_shapes(40)
+    with pytest.warns(UserWarning, match="predicted poorly") as caught:
+        ShapePredictor.fit_records(records_of(shapes, np.random.default_rng(0).standard_normal(40)))
+    assert [warning.filename for warning in caught] == [__file__]

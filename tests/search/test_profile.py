@@ -3,11 +3,11 @@ import pytest
 from conftest import tiny_config
 
 from supershaper_hf import SearchSpace, ShapePredictor, pareto_front
-from supershaper_hf.search.pareto import ParetoFront
-from supershaper_hf.search.profile import Profile, derive_profile, shapes_at
+from supershaper_hf.search.pareto import ParetoFront, shapes_at
+from supershaper_hf.search.profile import Profile, derive_profile
 
 
-SPACE = SearchSpace(tiny_config(num_hidden_layers=5, width_choices=[8, 16, 24, 32, 40, 48]))
+SPACE = SearchSpace.from_config(tiny_config(num_hidden_layers=5, width_choices=[8, 16, 24, 32, 40, 48]))
 GAINS = np.array([0.4, 0.1, 0.1, 0.4, 1.2])  # nats from the smallest width to the largest
 
 
@@ -65,7 +65,9 @@ def test_importance_of_a_layer_contains_its_pairs():
     shapes = SPACE.sample(400, 0)
     fitted = ShapePredictor.fit(shapes, truth.predict(shapes), pairs=True)
     expected = GAINS + np.array([0.1, 0.1, 0, 0, 0])
-    np.testing.assert_allclose(derive_profile(SPACE, fitted, draws=2, num_budgets=5).importances, expected, atol=0.03)
+    np.testing.assert_allclose(
+        derive_profile(SPACE, fitted, num_draws=2, num_budgets=5).importances, expected, atol=0.03
+    )
 
 
 def test_widths_are_the_mean_over_the_middle_of_the_front():
@@ -74,7 +76,7 @@ def test_widths_are_the_mean_over_the_middle_of_the_front():
     low, high = front.costs["parameters"][[0, -1]]
     shapes = np.array([front.best(low + part * (high - low)) for part in np.linspace(0.1, 0.9, 7)])
     expected = (shapes / shapes.mean(axis=1, keepdims=True)).mean(axis=0)
-    np.testing.assert_allclose(derive_profile(SPACE, fitted, draws=2, num_budgets=7).widths, expected)
+    np.testing.assert_allclose(derive_profile(SPACE, fitted, num_draws=2, num_budgets=7).widths, expected)
 
 
 def test_profile_depends_on_the_seed_alone():
@@ -112,18 +114,13 @@ def test_shape_is_the_largest_within_the_budget_and_follows_the_profile(profile)
     assert profile.shape(SPACE, high) == SPACE.largest
 
 
-def test_plot_is_a_png(profile, tmp_path):
-    profile.plot(tmp_path / "profile.png")
-    assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_layer_that_good_shapes_drop_has_the_smallest_width():
     choices = [0, *SPACE.width_choices]
     truth = ShapePredictor(choices, 4.0, -np.outer([0.5, 0.5, 0.0, 0.5, 0.5], np.log1p(choices) / np.log(49)))
     truth.effects[2, 1:] = 0.3
     shapes = SPACE.sample(120, 0, "budget", drop_rate=0.3)
     noise = 0.01 * np.random.default_rng(0).standard_normal(120)
-    profile = derive_profile(SPACE, ShapePredictor.fit(shapes, truth.predict(shapes) + noise), draws=5)
+    profile = derive_profile(SPACE, ShapePredictor.fit(shapes, truth.predict(shapes) + noise), num_draws=5)
     assert profile.widths[2] == 0
     assert "layer 3 narrow (0.00)" in profile.sentence()
     budget = (SPACE.num_parameters(SPACE.smallest) + SPACE.num_parameters(SPACE.largest)) // 2
@@ -154,7 +151,7 @@ def test_shapes_at_all_budgets_include_both_ends():
 
 
 def test_shapes_at_budgets_of_two_costs_are_the_best_for_the_first():
-    space = SearchSpace(tiny_config())
+    space = SearchSpace.from_config(tiny_config())
     predictor = falling(GAINS[:3], space.width_choices)
     both, one = pareto_front(space, predictor, ["parameters", "flops"]), pareto_front(space, predictor)
     np.testing.assert_allclose(predictor.predict(shapes_at(both, 5)), predictor.predict(shapes_at(one, 5)))
@@ -167,12 +164,23 @@ def test_unfitted_predictor_is_refused():
 
 def test_predictor_of_another_space_is_refused():
     with pytest.raises(ValueError, match="but the search space has 3 layers"):
-        derive_profile(SearchSpace(tiny_config()), measured(60))
+        derive_profile(SearchSpace.from_config(tiny_config()), measured(60))
 
 
-@pytest.mark.parametrize(("draws", "budgets"), [(0, 5), (1, 5), (5, 0)])
-def test_too_few_draws_or_budgets_are_refused(draws, budgets):
-    with pytest.raises(
-        ValueError, match=f"draws={draws} must be at least 2, for a deviation, and num_budgets={budgets} "
-    ):
+@pytest.mark.parametrize(
+    ("draws", "budgets", "message"),
+    [
+        (0, 5, "num_draws=0 must be an integer of at least 2."),
+        (1, 5, "num_draws=1 must be an integer of at least 2."),
+        (5, 0, "num_budgets=0 must be an integer of at least 1."),
+    ],
+)
+def test_too_few_draws_or_budgets_are_refused(draws, budgets, message):
+    with pytest.raises(ValueError, match=message):
         derive_profile(SPACE, measured(60), draws, budgets)
+
+
+@pytest.mark.parametrize("num_budgets", [0, -1, 1.5])
+def test_shapes_at_no_budget_are_refused(num_budgets):
+    with pytest.raises(ValueError, match=f"num_budgets={num_budgets} must be an integer of at least 1."):
+        shapes_at(pareto_front(SPACE, falling(GAINS)), num_budgets)

@@ -6,12 +6,12 @@ import pytest
 from conftest import tiny_config
 
 from supershaper_hf import SearchSpace, ShapePredictor, pareto_front
-from supershaper_hf.model.costs import chain_cost, parameter_cost, resolve_cost
+from supershaper_hf.model.costs import ChainCost, chain_cost, parameter_cost, resolve_cost
 from supershaper_hf.search.rounds import best_measured, measure_in_rounds, propose_shapes
 
 
-SPACE = SearchSpace(tiny_config(num_hidden_layers=5))
-SMALL = SearchSpace(tiny_config(num_hidden_layers=3, width_choices=[20, 48]))  # 8 shapes
+SPACE = SearchSpace.from_config(tiny_config(num_hidden_layers=5))
+SMALL = SearchSpace.from_config(tiny_config(num_hidden_layers=3, width_choices=[20, 48]))  # 8 shapes
 
 
 def random_truth(space, seed=0):
@@ -96,9 +96,17 @@ def test_whole_small_space_is_measured_where_more_is_asked_for(rounds):
     assert all(measure.calls)
 
 
-def test_space_with_fewer_shapes_than_a_predictor_needs_is_measured():
-    space = SearchSpace(tiny_config(num_hidden_layers=2, width_choices=[20, 48]))
-    assert len(in_rounds(space, Measure(random_truth(space)), 20, 4)) == 4
+@pytest.mark.parametrize("options", [{}, {"max_cost": None}], ids=["in rounds", "at random"])
+def test_space_with_fewer_shapes_than_a_predictor_needs_is_refused_before_measuring(options):
+    space = SearchSpace.from_config(tiny_config(num_hidden_layers=2, width_choices=[20, 48]))
+    measure = Measure(random_truth(space))
+    with pytest.raises(
+        ValueError, match=r"This search space has 4 shapes only, but a predictor needs 8\. Measure all of"
+    ):
+        in_rounds(space, measure, 20, 4, **options)
+    assert measure.calls == []
+    with_drops = Measure(ShapePredictor([0, 20, 48], 3.0, [[0.0, -0.5, -0.7], [0.0, -0.3, -0.4]]))
+    assert len(in_rounds(space, with_drops, 20, 1, drop_rate=0.5)) == 8  # with dropped layers there are enough
 
 
 def test_fewer_are_measured_where_every_drawn_front_is_known():
@@ -112,15 +120,17 @@ def test_fewer_are_measured_where_every_drawn_front_is_known():
 @pytest.mark.parametrize(("num_shapes", "rounds"), [(20, 0), (20, -1), (7, 1), (7, 3), (0, 1)])
 def test_too_few_shapes_or_rounds_are_refused_before_measuring(num_shapes, rounds):
     measure = Measure()
-    message = f"num_shapes={num_shapes} and rounds={rounds}: rounds must be at least 1, and the first of them needs 8 "
+    message = f"num_shapes={num_shapes} is too small: the first round needs at least 8 shapes."
+    if rounds < 1:
+        message = f"rounds={rounds} must be an integer of at least 1."
     with pytest.raises(ValueError, match=re.escape(message)):
         in_rounds(SPACE, measure, num_shapes, rounds)
     assert measure.calls == []
 
 
 def test_space_of_many_widths_needs_a_shape_for_each():
-    space = SearchSpace(tiny_config(width_choices=list(range(4, 49, 4))))
-    with pytest.raises(ValueError, match="the first of them needs 12 shapes or more"):
+    space = SearchSpace.from_config(tiny_config(width_choices=list(range(4, 49, 4))))
+    with pytest.raises(ValueError, match="the first round needs at least 12 shapes"):
         in_rounds(space, Measure(), 11)
 
 
@@ -131,7 +141,7 @@ def test_space_of_many_widths_needs_a_shape_for_each():
 @pytest.mark.parametrize("drop_rate", [0.0, 0.3])
 @pytest.mark.parametrize("choices", [[8, 20, 36, 48], list(range(4, 49, 4))], ids=["4 widths", "12 widths"])
 def test_first_round_has_both_ends_and_every_width(seed, drop_rate, choices):
-    space = SearchSpace(tiny_config(width_choices=choices))
+    space = SearchSpace.from_config(tiny_config(width_choices=choices))
     shapes = in_rounds(
         space, lambda shapes: [{"shape": shape, "loss": 1.0} for shape in shapes], 12, 1, seed, drop_rate=drop_rate
     )
@@ -209,11 +219,14 @@ def test_known_shapes_are_not_proposed_until_the_front_is_known(fitted):
 
 @pytest.mark.parametrize("max_cost", [1000, float("nan"), [1e9, 1000]])
 def test_budget_that_no_shape_meets_is_refused(fitted, max_cost):
-    message = f"cannot be met: the cheapest shape has parameters {SPACE.num_parameters(SPACE.smallest):,}. Choose a"
+    message = f"cannot be met: the cheapest shape has {SPACE.num_parameters(SPACE.smallest):,} parameters. Raise the"
     with pytest.raises(ValueError, match=message):
         propose_shapes(SPACE, fitted, 5, set(), seed=0, max_cost=max_cost)
-    with pytest.raises(ValueError, match=message):
-        measure_in_rounds(SPACE, Measure(), 40, max_cost=max_cost)
+    for rounds in (1, 4):
+        measure = Measure()
+        with pytest.raises(ValueError, match=message):
+            measure_in_rounds(SPACE, measure, 40, rounds, max_cost=max_cost)
+        assert measure.calls == []
 
 
 def test_budgets_take_turns(fitted):
@@ -253,13 +266,59 @@ def test_best_measured_is_the_lowest_loss_within_the_budget():
             best_measured(SPACE, records, "parameters", budget)
             == min(within, key=lambda record: record["loss"])["shape"]
         )
-    with pytest.raises(ValueError, match=f"costs at most 1,000: the cheapest of all 50 costs {costs.min():,}"):
+    cheapest = f"the cheapest of all 50 costs {costs.min():,} parameters"
+    with pytest.raises(ValueError, match=f"costs at most 1,000 parameters: {cheapest}"):
         best_measured(SPACE, records, "parameters", 1000)
+    with pytest.raises(ValueError, match="costs at most nan parameters"):
+        best_measured(SPACE, records, "parameters", float("nan"))
+
+
+def test_large_costs_are_written_out():
+    config = tiny_config(num_hidden_layers=2, vocab_size=2_000_000)
+    space = SearchSpace.from_config(config)
+    with pytest.raises(ValueError, match="costs at most 63,000,000 parameters: the cheapest of all 1 costs 98,"):
+        best_measured(space, [{"shape": space.largest, "loss": 1.0}], "parameters", 63e6)
+
+
+def test_measured_cost_of_a_shape_is_a_budget_that_it_meets():
+    """Seconds are no binary fractions: another order of adding misses some budgets by one unit in the last place."""
+    random = np.random.default_rng(0)
+    for seed in range(40):
+        seconds = RandomSeconds(seed)
+        shapes = SPACE.sample(5, seed)
+        predictor = ShapePredictor(SPACE.width_choices, 3.0, -random.random((5, 4)).cumsum(axis=1))
+        front = pareto_front(SPACE, predictor, seconds)
+        shapes = np.concatenate([shapes, front.shapes])
+        records = [{"shape": shape, "loss": loss} for shape, loss in zip(shapes.tolist(), predictor.predict(shapes))]
+        for shape, cost in zip(front.shapes.tolist(), front.costs["latency"].tolist()):
+            assert best_measured(SPACE, records, seconds, cost) == shape
+
+
+def test_no_records_have_no_best_one():
+    with pytest.raises(ValueError, match="There are no records to choose from"):
+        best_measured(SPACE, [], "parameters", 1e9)
 
 
 def test_best_measured_passes_over_losses_that_are_not_finite():
     records = [{"shape": SPACE.largest, "loss": float("nan")}, {"shape": SPACE.smallest, "loss": 2.0}]
     assert best_measured(SPACE, records, "parameters", 1e9) == SPACE.smallest
+
+
+class RandomSeconds:
+    """A cost of random nanoseconds."""
+
+    def __init__(self, seed):
+        random = np.random.default_rng(seed)
+        self.blocks, self.bottlenecks = (random.integers(10**9, size=size) / 1e9 for size in ((49, 49), 49))
+
+    def chain_cost(self, config):
+        return ChainCost(
+            "latency",
+            fixed=0.123456789,
+            enter=lambda source, width: self.blocks[source, width],
+            layer=lambda width: np.zeros(np.shape(width)),
+            leave=lambda width: self.bottlenecks[width],
+        )
 
 
 class Seconds:
@@ -314,7 +373,7 @@ def test_losses_that_are_not_finite_are_returned_but_not_fitted():
 
 
 def test_too_few_finite_losses_say_so():
-    with pytest.raises(ValueError, match="Only 5 of 10 measured losses are finite, 8 are needed"):
+    with pytest.raises(ValueError, match="Only 5 of 10 measured losses are finite, but a predictor needs at least 8"):
         in_rounds(SPACE, Measure(broken={2, 4, 6, 8, 9}), 30, 3)
 
 
@@ -332,7 +391,7 @@ def test_poor_fit_before_the_last_round_does_not_warn():
 @pytest.mark.filterwarnings("ignore:Shapes left out")
 def test_rounds_find_a_better_shape_for_a_budget_than_as_many_random_shapes():
     """A shape's noise is its own and stays: measuring is how to find the good ones."""
-    space = SearchSpace(tiny_config(num_hidden_layers=8, width_choices=[8, 16, 24, 32, 40, 48]))
+    space = SearchSpace.from_config(tiny_config(num_hidden_layers=8, width_choices=[8, 16, 24, 32, 40, 48]))
     budget = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2
     losses = []
     for seed in range(6):

@@ -1,53 +1,55 @@
-"""Seconds of a subnet on this device: measured once per pair of neighbouring widths, added up for any shape.
+"""Seconds of a subnet on this device: measured once for each pair of neighbouring widths, added up for any shape.
 
-`LatencyProbe` runs one subnet whose layers meet every pair of widths, and stamps the time between them;
+`LatencyProbe` runs one subnet in which every pair of widths occurs, and stamps the time between its layers.
 `LatencyTable` keeps the medians and predicts from them. `timing.SubnetTimer` runs whole subnets, to compare with.
 
-A subnet streams its weights from memory: when its first layer runs again, the other layers and the head have pushed its
-weights out of the cache. The same layer timed in a loop of its own finds its weights there, and is too fast. So blocks
-are never timed alone. Where a whole subnet fits into the cache, the table is an upper bound instead.
+A subnet reads its weights from memory: when its first layer runs again, the other layers and the head have pushed that
+layer's weights out of the cache. The same layer, timed alone in a loop, finds its weights in the cache and is too fast.
+Blocks are therefore never timed alone. Where a whole subnet fits into the cache, the table is an upper bound.
 
 Example:
-    >>> from supershaper_hf import SuperShaperConfig
-    >>> from supershaper_hf.latency.table import LatencyTable
+    >>> from supershaper_hf import LatencyTable, SearchSpace, SuperShaperConfig
     >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
-    >>> table = LatencyTable.measure(config, sequence_length=16, repeats=3)
+    >>> table = LatencyTable.measure(SearchSpace.from_config(config), sequence_length=16, repeats=3)
     >>> table.predict([[40, 96], [0, 16]]).shape
     (2,)
+    >>> type(table.predict([40, 96]))
+    <class 'float'>
 """
 
-import json
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 
-from ..checks import check_count
+from ..checks import as_numbers, check_count, check_number, check_widths
 from ..devices import device_name, local_devices, parse_device
-from ..files import write_file
+from ..files import read_json, write_json
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.costs import ChainCost, chain_cost, parameter_cost
+from ..model.shapes import SearchSpace, shape_rows
 from .timing import Workload
 
 
-FORMAT = "supershaper-hf latency table 1"
-SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "hidden_act")  # that change time
+FORMAT = "supershaper-hf latency table 2"
+# Names of the configuration's entries that change the time of a subnet.
+SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "hidden_act")
 
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """One number for each part of a subnet; rows and columns in the order of the table's width choices.
+    """One number for each part of a subnet. Rows and columns are in the order of the table's width choices.
 
     Attributes:
-        embeddings: From the call to the first input bottleneck: embeddings, attention mask, Python around them.
-        blocks: (widths, widths): input bottleneck from a width (row) to a width (column), and the layer behind it.
+        embeddings: The part from the call to the first input bottleneck: embeddings, attention mask, Python code.
+        blocks: (widths, widths): the input bottleneck from one width (row) to another (column), and the layer after it.
         leave: (widths,): the output bottleneck from a width to `hidden_size`.
-        head: From there to the logits of every position.
+        head: The part after it, up to the logits of every position.
     """
 
     embeddings: float
@@ -56,6 +58,7 @@ class Entries:
     head: float
 
     def numbers(self) -> np.ndarray:
+        """Return all numbers in one array (parts,)."""
         return np.concatenate([[self.embeddings, self.head], np.ravel(self.blocks), np.ravel(self.leave)])
 
 
@@ -64,17 +67,17 @@ class LatencyTable:
     """Seconds of every part of a subnet, on one device and for one size of input. Make it with `measure`.
 
     Attributes:
-        width_choices: The hidden sizes it knows, increasing; the last is `hidden_size`.
+        width_choices: The hidden sizes that were measured, strictly increasing. The last one is `hidden_size`.
         seconds: Median over the sweeps.
-        spread: Interquartile range of the sweeps over their median: .1 means that half of them were within 10 %.
-        device: Name of the processor, with the number of threads, or of the GPU.
-        dtype: Of weights and activations, such as `"float32"`.
+        spread: Interquartile range of the sweeps over their median: 0.1 means that half of them lie within 10 %.
+        device: Name of the GPU, or of the processor with the number of threads.
+        dtype: Type of weights and activations, such as `"float32"`.
         batch_size: Sequences in a batch.
-        sequence_length: Tokens in a sequence, none of them padding.
+        sequence_length: Tokens in a sequence, none of which is padding.
         repeats: Number of sweeps.
-        attention: Implementation, such as `"sdpa"`.
-        torch_version: Of the measurement.
-        sizes: Those of the configuration that change the time: see `SIZES`.
+        attention: Name of the attention implementation, such as `"sdpa"`.
+        torch_version: Version of torch that ran.
+        sizes: The entries of the configuration that change the time: see `SIZES`.
     """
 
     width_choices: list[int]
@@ -90,12 +93,19 @@ class LatencyTable:
     sizes: dict[str, Any]
 
     def __post_init__(self) -> None:
+        check_widths("width_choices", self.width_choices)
         choices, widths = self.width_choices, len(self.width_choices)
-        integers = all(type(width) is int for width in choices)
-        if not choices or not integers or choices[0] <= 0 or sorted(set(choices)) != choices:
-            raise ValueError(f"width_choices={choices!r} must be positive integers, strictly increasing.")
-        if missing := set(SIZES) - set(self.sizes):
-            raise ValueError(f"sizes={self.sizes} lacks {sorted(missing)}.")
+        for name in ("batch_size", "sequence_length", "repeats"):
+            check_count(name, getattr(self, name))
+        for name in ("device", "dtype", "attention", "torch_version"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be text.")
+        if set(self.sizes) != set(SIZES):
+            raise ValueError(f"sizes has the entries {sorted(self.sizes)}, but needs {sorted(SIZES)}.")
+        for name in SIZES[:-1]:
+            check_count(name, self.sizes[name])
+        if not isinstance(self.sizes["hidden_act"], str):
+            raise ValueError(f"hidden_act={self.sizes['hidden_act']!r} must be text.")
         if self.sizes["hidden_size"] != choices[-1]:
             raise ValueError(f"width_choices={choices} must end with hidden_size={self.sizes['hidden_size']}.")
         for name, entries in (("seconds", self.seconds), ("spread", self.spread)):
@@ -111,7 +121,7 @@ class LatencyTable:
     @classmethod
     def measure(
         cls,
-        config: SuperShaperConfig,
+        space: SearchSpace | SuperShaperConfig,
         device: str | torch.device = "cpu",
         batch_size: int = 1,
         sequence_length: int = 128,
@@ -120,44 +130,51 @@ class LatencyTable:
         warmup: int = 3,
         seed: int = 0,
     ) -> "LatencyTable":
-        """Measure subnets of a supernet with `config` on `device`; see `LatencyProbe` for how.
+        """Measure the parts of the subnets of a search space on `device`. `LatencyProbe` tells how.
 
-        Keep the machine quiet meanwhile. For bert-base widths it takes about 1 GB in float32.
+        Keep the machine quiet meanwhile. For bert-base widths in float32, it takes about 1 GB of memory.
 
         Args:
-            config: The supernet's configuration. Its number of layers does not matter.
-            device: `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`. On a CPU the time is that of `torch.get_num_threads()`.
+            space: The search space, or the supernet's configuration, of which the search space is made. The number of
+                layers does not matter.
+            device: `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`. A CPU runs `torch.get_num_threads()` threads.
             batch_size: Sequences in a batch.
             sequence_length: Tokens in a sequence.
-            dtype: Of weights and activations.
-            repeats: Sweeps over all entries, of which the median is kept.
-            warmup: Sweeps before them, which are thrown away.
-            seed: Of the random weights, the tokens and the order of the pairs.
+            dtype: Type of weights and activations.
+            repeats: Number of sweeps over all parts. The table keeps their median.
+            warmup: Number of sweeps before them, which are thrown away.
+            seed: Random seed of the weights, the tokens and the order of the pairs.
 
         Raises:
-            ValueError: If `config` belongs to a subnet, the input does not fit it, or there is nothing to measure.
+            ValueError: If the configuration belongs to a subnet, a number is too small, or the sequence is too long.
         """
         check_count("repeats", repeats)
         check_count("warmup", warmup, least=0)
-        probe = LatencyProbe(config, device, batch_size, sequence_length, dtype, seed)
+        if isinstance(space, SuperShaperConfig):
+            space = SearchSpace.from_config(space)
+        probe = LatencyProbe(space, device, batch_size, sequence_length, dtype, seed)
         for sweep in range(warmup + repeats):
             probe.sweep(keep=sweep >= warmup)
         return probe.table()
 
-    def predict(self, shapes: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
-        """Return the predicted seconds (n,) of one forward pass of the subnets at `shapes` (n, layers).
+    @overload
+    def predict(self, shapes: Sequence[int]) -> float: ...
+    @overload
+    def predict(self, shapes: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray: ...
+    def predict(self, shapes):
+        """Return the predicted seconds of one forward pass of the masked-LM subnets at `shapes`.
 
-        Any number of layers works; 0 drops a layer, so that the next kept one follows the last kept one.
+        Args:
+            shapes: One shape or many, see `model.shapes.shape_rows`, with any number of layers. Where a width is 0, the
+                layer is dropped: the next kept layer follows the last kept one.
+
+        Returns:
+            A float for one shape, an array (n,) for many.
 
         Raises:
             ValueError: If a width was not measured, or a shape drops every layer.
         """
-        widths = np.asarray(shapes)
-        if widths.ndim != 2 or not np.issubdtype(widths.dtype, np.integer):
-            raise ValueError(
-                f"shapes must be an integer array (n, layers), got {widths.dtype} {widths.shape}. For one shape, pass "
-                "[shape]."
-            )
+        widths, single = shape_rows(shapes)
         unknown = np.setdiff1d(widths, [0, *self.width_choices]).tolist()
         if unknown:
             raise ValueError(
@@ -165,12 +182,13 @@ class LatencyTable:
             )
         if not widths.any(axis=1).all():
             raise ValueError("A shape drops every layer: at least one layer must stay.")
-        return chain_cost(self._terms(), self.width_choices[-1], widths)
+        seconds = chain_cost(self._terms(), self.width_choices[-1], widths)
+        return float(seconds[0]) if single else seconds
 
     def chain_cost(self, config: SuperShaperConfig) -> ChainCost:
-        """Return the terms that `search.pareto_front(cost=table)` and `evolutionary_search(latency=table)` add up.
+        """Return the terms that `pareto_front(cost=table)` and `evolutionary_search(latency=table)` add up.
 
-        Warns if `config` has other sizes, or another attention implementation, than the one measured.
+        Warns if `config` has other sizes, or another attention implementation, than the measured subnets.
 
         Raises:
             ValueError: If a width choice of `config` was not measured.
@@ -179,27 +197,27 @@ class LatencyTable:
         if unknown:
             raise ValueError(
                 f"The configuration has the widths {unknown}, which are not in the latency table: it knows "
-                f"{self.width_choices}. Measure one for this configuration: LatencyTable.measure(config)."
+                f"{self.width_choices}. Measure a table for this configuration with LatencyTable.measure."
             )
         measured = {**self.sizes, "attention": self.attention}
         given = {name: getattr(config, name) for name in SIZES}
-        given["attention"] = config._attn_implementation or self.attention  # of a configuration without a model: any
+        given["attention"] = config._attn_implementation or self.attention  # None without a model: any will do
         other = [name for name in measured if given[name] != measured[name]]
         if other:
             warnings.warn(
                 f"The latency table was measured with {', '.join(f'{name}={measured[name]}' for name in other)}, but "
                 f"the configuration has {', '.join(f'{name}={given[name]}' for name in other)}: its seconds hold for "
-                "the former. Measure one for this configuration: LatencyTable.measure(config).",
+                "the former. Measure a table for this configuration with LatencyTable.measure.",
                 stacklevel=2,
             )
         return self._terms()
 
     def width_costs(self) -> list[dict[str, Any]]:
-        """Return what each width costs for its size: one record per width, from blocks that keep the width.
+        """Return what each width costs for its size: one mapping per width, for the block from this width to itself.
 
-        Keys: `width`; `seconds` and `parameters` of the block; `relative`, its seconds per parameter over those of the
-        widest block; `head_size`; and whether the width is a `multiple_of_8` or `multiple_of_64`, and the head size a
-        `head_multiple_of_8`: the sizes that vector units and matrix units are built for.
+        The keys are `width`, `seconds` and `parameters` of the block, `relative` (its seconds per parameter over those
+        of the widest block), `head_size`, and whether the width is a `multiple_of_8` or a `multiple_of_64` and the head
+        size is a multiple of 8 (`head_multiple_of_8`): vector units and matrix units are built for such sizes.
         """
         cost = parameter_cost(SuperShaperConfig(**self.sizes, width_choices=self.width_choices, num_hidden_layers=1))
         rows: list[dict[str, Any]] = []
@@ -221,85 +239,89 @@ class LatencyTable:
 
     def save(self, file: str | Path) -> None:
         """Write the table as JSON, one attribute a line."""
-        content: dict[str, Any] = {
-            "format": FORMAT,
-            **{field.name: getattr(self, field.name) for field in fields(self)},
-        }
+        content: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("seconds", "spread"):
             entries = content[name]
             content[name] = {**asdict(entries), "blocks": entries.blocks.tolist(), "leave": entries.leave.tolist()}
-        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
-        write_file(file, "{\n" + ",\n".join(lines) + "\n}\n")
+        write_json(file, FORMAT, content)
 
     @classmethod
     def load(cls, file: str | Path) -> "LatencyTable":
         """Read a table written by `save`. Warns if it was measured on a device that this machine does not have.
 
         Raises:
-            ValueError: If the file is damaged or holds something else.
+            FileNotFoundError: If there is no such file.
+            ValueError: If `file` is a folder, is damaged, or holds something else.
         """
+        if Path(file).is_dir():
+            raise ValueError(f"{file} is a folder. Give the file in it that LatencyTable.save has written.")
+        content = read_json(file, FORMAT)
         try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
-            found = content.pop("format")
-            if found != FORMAT:
-                raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
             for name in ("seconds", "spread"):
-                entries = content[name]
-                content[name] = Entries(
-                    embeddings=float(entries["embeddings"]),
-                    blocks=np.array(entries["blocks"], dtype=np.float64),
-                    leave=np.array(entries["leave"], dtype=np.float64),
-                    head=float(entries["head"]),
-                )
+                content[name] = _read_entries(**content[name])
             table = cls(**content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file} is not a latency table of this version: {error!r}. Write it with LatencyTable.save."
-            ) from error
+            reason = str(error).rstrip(".")
+            raise ValueError(f"{file} holds no latency table: {reason}. Write it with LatencyTable.save.") from error
         here = local_devices()
         if table.device not in here:
             warnings.warn(
-                f"{file} was measured on {table.device}, this machine has {'; '.join(here)}: its seconds hold for "
-                f"{table.device}. Measure this machine with LatencyTable.measure(config).",
+                f"{file} was measured on {table.device}, but this machine has {'; '.join(here)}: its seconds hold for "
+                f"{table.device}. Measure a table on this machine with LatencyTable.measure.",
                 stacklevel=2,
             )
         return table
 
     def _terms(self) -> ChainCost:
-        # Position 0 is a dropped layer, of no cost; the last one any width in between, which was not measured.
-        choices = self.width_choices
-        position = np.full(choices[-1] + 1, -1)
-        position[[0, *choices]] = range(len(choices) + 1)
+        # Position 0 stands for a dropped layer, which costs nothing; the last one for a width that was not measured.
+        known = np.array([0, *self.width_choices])
         blocks, leave = np.pad(self.seconds.blocks, 1), np.pad(self.seconds.leave, 1)
         blocks[-1], blocks[:, -1], leave[-1] = np.nan, np.nan, np.nan
+
+        def position(width: Any) -> np.ndarray:
+            place = np.minimum(np.searchsorted(known, width), len(known) - 1)
+            return np.where(known[place] == width, place, len(known))
+
         return ChainCost(
             "latency",
             fixed=self.seconds.embeddings + self.seconds.head,
-            enter=lambda source, width: blocks[position[source], position[width]],
-            layer=lambda width: np.zeros(np.shape(width)),  # in the block
-            leave=lambda width: leave[position[width]],
+            enter=lambda source, width: blocks[position(source), position(width)],
+            layer=lambda width: np.zeros(np.shape(width)),  # the time of the layer is part of its block
+            leave=lambda width: leave[position(width)],
         )
+
+
+def _read_entries(embeddings: Any, blocks: Any, leave: Any, head: Any) -> Entries:
+    for name, value in (("embeddings", embeddings), ("head", head)):
+        check_number(name, value)
+    return Entries(float(embeddings), as_numbers("blocks", blocks), as_numbers("leave", leave), float(head))
 
 
 # Measuring
 
 
 class LatencyProbe:
-    """Samples every entry of a `LatencyTable`, one sweep at a time, so that sweeps can alternate with other runs.
+    """Measures every part of a `LatencyTable`, one sweep at a time, so that sweeps can alternate with other runs.
 
-    It is one subnet, with random weights, whose layers walk through every ordered pair of widths once. A sweep is one
-    forward pass as a user makes it: token types and a mask of ones given, as a tokenizer does; logits of every
-    position; evaluation mode; `torch.inference_mode`. A time stamp at each bottleneck tells the seconds of each block,
-    whose input another layer has just written and whose weights are out of the cache. The output bottlenecks of the
-    widths that the walk does not end with are run after it.
+    It builds one subnet with random weights, in whose layers every ordered pair of widths follows each other once. A
+    sweep is one forward pass as a user runs it: with the token types and the mask of ones that a tokenizer returns,
+    logits of every position, evaluation mode and `torch.inference_mode`. Time stamps at the bottlenecks give the
+    seconds of each block: its input was just written by the layer before, and its weights are out of the cache. The
+    output bottlenecks of the other widths run after this pass.
 
-    Stamps cost about a microsecond each on a CPU, and a few where the device stamps.
+    A stamp costs about a microsecond on a CPU, and a few microseconds where the device takes it.
 
-    Arguments and errors are those of `LatencyTable.measure`.
+    Args:
+        space: The search space of the supernet.
+        device: See `LatencyTable.measure`, as for all arguments below.
+        batch_size: Sequences in a batch.
+        sequence_length: Tokens in a sequence.
+        dtype: Type of weights and activations.
+        seed: Random seed of the weights, the tokens and the order of the pairs.
 
     Example:
         >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, vocab_size=50, width_choices=[16, 96])
-        >>> probe = LatencyProbe(config, sequence_length=16)
+        >>> probe = LatencyProbe(SearchSpace.from_config(config), sequence_length=16)
         >>> probe.sweep(keep=False)  # the first one warms up
         >>> probe.sweep()
         >>> probe.table().repeats
@@ -308,15 +330,15 @@ class LatencyProbe:
 
     def __init__(
         self,
-        config: SuperShaperConfig,
+        space: SearchSpace,
         device: str | torch.device = "cpu",
         batch_size: int = 1,
         sequence_length: int = 128,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ):
-        self._workload = Workload(config, parse_device(device), batch_size, sequence_length, dtype, seed)
-        self.width_choices = list(config.width_choices or [])
+        self._workload = Workload(space.config, parse_device(device), batch_size, sequence_length, dtype, seed)
+        self.width_choices = space.width_choices
         self.walk = walk_through_pairs(self.width_choices, seed)
         self._model = self._workload.model(self.walk[1:], seed)
         self._batch = self._workload.batch()
@@ -326,7 +348,7 @@ class LatencyProbe:
 
     @torch.inference_mode()
     def sweep(self, keep: bool = True) -> None:
-        """Take one sample of every entry; without `keep` throw it away, to warm up."""
+        """Take one sample of every part. Without `keep` it is thrown away, to warm up."""
         clock, stamps = self._workload.clock, []
 
         def stamp(*_: Any) -> None:
@@ -343,17 +365,17 @@ class LatencyProbe:
             self._model(**self._batch)
             stamp()
         for bottleneck, states in self._others:
-            written = states.clone()  # in the cache, as if a layer had just written it
+            written = states.clone()  # then it is in the cache, as if a layer had just written it
             stamp()
             bottleneck(written)
             stamp()
         passed = clock.intervals(stamps)
-        within = len(self.walk) + 2  # embeddings, a block for each step of the walk, the output bottleneck, the head
+        within = len(self.walk) + 2  # embeddings, a block for each step of the walk, output bottleneck, head
         if keep:
             self._samples.append(np.concatenate([passed[:within], passed[within + 1 :: 2]]))
 
     def table(self) -> LatencyTable:
-        """Return the medians of the sweeps so far.
+        """Return a table with the medians of the kept sweeps so far.
 
         Raises:
             ValueError: If no sweep was kept.
@@ -365,7 +387,7 @@ class LatencyProbe:
         workload = self._workload
         return LatencyTable(
             width_choices=self.width_choices,
-            seconds=self._entries(middle.round(9)),  # nanoseconds, so that the file can be read
+            seconds=self._entries(middle.round(9)),  # in nanoseconds, which keeps the file short
             spread=self._entries(spread.round(4)),
             device=device_name(workload.device),
             dtype=str(workload.dtype).removeprefix("torch."),
@@ -378,7 +400,7 @@ class LatencyProbe:
         )
 
     def _entries(self, sample: np.ndarray) -> Entries:
-        """Sort a sample: embeddings, blocks along the walk, the last bottleneck, head, other bottlenecks."""
+        """Sort a sample (parts,), whose order is embeddings, blocks along the walk, last bottleneck, head, others."""
         widths = len(self.width_choices)
         index = np.searchsorted(self.width_choices, self.walk)
         blocks = np.empty((widths, widths))
@@ -388,13 +410,13 @@ class LatencyProbe:
 
 
 def walk_through_pairs(width_choices: Sequence[int], seed: int = 0) -> list[int]:
-    """Return a walk from the last width to itself that takes the step between every ordered pair of widths once.
+    """Return a walk from the last width back to it in which every ordered pair of widths follows each other once.
 
-    Such a walk (an Eulerian circuit) exists, because as many steps lead into a width as out of it. Found by
-    Hierholzer's algorithm, the steps of each width in an order drawn from `seed`.
+    Such a walk (an Eulerian circuit) exists, because as many steps lead to a width as away from it. It is found with
+    Hierholzer's algorithm, which takes the steps away from a width in an order drawn from `seed`.
 
     Returns:
-        `len(width_choices) ** 2 + 1` widths, the first of them the source of the first step.
+        `len(width_choices) ** 2 + 1` widths. The first one is the source of the first step.
 
     Example:
         >>> walk_through_pairs([16, 96], seed=0)

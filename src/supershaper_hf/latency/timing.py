@@ -1,6 +1,7 @@
-"""Run subnets and stamp the time, on a CPU or a GPU: what `latency` and `insensitivity` measure with.
+"""Build subnets with random weights, run them on a CPU or a GPU, and stamp the time.
 
-`Workload` checks what is asked for and builds subnets and inputs, `SubnetTimer` times whole subnets.
+`Workload` checks the conditions of a measurement and builds its models and inputs. `SubnetTimer` times whole subnets.
+`table` and `insensitivity` measure with these two.
 """
 
 import copy
@@ -15,19 +16,28 @@ from ..devices import Clock, parse_device
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.elastic import SuperShaperBottleneck
 from ..model.modeling_supershaper import SuperShaperForMaskedLM, empty_model
+from ..model.shapes import SearchSpace
 
 
 class SubnetTimer:
-    """Times whole subnets, run one after another in every sweep, so that a slow moment of the machine meets all.
+    """Times whole subnets.
 
-    Every subnet is a model of its own with random weights, run as that of `LatencyProbe`.
+    Every sweep runs each subnet once, in random order, so that a slow moment of the machine does not always meet the
+    same one. Every subnet is a model with its own random weights, and runs as the one of `LatencyProbe` does.
 
-    Arguments and errors are those of `LatencyTable.measure`, and `shapes`: (n, layers), one subnet each; a shape may
-    occur more than once.
+    Args:
+        space: The search space of the supernet.
+        shapes: (n, layers): one subnet is built for each. A shape may occur more than once.
+        device: See `LatencyTable.measure`, as for all arguments below.
+        batch_size: Sequences in a batch.
+        sequence_length: Tokens in a sequence.
+        dtype: Type of weights and activations.
+        seed: Random seed of the weights, the tokens and the order.
 
     Example:
+        >>> from supershaper_hf import SuperShaperConfig
         >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
-        >>> timer = SubnetTimer(config, [[40, 96], [0, 16]], sequence_length=16)
+        >>> timer = SubnetTimer(SearchSpace.from_config(config), [[40, 96], [0, 16]], sequence_length=16)
         >>> timer.sweep()
         >>> timer.seconds.shape
         (1, 2)
@@ -35,7 +45,7 @@ class SubnetTimer:
 
     def __init__(
         self,
-        config: SuperShaperConfig,
+        space: SearchSpace,
         shapes: Sequence[Sequence[int]] | np.ndarray,
         device: str | torch.device = "cpu",
         batch_size: int = 1,
@@ -43,7 +53,7 @@ class SubnetTimer:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ):
-        self._workload = Workload(config, parse_device(device), batch_size, sequence_length, dtype, seed)
+        self._workload = Workload(space.config, parse_device(device), batch_size, sequence_length, dtype, seed)
         self._models = [self._workload.model(shape, seed + index) for index, shape in enumerate(shapes)]
         self._batch = self._workload.batch()
         self._random = np.random.default_rng(seed)
@@ -51,12 +61,12 @@ class SubnetTimer:
 
     @property
     def seconds(self) -> np.ndarray:
-        """What was measured so far, (sweeps, n)."""
+        """The seconds of every kept sweep so far, (sweeps, n)."""
         return np.reshape(self._samples, (len(self._samples), len(self._models)))
 
     @torch.inference_mode()
     def sweep(self, keep: bool = True) -> None:
-        """Run every subnet once, in random order; without `keep` throw the seconds away, to warm up."""
+        """Run every subnet once, in random order. Without `keep` the seconds are thrown away, to warm up."""
         clock, sample = self._workload.clock, np.empty(len(self._models))
         for index in self._random.permutation(len(self._models)):
             clock.synchronize()
@@ -70,7 +80,19 @@ class SubnetTimer:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is run, on what: checks it, and makes its models and inputs."""
+    """The conditions of a measurement: what runs, on which device. Checks them, and makes models and inputs.
+
+    Attributes:
+        config: The supernet's configuration.
+        device: The device to run on.
+        batch_size: Sequences in a batch.
+        sequence_length: Tokens in a sequence.
+        dtype: Type of weights and activations.
+        seed: Random seed of weights and tokens.
+
+    Raises:
+        ValueError: If a number is too small, the sequence is too long, or the type has no fractions.
+    """
 
     config: SuperShaperConfig
     device: torch.device
@@ -80,11 +102,6 @@ class Workload:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.config.width_choices is None:
-            raise ValueError(
-                f"This configuration belongs to a subnet with fixed hidden_sizes={self.config.hidden_sizes}. Measure "
-                "with the supernet's configuration."
-            )
         check_count("batch_size", self.batch_size)
         check_count("sequence_length", self.sequence_length)
         longest = self.config.max_position_embeddings
@@ -94,10 +111,13 @@ class Workload:
                 f"{longest}."
             )
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-            raise ValueError(f"dtype={self.dtype!r} is not a floating-point type. Use torch.float32, or a shorter one.")
+            raise ValueError(
+                f"dtype={self.dtype!r} is not a floating-point type. Use torch.float32, torch.bfloat16 or "
+                "torch.float16."
+            )
 
     @property
-    def clock(self) -> "Clock":
+    def clock(self) -> Clock:
         return Clock(self.device)
 
     def model(self, shape: Sequence[int] | np.ndarray, seed: int) -> SuperShaperForMaskedLM:
@@ -124,7 +144,7 @@ class Workload:
         return torch.randn(size, generator=generator, device=self.device, dtype=self.dtype)
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """Draw random tokens without padding, and what a tokenizer returns with them."""
+        """Draw random tokens without padding, with the other inputs that a tokenizer returns."""
         generator = torch.Generator().manual_seed(self.seed)
         size = (self.batch_size, self.sequence_length)
         ids = torch.randint(self.config.vocab_size, size, generator=generator)
@@ -133,7 +153,7 @@ class Workload:
 
     @torch.no_grad()
     def _fill(self, module: torch.nn.Module, seed: int) -> None:
-        # Zeros and the identity of a new bottleneck would let a processor finish sooner, or draw less power.
+        # A new bottleneck holds zeros and ones, on which a processor may be faster, or draw less power.
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in module.named_parameters():
             mean = 1.0 if name.endswith("LayerNorm.weight") else 0.0

@@ -1,6 +1,29 @@
-"""Run `python -m supershaper_hf.report FOLDER`: make the page of a search again from its files."""
+"""Make the page of a search again from the files in its folder: `python -m supershaper_hf.report FOLDER`."""
 
-from .page import main
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .page import write_report
 
 
-main()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m supershaper_hf.report", description=__doc__)
+    parser.add_argument("folder", type=Path, help="output folder of examples/search_shapes.py")
+    parser.add_argument(
+        "--cost", default="parameters", choices=["parameters", "flops", "latency"], help="cost of a shape"
+    )
+    parser.add_argument("--max_cost", type=float, nargs="*", default=[], help="budgets that matter most")
+    parser.add_argument("--num_budgets", type=int, default=8, help="rows of the table")
+    parser.add_argument(
+        "--sequence_length", type=int, default=128, help="tokens per sequence, for FLOPs, if no latency was measured"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        print(write_report(args.folder, args.cost, args.max_cost, args.num_budgets, args.sequence_length))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,160 +1,65 @@
-"""Turn the files of a search into a page: plots, a CSV and Markdown that a model card can include.
+"""Turn the files of a search into a page: Markdown, plots and a CSV file, which a model card can include.
 
-    python -m supershaper_hf.report.page outputs/search
+    python -m supershaper_hf.report outputs/search
 
-`examples/search_shapes.py` writes the files: `config.json` of the supernet, `records.jsonl` of measured shapes,
-`predictor.json`, and, where they were asked for, `latency.json` and `insensitivity.json`. The page is made of them
-alone, so it can be made again anywhere. Shapes that were measured, but that the predictor was not fitted on, show how
-far its predictions can be trusted.
+The page is made from the files in the folder alone (`findings`), so it can be made again at any time and on any
+machine.
 """
 
-import argparse
 import csv
-import json
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..latency.insensitivity import width_rows
-from ..latency.table import LatencyTable
-from ..model.configuration_supershaper import SuperShaperConfig
-from ..model.costs import Cost, chain_cost, resolve_cost
-from ..model.shapes import SHAPE_NAMES, SearchSpace
-from ..search.pareto import ParetoFront, pareto_front, shapes_at
-from ..search.predictor import ShapePredictor
+from ..checks import check_count, check_number
+from ..files import write_file
+from ..latency.insensitivity import insensitivity_rows, width_rows
+from ..model.shapes import SHAPE_NAMES
+from ..search.pareto import ParetoFront, shapes_at
 from ..search.profile import derive_profile
-from ..search.records import Record, read_records
-from ..search.rounds import best_measured
-from .plots import plot_agreement
+from ..search.records import Record
+from .findings import PREDICTOR_FILE, RECORDS_FILE, Findings
+from .plots import plot_agreement, plot_front, plot_profile
 from .tables import markdown_table
 
 
-RECORDS_FILE, PREDICTOR_FILE = "records.jsonl", "predictor.json"
-LATENCY_FILE, INSENSITIVITY_FILE = "latency.json", "insensitivity.json"
 PAGE_FILE, FRONT_FILE = "report.md", "front.csv"
-TOLERATED = 1.25  # error on new shapes over that of cross-validation, before the page warns
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What a search has found out: the files of its folder, read.
-
-    Attributes:
-        space: The search space.
-        records: Of all measured shapes.
-        predictor: Fitted on all or some of them.
-        table: Seconds on a device, if they were measured.
-        insensitivity: Rows of `insensitivity.insensitivity_rows`, if it was measured.
-        sequence_length: Tokens per sequence, for FLOPs and latency.
-    """
-
-    space: SearchSpace
-    records: list[Record]
-    predictor: ShapePredictor
-    table: LatencyTable | None
-    insensitivity: list[dict[str, Any]] | None
-    sequence_length: int
-
-    @classmethod
-    def read(cls, folder: str | Path, sequence_length: int = 128) -> "Findings":
-        """Read the files of a search.
-
-        Where latency was measured, its `sequence_length` is taken, and never more than the model's longest input.
-
-        Raises:
-            OSError: If a file that is needed is missing.
-            ValueError: If one is damaged.
-        """
-        folder = Path(folder)
-        for name in ("config.json", RECORDS_FILE, PREDICTOR_FILE):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}. Make the folder with examples/search_shapes.py.")
-        space = SearchSpace(SuperShaperConfig.from_pretrained(folder))
-        table = LatencyTable.load(folder / LATENCY_FILE) if (folder / LATENCY_FILE).exists() else None
-        rows = folder / INSENSITIVITY_FILE
-        return cls(
-            space,
-            read_records(folder / RECORDS_FILE),
-            ShapePredictor.load(folder / PREDICTOR_FILE),
-            table,
-            json.loads(rows.read_text(encoding="utf-8")) if rows.exists() else None,
-            min(sequence_length, space.config.max_position_embeddings) if table is None else table.sequence_length,
-        )
-
-    def front(self, cost: str) -> ParetoFront:
-        """Return the Pareto front of `"parameters"`, `"flops"` or, where there is a table, `"latency"`."""
-        return pareto_front(self.space, self.predictor, self._cost(cost), self.sequence_length)
-
-    def costs(self, shapes: Sequence[Sequence[int]], cost: str) -> np.ndarray:
-        """Return the costs (n,) of `shapes`."""
-        terms = resolve_cost(self._cost(cost), self.space.config, self.sequence_length)
-        return chain_cost(terms, self.space.config.hidden_size, np.array(shapes))
-
-    def best_measured(self, cost: str, max_cost: float) -> list[int]:
-        """Return the measured shape with the lowest loss that costs at most `max_cost`."""
-        return best_measured(self.space, self.records, self._cost(cost), max_cost, self.sequence_length)
-
-    def rows(self, shapes: np.ndarray) -> list[dict[str, Any]]:
-        """Return what is known of each of `shapes` (n, layers): costs, prediction and, if it was made, measurement."""
-        measured = {tuple(record["shape"]): record for record in self.records}
-        predicted, deviations = self.predictor.predict(shapes), self.predictor.uncertainty(shapes)
-        seconds = [None] * len(shapes) if self.table is None else self.table.predict(shapes).tolist()
-        return [
-            {
-                "shape": shape,
-                "parameters": self.space.num_parameters(shape),
-                "flops": self.space.flops(shape, self.sequence_length),
-                "latency": latency,
-                "predicted_loss": float(loss),
-                "predicted_deviation": float(deviation),
-                "predicted_perplexity": float(np.exp(loss)),
-                "measured_perplexity": measured[tuple(shape)]["perplexity"] if tuple(shape) in measured else None,
-            }
-            for shape, latency, loss, deviation in zip(shapes.tolist(), seconds, predicted, deviations)
-        ]
-
-    def held_out(self) -> list[Record]:
-        """Return the records of shapes that the predictor was not fitted on, but knows all widths of."""
-        evidence = self.predictor.evidence
-        fitted = set() if evidence is None else set(map(tuple, evidence.shapes.tolist()))
-        new = [record for record in self.records if tuple(record["shape"]) not in fitted]
-        return [record for record in new if self.predictor.knows(record["shape"])]
-
-    def _cost(self, cost: str) -> Cost:
-        if cost != "latency":
-            return cost
-        if self.table is None:
-            raise ValueError(f"cost='latency' needs {LATENCY_FILE}: measure it with search_shapes.py --latency.")
-        return self.table
+TOLERATED = 1.25  # the page warns if the error on new shapes is so many times that of cross-validation
 
 
 def write_report(
     folder: str | Path,
     cost: str = "parameters",
+    max_cost: Sequence[float] = (),
     num_budgets: int = 8,
     sequence_length: int = 128,
-    max_cost: Sequence[float] = (),
 ) -> Path:
-    """Write `report.md`, `front.csv` and the plots of a search into its folder; return the path of the page.
+    """Write `report.md`, `front.csv` and the plots of a search into its folder, and return the path of the page.
 
     Args:
-        folder: With the files of a search.
-        cost: Of the front in the table: `"parameters"`, `"flops"` or `"latency"`.
-        num_budgets: Rows of the table, evenly spaced over the cost of the front.
-        sequence_length: Tokens per sequence, for FLOPs; where latency was measured, the length it was measured for.
-        max_cost: Budgets that matter most, in the unit of `cost`: the best measured shape of each is shown first.
+        folder: The output folder of `examples/search_shapes.py`.
+        cost: The cost of the front in the table: `"parameters"`, `"flops"` or `"latency"`.
+        max_cost: The budgets that matter most, in the unit of `cost`. The page begins with the best measured shape for
+            each of them.
+        num_budgets: Number of rows of the table, evenly spaced over the cost of the front.
+        sequence_length: Tokens per sequence, for FLOPs. Where latency was measured, the length of that measurement
+            counts.
 
     Raises:
-        OSError: If a file is missing.
-        ValueError: If a file is damaged, `cost` is latency and none was measured, or no measured shape is as cheap as
-            one of `max_cost`.
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, the files do not belong together, `cost` is latency but none was measured, or
+            no measured shape is as cheap as one of `max_cost`.
 
     Example:
-        >>> write_report("outputs/search")  # doctest: +SKIP
+        >>> write_report("outputs/search", max_cost=[63_000_000])  # doctest: +SKIP
     """
+    check_count("num_budgets", num_budgets)
+    check_count("sequence_length", sequence_length)
+    for budget in max_cost:
+        check_number("max_cost", budget, above=0)
     folder, findings = Path(folder), Findings.read(folder, sequence_length)
     front = findings.front(cost)
     rows = findings.rows(np.unique(shapes_at(front, num_budgets), axis=0))
@@ -168,38 +73,47 @@ def write_report(
         _profile_section(folder, findings),
         _latency_section(findings),
     ]
-    page = folder / PAGE_FILE
-    page.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
-    return page
+    return write_file(folder / PAGE_FILE, "\n\n".join(section for section in sections if section) + "\n")
 
 
 def write_csv(file: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write records as CSV; the first one's keys are the columns, lists are separated by blanks, None is empty."""
-    with Path(file).open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()})
+    """Write rows as a CSV file. The keys of the first row are the columns.
+
+    The numbers of a list are separated by blanks, and the cell of None is empty.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()})
+    write_file(file, text.getvalue())
 
 
 def _summary(findings: Findings, front: ParetoFront, cost: str) -> str:
     space = findings.space
-    return (
+    text = (
         f"## Shapes for every budget\n\n"
-        f"{len(findings.records)} of {space.size:,} shapes were measured, all on the same masked text. The predictor: "
-        f"{findings.predictor.quality}. The exact Pareto front of {cost} against predicted perplexity has {len(front)} "
-        f"points, all of them in `{FRONT_FILE}`."
+        f"{len(findings.records):,} of {space.size:,} shapes were measured, all on the same masked text "
+        f"(`{RECORDS_FILE}`). The predictor (`{PREDICTOR_FILE}`) on shapes that were left out of its fit: "
+        f"{findings.predictor.quality}. The exact Pareto front of {cost} against predicted perplexity has "
+        f"{len(front):,} shapes (`{FRONT_FILE}`)."
     )
+    if missing := findings.missing():
+        text += (
+            f"\n\n**The records of {missing} shapes that the predictor was fitted on are not in `{RECORDS_FILE}`.** "
+            "They cannot be checked here."
+        )
+    return text
 
 
 def _chosen_section(findings: Findings, cost: str, max_cost: Sequence[float]) -> str:
     """Return the best measured shape for each of the budgets that matter most."""
-    if not max_cost:
+    if not len(max_cost):
         return ""
     shapes = np.array([findings.best_measured(cost, budget) for budget in max_cost])
     table = [
         {
-            "budget": _amount(budget, cost),
+            "budget": _budget(budget, cost),
             **_costs_of(row, findings),
             "measured perplexity": row["measured_perplexity"],
             "shape": row["shape"],
@@ -210,24 +124,29 @@ def _chosen_section(findings: Findings, cost: str, max_cost: Sequence[float]) ->
 
 
 def _front_section(folder: Path, findings: Findings, cost: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of a few budgets and a plot for each cost."""
+    """Return a table of shapes for a few budgets, and a plot of the front for each cost."""
     finite = [record for record in findings.records if np.isfinite(record["perplexity"])]
     perplexities = np.array([record["perplexity"] for record in finite])
     costs = findings.costs([record["shape"] for record in finite], cost)
+
+    def best_measured(max_cost: float) -> str:
+        affordable = perplexities[costs <= max_cost]
+        return f"{affordable.min():.2f}" if len(affordable) else ""
+
     table = [
         {
             **_costs_of(row, findings),
             "predicted perplexity": f"{row['predicted_perplexity']:.2f} "
             f"± {row['predicted_perplexity'] * row['predicted_deviation']:.2f}",
             "measured": "" if row["measured_perplexity"] is None else f"{row['measured_perplexity']:.2f}",
-            "best measured": float(min(perplexities[costs <= row[cost]], default=np.inf)),
+            "best measured": best_measured(row[cost]),
             "shape": row["shape"],
         }
         for row in rows
     ]
     explained = (
-        f"Each row is the shape that is predicted to be the best for its {cost}; `best measured` is the lowest "
-        "perplexity of all measured shapes that cost no more."
+        f"No shape of the same {cost} or less is predicted to be better than the one in each row. `best measured` is "
+        "the lowest perplexity of all measured shapes that cost no more."
     )
     chosen = {tuple(row["shape"]) for row in rows}
     axes = dict.fromkeys([cost, "parameters", *(["latency"] if findings.table else [])])
@@ -238,13 +157,13 @@ def _front_section(folder: Path, findings: Findings, cost: str, rows: Sequence[M
 def _front_plot(
     folder: Path, findings: Findings, records: Sequence[Record], cost: str, chosen: set[tuple[int, ...]]
 ) -> str:
-    """Plot the front of a cost with all records, those in `chosen` as stars."""
+    """Plot the front of a cost together with all records, and return its Markdown. Shapes in `chosen` are stars."""
     values = findings.costs([record["shape"] for record in records], cost).tolist()
     points: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for value, record in zip(values, records):
         points[tuple(record["shape"]) in chosen].append((value, record["perplexity"]))
     name = f"front_{cost}.png"
-    findings.front(cost).plot(folder / name, measured=points[False], chosen=points[True])
+    plot_front(folder / name, findings.front(cost), measured=points[False], chosen=points[True])
     return f"![{cost} against perplexity: measured shapes and the predicted front]({name})"
 
 
@@ -257,12 +176,12 @@ def _costs_of(row: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
     }
 
 
-def _amount(budget: float, cost: str) -> str:
+def _budget(budget: float, cost: str) -> str:
     return f"{budget * 1e3:.2f} ms" if cost == "latency" else f"{budget:,.0f}"
 
 
 def _trust_section(folder: Path, findings: Findings) -> str:
-    """Compare predictions with measurements of shapes the predictor has not seen, if there are any."""
+    """Compare predictions with measurements of shapes that the predictor was not fitted on, if there are any."""
     records = [record for record in findings.held_out() if np.isfinite(record["loss"])]
     if len(records) < 2:
         return ""
@@ -271,26 +190,27 @@ def _trust_section(folder: Path, findings: Findings) -> str:
     predicted, deviations = findings.predictor.predict(shapes), findings.predictor.uncertainty(shapes)
     plot_agreement(folder / "agreement.png", losses, predicted, deviations)
     error = np.sqrt(np.mean((predicted - losses) ** 2))
-    conclusion = "That is about what cross-validation promised."
+    conclusion = "This agrees with cross-validation."
     if findings.predictor.quality is not None and error > TOLERATED * findings.predictor.quality.rmse:
         conclusion = (
-            f"Cross-validation promised {findings.predictor.quality.rmse:.3f}: shapes that are chosen because their "
-            "prediction is low tend to disappoint. Trust measurements more than predictions here."
+            f"In cross-validation the error was only {findings.predictor.quality.rmse:.3f}: a shape that is chosen "
+            "because its prediction is low is often worse than predicted. Trust measurements more than predictions."
         )
     within = (np.abs(predicted - losses) <= 2 * deviations).sum()
     return (
         "## Can the predictions be trusted?\n\n"
-        f"{len(records)} shapes were measured that the predictor was not fitted on: it is off by {error:.3f} nats "
-        f"(root mean square), and {within} of them lie within two of its standard deviations. {conclusion}\n\n"
+        f"{len(records)} shapes were measured that the predictor was not fitted on. The root mean square error of "
+        f"their predictions is {error:.3f} nats, and {within} of them lie within two standard deviations of their "
+        f"prediction. {conclusion}\n\n"
         "![predicted against measured losses](agreement.png)"
     )
 
 
 def _profile_section(folder: Path, findings: Findings) -> str:
-    """Say what good shapes have in common, and compare a shape made from that with the front and hand-crafted ones."""
+    """Tell what good shapes have in common, and compare a shape with this profile with the front and named shapes."""
     space, predictor = findings.space, findings.predictor
     profile = derive_profile(space, predictor)
-    profile.plot(folder / "profile.png")
+    plot_profile(folder / "profile.png", profile)
     budget = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2
     shapes = {
         "best of the front": findings.front("parameters").best(budget),
@@ -301,49 +221,37 @@ def _profile_section(folder: Path, findings: Findings) -> str:
         {
             "shape": name,
             "parameters": space.num_parameters(shape),
-            "predicted perplexity": float(np.exp(predictor.predict([shape])[0])),
+            "predicted perplexity": float(np.exp(predictor.predict(shape))),
             "widths": shape,
         }
         for name, shape in shapes.items()
     ]
     return (
         f"## What good shapes have in common\n\n{profile.sentence()}\n\n"
-        "Relative width: a layer's width over the mean width of the shape, averaged over the front.\n\n"
+        "The relative width of a layer is its width over the mean width of its shape, averaged over the front.\n\n"
         "![relative width and importance of each layer](profile.png)\n\n"
-        f"Predicted for {budget:,} parameters:\n\n{markdown_table(rows)}"
+        "The best shape of the front, a shape with this profile, and hand-crafted shapes, each with at most "
+        f"{budget:,} parameters:\n\n{markdown_table(rows)}"
     )
 
 
 def _latency_section(findings: Findings) -> str:
+    """Tell what each width costs in seconds, and whether shapes of equal size are equally fast, if it was measured."""
     parts = []
     if findings.table is not None:
         table = findings.table
         parts.append(
             f"## Latency on {table.device}\n\n"
-            f"Median of {table.repeats} sweeps, batch {table.batch_size} x {table.sequence_length} tokens, "
-            f"{table.dtype}, torch {table.torch_version}. Each width's block, fed by the same width:\n\n"
+            f"The seconds are medians of {table.repeats} sweeps over batches of {table.batch_size} x "
+            f"{table.sequence_length} tokens in {table.dtype}, with torch {table.torch_version}. A block is a layer "
+            "and the bottleneck before it; in this table, the layer before it has the same width:\n\n"
             f"{markdown_table(width_rows(table))}"
         )
-    if findings.insensitivity:
+    if findings.comparisons:
         parts.append(
-            "Shapes of equal size, and how much their latency differs (standard deviation over mean). Noise is the "
-            "spread that equally fast shapes would show, told from two copies of each; the verdict is an F-test at "
-            "5 %, so a spread somewhat above the noise may still be chance.\n\n"
-            f"{markdown_table(findings.insensitivity)}"
+            "Shapes of equal size, and how much their latency differs (standard deviation over mean). The noise is the "
+            "spread that equally fast shapes would show; it is known because two copies of each shape were measured. "
+            "The verdict is an F-test at 5 %: a spread above the noise can still be chance.\n\n"
+            f"{markdown_table(insensitivity_rows(findings.comparisons))}"
         )
     return "\n\n".join(parts)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="output folder of examples/search_shapes.py")
-    parser.add_argument("--cost", default="parameters", choices=["parameters", "flops", "latency"])
-    parser.add_argument("--num_budgets", type=int, default=8, help="rows of the table")
-    parser.add_argument("--sequence_length", type=int, default=128, help="of FLOPs, where no latency was measured")
-    parser.add_argument("--max_cost", type=float, nargs="*", default=[], help="budgets that matter most")
-    args = parser.parse_args()
-    print(write_report(args.folder, args.cost, args.num_budgets, args.sequence_length, args.max_cost))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,25 +1,29 @@
 """Find the best shape for every budget at once: the exact Pareto front of an additive predictor and additive costs.
 
 Parameters, operations and seconds of a subnet are sums of terms that involve a layer and the width before it, and so is
-the predicted loss. So the best shape under a budget is a shortest path with a resource constraint, and dynamic
-programming over the layers finds it: for each width of the last kept layer, keep the partial shapes that no other
-partial shape ending in that width beats in all costs and loss. What is left after the last layer is the whole front.
+the predicted loss. The best shape under a budget is therefore a shortest path with a resource constraint, which dynamic
+programming over the layers finds: for each width of the last kept layer, keep the partial shapes that no other partial
+shape ending in that width beats in all costs and loss. What is left after the last layer is the whole front.
+
+Costs and losses are added up in the same order as `model.costs.chain_cost` and `ShapePredictor.predict` do it, so those
+of the front are theirs to the last bit. A cost of the front, also one read back from a file, can therefore be used as a
+budget, and is met exactly.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..checks import check_count
 from ..model.costs import ChainCost, Cost, resolve_cost
 from ..model.shapes import SearchSpace
-from ..report.plots import plot_front
 from .predictor import ShapePredictor
 
 
-PAIRWISE = 32  # rows that are compared each with each; more of them are halved
+PAIRWISE = 32  # up to so many rows are compared each with each; more are split in halves
+UNITS = {"parameters": "parameters", "flops": "FLOPs", "latency": "seconds"}  # cost -> its unit, in words
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,20 @@ class ParetoFront:
         """Return the shape with the lowest predicted loss that costs at most `max_cost`.
 
         Args:
-            max_cost: A number, or for two costs bounds by name.
+            max_cost: The budget in the unit of the front's cost. For a front of two costs, a mapping from the name of a
+                cost to its budget; a cost that is not in it has no bound.
 
         Raises:
             ValueError: If no shape is that cheap, or a name is not one of the front's costs.
+
+        Example:
+            >>> front = ParetoFront(
+            ...     shapes=np.array([[8, 16], [16, 48]]),
+            ...     costs={"parameters": np.array([20_000, 50_000])},
+            ...     losses=np.array([3.0, 2.5]),
+            ... )
+            >>> front.best(max_cost=30_000)
+            [8, 16]
         """
         if not isinstance(max_cost, Mapping):
             if len(self.costs) > 1:
@@ -58,10 +72,10 @@ class ParetoFront:
         fits = np.ones(len(self), dtype=bool)
         for name, bound in max_cost.items():
             cheapest = self.costs[name].min()
-            if cheapest > bound:
+            if not cheapest <= bound:  # also if the bound is NaN
                 raise ValueError(
-                    f"max_cost={_amount(bound)} {name} is below the cheapest subnet, which has {_amount(cheapest)} "
-                    f"{name}. Raise the budget."
+                    f"max_cost={amount(bound, name)} is below the cheapest subnet, which has "
+                    f"{amount(cheapest, name)}. Raise the budget."
                 )
             fits &= self.costs[name] <= bound
         if not fits.any():
@@ -69,17 +83,12 @@ class ParetoFront:
         return self.shapes[np.where(fits, self.losses, np.inf).argmin()].tolist()
 
     def table(self) -> list[dict[str, Any]]:
-        """Return one record per point: `shape`, the costs by name, predicted `loss` and `perplexity`."""
+        """Return one mapping per point: `shape`, the costs by name, predicted `loss` and `perplexity`."""
         costs = zip(*(values.tolist() for values in self.costs.values()))
         return [
             {"shape": shape, **dict(zip(self.costs, row)), "loss": loss, "perplexity": float(np.exp(loss))}
             for shape, row, loss in zip(self.shapes.tolist(), costs, self.losses.tolist())
         ]
-
-    def plot(self, file: str | Path, **points: Any) -> None:
-        """Write a PNG of the (first) cost against predicted perplexity; `points` as for `plots.plot_front`."""
-        name, costs = next(iter(self.costs.items()))
-        plot_front(file, name, costs, np.exp(self.losses), steps=len(self.costs) == 1, **points)
 
 
 def pareto_front(
@@ -94,7 +103,7 @@ def pareto_front(
 
     Args:
         space: The search space.
-        predictor: Fitted on this space's widths.
+        predictor: A predictor that was fitted on shapes of this space.
         cost: `"parameters"`, `"flops"`, a `LatencyTable`, or a sequence of two of these. The front of two costs can
             have very many points.
         sequence_length: Tokens per sequence, for FLOPs.
@@ -132,31 +141,54 @@ def pareto_front(
     front = _leave(terms, space, layers[-1])
     return ParetoFront(
         shapes=np.array([0, *space.width_choices])[_trace(layers, front)],
-        costs={  # beside seconds, counts were floats until here
-            term.name: (front.costs[:, i] + term.fixed).astype(type(term.fixed)) for i, term in enumerate(terms)
+        costs={  # seconds make the other cost of two float64, too: integers up to 2**53 are exact in it
+            term.name: front.costs[:, i].astype(type(term.fixed)) for i, term in enumerate(terms)
         },
-        losses=front.losses + predictor.intercept,
+        losses=front.losses,
     )
 
 
 def shapes_at(front: ParetoFront, num_budgets: int, part: Sequence[float] = (0.0, 1.0)) -> np.ndarray:
-    """Return the front's best shapes (num_budgets, layers) for budgets evenly spaced over `part` of its (first) cost."""
+    """Return the best shapes (num_budgets, layers) for budgets that are evenly spaced over the front's (first) cost.
+
+    Args:
+        front: The front.
+        num_budgets: Number of budgets, at least 1.
+        part: First and last budget, as parts of the range from the lowest cost of the front (0) to its highest (1).
+
+    Example:
+        >>> front = pareto_front(space, predictor)  # doctest: +SKIP
+        >>> shapes_at(front, 3)  # the best shapes for the least, the middle and the largest budget  # doctest: +SKIP
+    """
+    check_count("num_budgets", num_budgets)
     costs = next(iter(front.costs.values()))
     lowest, highest = costs.min(), costs.max()
-    low, high = lowest * (1 - np.array(part)) + highest * np.array(part)  # so that 0 and 1 are exact
+    low, high = lowest * (1 - np.array(part)) + highest * np.array(part)  # this form is exact for parts 0 and 1
     return np.array([front.best({next(iter(front.costs)): budget}) for budget in np.linspace(low, high, num_budgets)])
+
+
+def amount(value: float, cost: str) -> str:
+    """Return an amount of a cost in words, for messages.
+
+    Example:
+        >>> amount(63_000_000, "parameters"), amount(0.125, "latency")
+        ('63,000,000 parameters', '0.125 seconds')
+    """
+    return f"{value:,.0f} {UNITS[cost]}" if value >= 1000 else f"{value:,.10g} {UNITS[cost]}"
 
 
 @dataclass(frozen=True)
 class _Partial:
-    """Partial shapes in one state that no other one in it beats. Positions count from 1 in the width choices.
+    """Partial shapes in one state, none of which another one in this state beats.
+
+    Positions count from 1 in the width choices of the space.
 
     Attributes:
         costs: (n, costs).
         losses: (n,) in nats.
-        position: (n,) what this layer is: position of its width, or 0 if it is dropped.
-        state: (n,) the state before this layer: position of the last kept width, or 0 if none was kept.
-        index: (n,) the partial shape in that state.
+        position: (n,) position of this layer's width, or 0 if the layer is dropped.
+        state: (n,) the state before this layer: position of the last kept width, or 0 if no layer was kept.
+        index: (n,) row of the partial shape in that state that was extended by this layer.
     """
 
     costs: np.ndarray
@@ -181,15 +213,15 @@ class _Partial:
 
 
 def _extend(terms: Sequence[ChainCost], space: SearchSpace, predictor: ShapePredictor) -> Iterator[dict[int, _Partial]]:
-    """Yield, layer by layer, the partial shapes of each state that no other in it beats."""
+    """Yield, layer by layer, the partial shapes of each state that no other partial shape in that state beats."""
     unknown_zero = int(predictor.width_choices[0] != 0)
     effects = np.pad(predictor.effects, ((0, 0), (unknown_zero, 0)))
     pairs = np.pad(predictor.pair_effects, ((0, 0), (unknown_zero, 0), (unknown_zero, 0)))
     sources = [space.config.hidden_size, *space.width_choices]  # state 0: fed by the embeddings
     nothing = np.zeros(1, dtype=np.int16)
     integral = all(isinstance(term.fixed, int) for term in terms)
-    costs = np.zeros((1, len(terms)), dtype=np.int64 if integral else np.float64)
-    states = {0: _Partial(costs, np.zeros(1), nothing, nothing, np.zeros(1, dtype=np.int64))}
+    costs = np.array([[term.fixed for term in terms]], dtype=np.int64 if integral else np.float64)
+    states = {0: _Partial(costs, np.array([predictor.intercept]), nothing, nothing, np.zeros(1, dtype=np.int64))}
     for layer, droppable in enumerate(predictor.droppable):
         candidates: dict[int, list[_Partial]] = {}
         for state, partial in states.items():
@@ -205,7 +237,7 @@ def _extend(terms: Sequence[ChainCost], space: SearchSpace, predictor: ShapePred
 
 
 def _leave(terms: Sequence[ChainCost], space: SearchSpace, states: dict[int, _Partial]) -> _Partial:
-    """Return the whole shapes that no other beats: state and index tell where each one ends."""
+    """Return the whole shapes that no other one beats, each by its last state and its row there."""
     ends = [
         partial.extended([term.leave(space.width_choices[state - 1]) for term in terms], 0.0, 0, state)
         for state, partial in states.items()
@@ -241,14 +273,15 @@ def _non_dominated(candidates: Sequence[_Partial]) -> _Partial:
 
 
 def _lowest(losses: np.ndarray) -> np.ndarray:
-    """Tell which rows of `losses` (n, 1) are below all before them."""
+    """Return which rows of `losses` (n, 1) are below all rows before them, as booleans (n,)."""
     return losses[:, 0] < np.minimum.accumulate(np.concatenate([[np.inf], losses[:-1, 0]]))
 
 
 def _undominated(rows: np.ndarray) -> np.ndarray:
-    """Tell which rows of `rows` (n, 2), second cost and loss, have no row before them that is as low in both.
+    """Return which rows of `rows` (n, 2) have no row before them that is as low in both columns, as booleans (n,).
 
-    Divide and conquer: rows of the second half also have to be below the staircase of the first.
+    The columns are second cost and loss. Divide and conquer: rows of the second half also have to be below the
+    staircase that the rows of the first half form.
     """
     n = len(rows)
     if n <= PAIRWISE:
@@ -260,7 +293,3 @@ def _undominated(rows: np.ndarray) -> np.ndarray:
     lowest = np.concatenate([[np.inf], np.minimum.accumulate(stairs[:, 1])])
     below = lowest[np.searchsorted(stairs[:, 0], rows[n // 2 :, 0], side="right")] > rows[n // 2 :, 1]
     return np.concatenate([first, second & below])
-
-
-def _amount(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"

@@ -1,25 +1,25 @@
 """What good shapes have in common: a profile of relative widths, and how much each layer matters.
 
-The paper read its heuristic ("first layer at the mean, layers 2-4 narrow, the top wide") off the shapes its search had
-found. Here it is the mean over the exact Pareto front, for this supernet, with its uncertainty: predictors drawn from
-what the measurements leave open have other fronts, and those other profiles.
+The SuperShaper paper (arXiv 2110.04711) derives a heuristic from the shapes that its search found: first layer at the
+mean width, layers 2-4 narrow, the last layers wide. Here the profile is the mean over the exact Pareto front of this
+supernet. Its uncertainty comes from predictors that fit the measurements about as well (`ShapePredictor.draw`): each
+has a front and a profile of its own.
 """
 
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 
+from ..checks import check_count
 from ..model.shapes import SearchSpace
-from ..report.plots import plot_layers
 from .pareto import ParetoFront, pareto_front, shapes_at
 from .predictor import ShapePredictor
 
 
-NARROW, WIDE = 0.85, 1.15  # relative widths between these are "at the mean"
-NEVER_DROPPED = 1e-6  # relative width of a layer that all good shapes drop: scaled last of all
-MIDDLE = (0.1, 0.9)  # part of the range of parameters that the profile is read off: the ends are nearly rectangles
+NARROW, WIDE = 0.85, 1.15  # a relative width between these two is called "at the mean"
+NEVER_DROPPED = 1e-6  # relative width that stands for 0, so that such a layer gets the smallest width choice
+MIDDLE = (0.1, 0.9)  # part of the range of parameters that counts: at both ends, shapes are nearly rectangles
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Profile:
     """The profile of the shapes on the Pareto front, first layer first.
 
     Attributes:
-        widths: (layers,) width relative to the mean width of the shape, averaged over budgets.
-        width_deviations: (layers,) standard deviations, from what the measurements leave open.
+        widths: (layers,) width of each layer over the mean width of its shape, averaged over budgets.
+        width_deviations: (layers,) standard deviations of `widths` over drawn predictors.
         importances: (layers,) by how many nats the loss falls from the layer's smallest width to its largest.
-        importance_deviations: (layers,) standard deviations.
+        importance_deviations: (layers,) standard deviations of `importances` over drawn predictors.
     """
 
     widths: np.ndarray
@@ -39,7 +39,7 @@ class Profile:
     importance_deviations: np.ndarray
 
     def sentence(self) -> str:
-        """Say in words which layers are narrow, at the mean and wide, and which matters most."""
+        """Return in words which layers are narrow, at the mean and wide, and which one matters most."""
         words = ["narrow" if width < NARROW else "wide" if width > WIDE else "at the mean" for width in self.widths]
         parts, layer = [], 0
         for word, group in groupby(words):
@@ -56,51 +56,48 @@ class Profile:
             f"{self.importance_deviations[least]:.3f})."
         )
 
-    def plot(self, file: str | Path) -> None:
-        """Write a PNG of relative widths and importances by layer."""
-        plot_layers(
-            file,
-            {
-                "relative width": (self.widths, self.width_deviations),
-                "importance (nats)": (self.importances, self.importance_deviations),
-            },
-        )
-
     def shape(self, space: SearchSpace, max_parameters: int) -> list[int]:
-        """Return the largest shape with this profile within a budget: see `SearchSpace.profile_shape`.
+        """Return the largest shape with this profile whose subnet has at most `max_parameters`.
 
-        No layer is dropped: one that all good shapes drop has the smallest width.
+        No layer is dropped: one that all good shapes drop gets the smallest width. See `SearchSpace.profile_shape`.
+
+        Raises:
+            ValueError: If even the smallest shape with this profile exceeds the budget.
         """
         return space.profile_shape(np.maximum(self.widths, NEVER_DROPPED).tolist(), max_parameters)
 
 
 def derive_profile(
-    space: SearchSpace, predictor: ShapePredictor, draws: int = 20, num_budgets: int = 50, seed: int = 0
+    space: SearchSpace, predictor: ShapePredictor, num_draws: int = 20, num_budgets: int = 50, seed: int = 0
 ) -> Profile:
     """Derive the profile of good shapes from a predictor that was fitted on measured shapes.
 
     Args:
         space: The search space.
-        predictor: Fitted, since its uncertainty is used.
-        draws: Number of drawn predictors that the deviations come from; at least 2.
-        num_budgets: Number of budgets, at least 1, evenly spaced in parameters, that the profile is averaged over.
-        seed: Of the draws.
+        predictor: A predictor that was fitted on shapes of this space.
+        num_draws: Number of predictors, at least 2, that are drawn for the deviations.
+        num_budgets: Number of budgets, evenly spaced in parameters, that the profile is averaged over.
+        seed: Random seed of the draws.
 
     Raises:
-        ValueError: If the predictor was not fitted, or on another space, or `draws` or `num_budgets` is too small.
+        ValueError: If the predictor was not fitted, or was fitted on another space, or a number is too small.
 
     Example:
-        >>> profile = derive_profile(space, ShapePredictor.fit(shapes, losses))  # doctest: +SKIP
-        >>> print(profile.sentence())  # doctest: +SKIP
-        Good shapes have layer 1 at the mean (0.96), layers 2-4 narrow (0.70), ...
-        >>> profile.shape(space, max_parameters=63_000_000)  # doctest: +SKIP
+        >>> from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperConfig
+        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=4, vocab_size=50)
+        >>> space = SearchSpace.from_config(config)
+        >>> shapes = space.sample(40, seed=0)
+        >>> losses = 4 - shapes @ [0.002, 0.001, 0.004, 0.008]  # the last layer matters most
+        >>> profile = derive_profile(space, ShapePredictor.fit(shapes, losses), num_draws=4, num_budgets=8)
+        >>> profile.widths.round(1)
+        array([0.7, 0.4, 1.2, 1.7])
+        >>> profile.shape(space, max_parameters=1_500_000)
+        [40, 24, 56, 96]
     """
-    if draws < 2 or num_budgets < 1:
-        raise ValueError(
-            f"draws={draws} must be at least 2, for a deviation, and num_budgets={num_budgets} at least 1."
-        )
+    check_count("num_draws", num_draws, least=2)
+    check_count("num_budgets", num_budgets)
     shapes = space.sample(256, seed=(seed, 0))
-    drawn = predictor.draw(draws, seed=(seed, 1))
+    drawn = predictor.draw(num_draws, seed=(seed, 1))
     widths = [_mean_profile(pareto_front(space, each), num_budgets) for each in drawn]
     importances = [_importances(space, each, shapes) for each in drawn]
     return Profile(
@@ -112,12 +109,13 @@ def derive_profile(
 
 
 def _mean_profile(front: ParetoFront, num_budgets: int) -> np.ndarray:
+    """Return the relative widths (layers,), averaged over the best shapes for `num_budgets` budgets."""
     shapes = shapes_at(front, num_budgets, MIDDLE)
     return (shapes / shapes.mean(axis=1, keepdims=True)).mean(axis=0)
 
 
 def _importances(space: SearchSpace, predictor: ShapePredictor, shapes: np.ndarray) -> np.ndarray:
-    """Return by how much widening each layer alone lowers the loss (layers,), averaged over the others in `shapes`."""
+    """Return by how much the loss falls (layers,) when one layer alone is widened, averaged over `shapes`."""
     gains = []
     for layer in range(space.num_layers):
         narrow, wide = shapes.copy(), shapes.copy()

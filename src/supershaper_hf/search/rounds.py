@@ -1,9 +1,9 @@
 """Choose what to measure: random shapes first, then in rounds those that may be the best for a budget.
 
-Random shapes tell most about the predictor's terms, but lie far from the front. Every further round draws predictors
-from what the measurements so far leave open, and measures the best shapes of these for the budgets that matter: shapes
-that may well be optimal (Thompson sampling; Thompson 1933). Where the measurements agree, the drawn predictors do too,
-and their best shapes are already measured.
+Random shapes teach the predictor most, but they lie far from the Pareto front. In every further round, predictors are
+drawn that fit the measurements so far about as well as the best one, and the best shapes of these predictors for the
+budgets that matter are measured (Thompson sampling; Thompson 1933). Where the measurements leave little doubt, the
+drawn predictors agree, and their best shapes are measured already.
 """
 
 import warnings
@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import check_count
 from ..model.costs import Cost, chain_cost, resolve_cost
 from ..model.shapes import SearchSpace
-from .pareto import pareto_front
-from .predictor import MINIMUM_SHAPES, ShapePredictor
+from .pareto import ParetoFront, amount, pareto_front
+from .predictor import MINIMUM_SHAPES, Evidence, ShapePredictor
 
 
-DRAWS = 64  # times that the first shapes are drawn before a space is taken to have no more
+ATTEMPTS = 64  # so often are the first shapes drawn before a space is taken to have no further ones
 
 Records = list[dict[str, Any]]
 
@@ -36,57 +37,66 @@ def measure_in_rounds(
 ) -> Records:
     """Measure `num_shapes` shapes: random ones, then in rounds those that may be the best for the budgets `max_cost`.
 
-    Everything is drawn from the seed and the measured losses, so with a `measure` that resumes, such as
-    `evaluate_shapes` with a records file, the same call goes on after a crash.
+    Everything is drawn from the seed and the measured losses. With a `measure` that resumes, such as `evaluate_shapes`
+    with a records file, the same call therefore goes on after a crash. Whatever can be checked is checked before the
+    first shape is measured.
 
     Args:
         space: The search space.
-        measure: Takes shapes, returns one record each, with `shape` and `loss` in nats.
-        num_shapes: In all. At least `MINIMUM_SHAPES` of them are in the first round.
-        rounds: Number of rounds, the first of random shapes.
-        seed: Non-negative.
-        cost: Of the front that matters, or two of them: as for `pareto_front`.
-        max_cost: The budgets that matter, in the unit of the (first) cost. By default all shapes are random: where
+        measure: A function that takes shapes and returns one record for each, with `shape` and `loss` in nats.
+        num_shapes: Number of shapes in all rounds together. The first round has at least `MINIMUM_SHAPES` of them.
+        rounds: Number of rounds. The first one is random.
+        seed: Random seed, not negative.
+        cost: The cost of the Pareto front, or two costs: see `pareto_front`.
+        max_cost: The budgets that matter, in the unit of the (first) cost. Without them all shapes are random: where
             every budget matters, rounds only pay from about 100 shapes on (docs/results.md).
-        drop_rate: Chance of each layer to be dropped in the first round: see `SearchSpace.sample`.
+        drop_rate: Probability of each layer to be dropped in the first round: see `SearchSpace.sample`.
         sequence_length: Tokens per sequence, for a cost in FLOPs.
 
     Returns:
-        All records, in the order of measuring. They are fewer where every drawn front, or the whole space, is known.
+        All records, in the order of measuring. There are fewer than `num_shapes` if the whole space is measured, or
+        all shapes that the drawn predictors propose.
 
     Raises:
-        ValueError: If `rounds` is below 1, `num_shapes` too small for them, too few of the losses are finite, or no
-            shape is as cheap as a budget. Then the first round is measured.
+        ValueError: If a number is too small, the space has too few shapes for a predictor, no shape is as cheap as a
+            budget, or too few of the measured losses are finite.
 
     Example:
-        >>> measure = lambda shapes: evaluate_shapes(supernet, batches, shapes)  # doctest: +SKIP
-        >>> records = measure_in_rounds(space, measure, num_shapes=60)  # doctest: +SKIP
+        >>> from supershaper_hf import SearchSpace, SuperShaperConfig
+        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=4, vocab_size=50)
+        >>> space = SearchSpace.from_config(config)
+        >>> def measure(shapes):  # stands for `evaluate_shapes` on a supernet
+        ...     return [{"shape": shape, "loss": 4 - shape[0] / 90 - shape[3] / 60} for shape in shapes]
+        >>> records = measure_in_rounds(space, measure, num_shapes=30, cost="parameters", max_cost=1_500_000)
+        >>> best_measured(space, records, "parameters", 1_500_000)
+        [80, 24, 16, 96]
     """
-    first = max(num_shapes // rounds, MINIMUM_SHAPES, len(space.width_choices)) if rounds > 0 else 0
-    if rounds < 1 or num_shapes < first:
+    check_count("rounds", rounds)
+    first = max(num_shapes // rounds, MINIMUM_SHAPES, len(space.width_choices))
+    if num_shapes < first:
         raise ValueError(
-            f"num_shapes={num_shapes} and rounds={rounds}: rounds must be at least 1, and the first of them needs "
-            f"{max(MINIMUM_SHAPES, len(space.width_choices))} shapes or more."
+            f"num_shapes={num_shapes} is too small: the first round needs at least "
+            f"{max(MINIMUM_SHAPES, len(space.width_choices))} shapes."
         )
-    if rounds == 1 or max_cost is None:
-        return measure(_first_shapes(space, num_shapes, seed, drop_rate))
-    shapes = _first_shapes(space, first, seed, drop_rate)
+    in_rounds = rounds > 1 and max_cost is not None
+    shapes = _first_shapes(space, first if in_rounds else num_shapes, seed, drop_rate)
+    if len(shapes) < MINIMUM_SHAPES:
+        raise ValueError(
+            f"This search space has {len(shapes)} shapes only, but a predictor needs {MINIMUM_SHAPES}. Measure all of "
+            "them with evaluate_shapes, and choose the best one with best_measured."
+        )
+    if max_cost is not None:
+        _affordable_front(space, _indifferent_predictor(space, shapes), cost, max_cost, sequence_length)
     records = measure(shapes)
+    if not in_rounds or max_cost is None:
+        return records
     for number in range(1, rounds):
         share = -(-(num_shapes - len(records)) // (rounds - number))  # rounded up: with many rounds the last have none
         if share == 0 or len(shapes) < first:  # the whole space is known
             break
-        finite = [record for record in records if np.isfinite(record["loss"])]
-        if len(finite) < MINIMUM_SHAPES:
-            raise ValueError(
-                f"Only {len(finite)} of {len(records)} measured losses are finite, {MINIMUM_SHAPES} are needed: is the "
-                "supernet trained, and stable in this precision?"
-            )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a poor fit is no news before the last round
-            predictor = ShapePredictor.fit(
-                [record["shape"] for record in finite], [record["loss"] for record in finite]
-            )
+            warnings.simplefilter("ignore", UserWarning)  # only the caller's fit on all records has to warn
+            predictor = ShapePredictor.fit_records(records)
         known = {tuple(record["shape"]) for record in records}
         proposed = propose_shapes(
             space, predictor, share, known, (seed, number), cost, max_cost=max_cost, sequence_length=sequence_length
@@ -107,10 +117,10 @@ def propose_shapes(
     max_cost: float | Sequence[float],
     sequence_length: int = 128,
 ) -> list[list[int]]:
-    """Return up to `num_shapes` shapes that are not in `known`, each from the front of a predictor drawn from the posterior.
+    """Return up to `num_shapes` shapes that are not in `known`, each from the front of another drawn predictor.
 
-    From each front the best unknown shape for one of the budgets `max_cost`, in turn, is taken. Fewer are returned if
-    all affordable shapes of a front are known.
+    The budgets `max_cost` take turns: from each front, the best shape for one of them that is not known yet is taken.
+    There are fewer shapes if all affordable shapes of a front are known.
 
     Raises:
         ValueError: If no shape is as cheap as a budget.
@@ -118,13 +128,8 @@ def propose_shapes(
     budgets = np.atleast_1d(max_cost)
     chosen: dict[tuple[int, ...], None] = {}
     for number, drawn in enumerate(predictor.draw(num_shapes, seed)):
-        front = pareto_front(space, drawn, cost, sequence_length)
-        name, costs = next(iter(front.costs.items()))
-        if not budgets.min() >= costs.min():  # also if it is not a number
-            raise ValueError(
-                f"max_cost={budgets.min():,.10g} cannot be met: the cheapest shape has {name} {costs.min():,.10g}. "
-                "Choose a higher budget."
-            )
+        front = _affordable_front(space, drawn, cost, max_cost, sequence_length)
+        costs = next(iter(front.costs.values()))
         affordable = np.flatnonzero(costs <= budgets[number % len(budgets)])
         for index in affordable[np.argsort(front.losses[affordable], kind="stable")]:
             shape = tuple(front.shapes[index].tolist())
@@ -139,30 +144,78 @@ def best_measured(
 ) -> list[int]:
     """Return the measured shape with the lowest loss that costs at most `max_cost`.
 
+    Args:
+        space: The search space.
+        records: Records of measured shapes, with `shape` and `loss`. Losses that are not numbers are passed over.
+        cost: `"parameters"`, `"flops"` or a `LatencyTable`.
+        max_cost: The budget, in the unit of the cost.
+        sequence_length: Tokens per sequence, for FLOPs.
+
     Raises:
         ValueError: If no measured shape is that cheap.
+
+    Example:
+        >>> from supershaper_hf import SearchSpace, SuperShaperConfig
+        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
+        >>> space = SearchSpace.from_config(config)
+        >>> records = [{"shape": [96, 96], "loss": 2.0}, {"shape": [16, 96], "loss": 2.2}]
+        >>> best_measured(space, records, "parameters", 900_000)
+        [16, 96]
     """
+    if not records:
+        raise ValueError("There are no records to choose from. Measure shapes with evaluate_shapes.")
     shapes = np.array([record["shape"] for record in records])
-    costs = chain_cost(resolve_cost(cost, space.config, sequence_length), space.config.hidden_size, shapes)
+    terms = resolve_cost(cost, space.config, sequence_length)
+    costs = chain_cost(terms, space.config.hidden_size, shapes)
     losses = np.where(costs <= max_cost, [record["loss"] for record in records], np.nan)
     if np.isnan(losses).all():
         raise ValueError(
-            f"No measured shape with a loss costs at most {max_cost:,g}: the cheapest of all {len(costs)} costs "
-            f"{costs.min():,g}. Raise the budget, or measure cheaper shapes."
+            f"No measured shape with a loss costs at most {amount(max_cost, terms.name)}: the cheapest of all "
+            f"{len(costs)} costs {amount(costs.min(), terms.name)}. Raise the budget, or measure cheaper shapes."
         )
     return shapes[np.nanargmin(losses)].tolist()
 
 
-def _first_shapes(space: SearchSpace, num_shapes: int, seed: int, drop_rate: float) -> list[list[int]]:
-    """Return `num_shapes` different random shapes, smallest and largest among them, in which every width occurs.
+def _affordable_front(
+    space: SearchSpace,
+    predictor: ShapePredictor,
+    cost: Cost | Sequence[Cost],
+    max_cost: float | Sequence[float],
+    sequence_length: int,
+) -> ParetoFront:
+    """Return the Pareto front, or raise if none of its shapes is as cheap as the lowest of the budgets `max_cost`."""
+    front = pareto_front(space, predictor, cost, sequence_length)
+    name, costs = next(iter(front.costs.items()))
+    lowest = np.min(max_cost)
+    if not costs.min() <= lowest:  # also if it is not a number
+        raise ValueError(
+            f"max_cost={amount(lowest, name)} cannot be met: the cheapest shape has {amount(costs.min(), name)}. "
+            "Raise the budget."
+        )
+    return front
 
-    Fewer are returned if nearly every shape of a small space was found.
+
+def _indifferent_predictor(space: SearchSpace, shapes: list[list[int]]) -> ShapePredictor:
+    """Return a predictor that finds all shapes equally good, so that its front is the cheapest shape alone.
+
+    It drops the layers that are dropped in one of `shapes`, as a predictor does that is fitted on them.
+    """
+    measured = np.array(shapes)
+    widths = [*([0] if (measured == 0).any() else []), *space.width_choices]
+    evidence = Evidence(measured, np.zeros(len(measured)), strength=1.0, noise=0.0)
+    return ShapePredictor(widths, 0.0, np.zeros((space.num_layers, len(widths))), evidence=evidence)
+
+
+def _first_shapes(space: SearchSpace, num_shapes: int, seed: int, drop_rate: float) -> list[list[int]]:
+    """Return `num_shapes` different random shapes. The smallest and the largest are among them, and every width occurs.
+
+    There are fewer if a small space has no more of them, or hardly any.
     """
     shapes = dict.fromkeys([tuple(space.smallest), tuple(space.largest)])
-    for step in range(DRAWS):
+    for step in range(ATTEMPTS):
         missing = set(space.width_choices).difference(*shapes)
         for shape in map(tuple, space.sample(num_shapes, (seed, 0, step), drop_rate=drop_rate).tolist()):
-            # The predictor only knows widths that were measured: the last places are kept for those still missing.
+            # The predictor only knows widths that were measured, so the last places are kept for widths still missing.
             if len(shapes) < num_shapes - len(missing) or missing.intersection(shape):
                 shapes[shape] = None
                 missing.difference_update(shape)
