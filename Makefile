@@ -1,31 +1,44 @@
-# make help lists the targets. Each creates what it needs, .venv, and nothing else.
+# `make help` lists the targets.
 PYTHON ?= python3
 BIN := .venv/bin
-# TRF057 asks for transformers' @auto_docstring, which prints errors outside the transformers tree.
+# Two worker processes with one thread each. All tests of a file run in one worker, which makes the file's fixtures once.
+PYTEST := -m pytest -n 2 --dist loadfile
+# TRF057 asks for @auto_docstring of transformers, which prints errors outside the source tree of transformers.
 MLINTER_EXCEPT := TRF057
 
-.PHONY: help quickstart test check format clean
+.PHONY: help quickstart test test-oldest check format clean
 
 help: ## Show this help
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 .venv/installed: pyproject.toml constraints.txt
+.venv/installed: EXTRA := dev
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+.venv-oldest/installed: EXTRA := test
+.venv/installed .venv-oldest/installed:
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "supershaper-hf needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(filter constraints%,$^) --editable '.[$(EXTRA)]'
 	touch $@
 
-quickstart: .venv/installed ## Install, then go the whole way once: text to published-ready subnet (outputs/quickstart)
+quickstart: .venv/installed ## Install into .venv, then go the whole way once, from text to a subnet (outputs/quickstart)
 	rm -rf outputs/quickstart
 	$(BIN)/python examples/quickstart.py --output_dir outputs/quickstart
 
-test: .venv/installed ## Install, then run the tests
-	$(BIN)/python -m pytest
+test test-oldest: export OMP_NUM_THREADS = 1
 
-check: .venv/installed ## Format, lint, types, and the modeling conventions of transformers
+test: .venv/installed ## Install into .venv, then run the tests on two cores
+	$(BIN)/python $(PYTEST)
+
+test-oldest: .venv-oldest/installed ## Run the tests with the oldest versions that pyproject.toml admits (.venv-oldest)
+	.venv-oldest/bin/python $(PYTEST)
+
+check: .venv/installed ## Check format, lint, types, spelling, and the modeling conventions of transformers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/typos
+	@rm -f .venv/mlinter.json
 	@$(BIN)/mlinter --no-cache --output-json .venv/mlinter.json src/supershaper_hf/model > .venv/mlinter.log 2>&1 || true
 	@$(BIN)/python -c 'import json; found = [f for f in json.load(open(".venv/mlinter.json"))["findings"] if f["rule"] != "$(MLINTER_EXCEPT)"]; print("mlinter:", found or "clean"); raise SystemExit(bool(found))'
 
@@ -34,4 +47,4 @@ format: .venv/installed ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove what the other targets created
-	rm -rf .venv outputs
+	rm -rf .venv .venv-oldest outputs
