@@ -35,6 +35,7 @@ from supershaper_hf.files import check_output_folder
 from supershaper_hf.model.shapes import SHAPE_NAMES
 from supershaper_hf.publish.hub import save_for_hub
 from supershaper_hf.report.page import PREDICTOR_FILE, RECORDS_FILE, write_report
+from supershaper_hf.report.plots import plot_front
 from supershaper_hf.report.tables import markdown_table, text_table
 from supershaper_hf.search.evaluation import evaluate_shapes
 from supershaper_hf.search.pareto import ParetoFront, pareto_front, shapes_at
@@ -245,8 +246,9 @@ def main() -> int:
     rows = compare(supernet, report_batches, {"searched": shape} | named)
     print("\nThe best shape found beside hand-crafted ones, on text that had no part in the search:\n")
     print(text_table(rows), "\n")
-    front.plot(
+    plot_front(
         args.output_dir / "pareto.png",
+        front,
         measured=[(space.num_parameters(record["shape"]), record["perplexity"]) for record in measured],
         named={  # on the text of the search, as all else in the plot
             row["name"]: (row["parameters"], row["perplexity"])

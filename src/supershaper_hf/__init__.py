@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # what `LAZY` says, for type checkers and editors; a test com
     from .publish.hub import push_to_hub as push_to_hub
     from .publish.hub import save_for_hub as save_for_hub
     from .report.page import write_report as write_report
+    from .report.plots import plot_front as plot_front
     from .search.evaluation import evaluate_shapes as evaluate_shapes
     from .search.evolution import evolutionary_search as evolutionary_search
     from .search.pareto import ParetoFront as ParetoFront
@@ -75,6 +76,7 @@ LAZY = {  # public name -> the module that it is imported from
     "load_text": "data.documents",
     "measure_in_rounds": "search.rounds",
     "pareto_front": "search.pareto",
+    "plot_front": "report.plots",
     "push_folder": "publish.hub",
     "push_to_hub": "publish.hub",
     "read_records": "search.records",

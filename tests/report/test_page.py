@@ -18,7 +18,7 @@ from texts import random_documents
 from supershaper_hf import LatencyTable, SearchSpace, ShapePredictor, evaluate_shapes
 from supershaper_hf.data.batches import fixed_masks
 from supershaper_hf.data.sequences import tokenize
-from supershaper_hf.latency.insensitivity import insensitivity, insensitivity_rows
+from supershaper_hf.latency.insensitivity import compare_equal_sizes, insensitivity_rows
 from supershaper_hf.model.costs import chain_cost
 from supershaper_hf.report.page import (
     FRONT_FILE,
@@ -53,7 +53,7 @@ def searched(tmp_path_factory):
     model.config.to_json_file(folder / "config.json")
     LatencyTable.measure(model.config, sequence_length=8, repeats=2, warmup=1).save(folder / LATENCY_FILE)
     budget = space.num_parameters([36, 36, 36])
-    rows = insensitivity_rows(insensitivity(model.config, [budget], 2, 0.2, sequence_length=8, repeats=2))
+    rows = insensitivity_rows(compare_equal_sizes(model.config, [budget], 2, 0.2, sequence_length=8, repeats=2))
     (folder / INSENSITIVITY_FILE).write_text(json.dumps(rows))
     return folder
 
@@ -159,7 +159,7 @@ def test_dropped_layers_that_the_predictor_does_not_know_are_no_test_of_it(folde
 def test_only_the_front_in_the_table_has_stars(folder, monkeypatch):
     starred = {}
     monkeypatch.setattr(
-        "supershaper_hf.search.pareto.plot_front",
+        "supershaper_hf.report.page.plot_front",
         lambda file, *_, chosen, **__: starred.update({file.stem: len(chosen)}),
     )
     monkeypatch.setattr("supershaper_hf.report.page._profile_section", lambda *_: "")

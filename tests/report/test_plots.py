@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from supershaper_hf.report.plots import AXES, new_figure, plot_agreement, plot_evaluations, plot_front, plot_layers
+from supershaper_hf import ParetoFront
+from supershaper_hf.report.plots import AXES, new_figure, plot_agreement, plot_evaluations, plot_front, plot_profile
+from supershaper_hf.search.profile import Profile
 
 
 COSTS = {"parameters": 1e6 * np.arange(30, 70, 5), "flops": 1e9 * np.arange(1, 9), "latency": 1e-3 * np.arange(5, 13)}
@@ -26,8 +28,14 @@ def read(file):
     return pixels
 
 
-def front(folder, cost="parameters", costs=COSTS["parameters"], perplexities=PERPLEXITIES, **parts):
-    plot_front(folder / "front.png", cost, costs, perplexities, **parts)
+def make_front(cost="parameters", costs=COSTS["parameters"], perplexities=PERPLEXITIES, two_costs=False):
+    """A front with made-up points. With `two_costs`, a second cost falls while the first one rises."""
+    both = {cost: costs, **({"latency": 1 / costs} if two_costs else {})}
+    return ParetoFront(np.full((len(costs), 2), 8), both, np.log(perplexities))
+
+
+def front(folder, cost="parameters", costs=COSTS["parameters"], perplexities=PERPLEXITIES, two_costs=False, **parts):
+    plot_front(folder / "front.png", make_front(cost, costs, perplexities, two_costs), **parts)
     return read(folder / "front.png")
 
 
@@ -50,7 +58,7 @@ def figures(monkeypatch):
 
 def test_front_is_a_staircase_of_one_cost_and_dots_of_two(tmp_path, figures):
     front(tmp_path)
-    front(tmp_path, steps=False)
+    front(tmp_path, two_costs=True)
     one, two = (axes.get_lines()[0] for axes in figures)
     assert one.get_drawstyle() == "steps-post"
     assert (two.get_linestyle(), two.get_marker()) == ("None", ".")
@@ -66,6 +74,16 @@ def test_front_of_each_cost_is_drawn_in_its_unit(cost, tmp_path, figures):
     assert all(tick.endswith(suffix) for tick in ticks)
     values = [float(tick.removesuffix(suffix)) for tick in ticks]
     np.testing.assert_allclose(values, axes.get_xticks() / AXES[cost][1], rtol=1e-5)
+
+
+def test_large_numbers_are_written_out(tmp_path, figures):
+    """A perplexity of two millions is 2,000,000 on its axis, not 2e+06; so are parameters beyond a million millions."""
+    front(tmp_path, costs=1e6 * np.array([1e6, 3e6]), perplexities=np.array([2e6, 1e6]))
+    (axes,) = figures
+    texts = [text.get_text() for text in (*axes.get_xticklabels(), *axes.get_yticklabels(which="both"))]
+    assert "1,000,000 M" in texts
+    assert "2,000,000" in texts
+    assert not any("e+" in text for text in texts)
 
 
 def test_every_cost_of_a_front_has_a_label():
@@ -89,7 +107,8 @@ def test_every_part_is_drawn_at_its_points(tmp_path, figures):
     front(tmp_path, **PARTS)
     (axes,) = figures
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert lines["predicted Pareto front (exact)"] == np.column_stack([COSTS["parameters"], PERPLEXITIES]).tolist()
+    expected = np.column_stack([COSTS["parameters"], PERPLEXITIES])
+    np.testing.assert_allclose(lines["predicted Pareto front (exact)"], expected, rtol=1e-12)
     assert lines["2 measured shapes"] == [list(point) for point in PARTS["measured"]]
     assert lines["shapes of the front, measured"] == [list(point) for point in PARTS["chosen"]]
     points = {dots.get_label(): dots.get_offsets().tolist() for dots in axes.collections}
@@ -114,7 +133,7 @@ def test_front_of_two_costs_is_drawn_in_order_of_the_first(tmp_path, figures):
     order = np.random.default_rng(0).permutation(len(PERPLEXITIES))
     front(tmp_path, costs=COSTS["parameters"][order], perplexities=PERPLEXITIES[order])
     assert figures[0].lines[0].get_xdata().tolist() == COSTS["parameters"].tolist()
-    assert figures[0].lines[0].get_ydata().tolist() == PERPLEXITIES.tolist()
+    np.testing.assert_allclose(figures[0].lines[0].get_ydata(), PERPLEXITIES, rtol=1e-12)
 
 
 def test_perplexity_is_drawn_as_its_logarithm(tmp_path, figures):
@@ -127,7 +146,7 @@ def test_front_of_one_shape_is_drawn(tmp_path):
     front(tmp_path, costs=np.array([63e6]), perplexities=np.array([7.0]))
 
 
-# Agreement, layers, evaluations
+# Agreement, profile, evaluations
 
 
 def test_agreement_shows_each_shape_with_its_deviation_and_the_diagonal(tmp_path, figures):
@@ -143,22 +162,28 @@ def test_agreement_shows_each_shape_with_its_deviation_and_the_diagonal(tmp_path
     np.testing.assert_allclose(spans, np.column_stack([predicted - deviations, predicted + deviations]))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_layers_have_a_chart_for_each_row(count, tmp_path):
-    rows = {f"quantity {i}": (np.arange(12.0) + i, np.full(12, 0.3)) for i in range(count)}
-    plot_layers(tmp_path / "layers.png", rows)
-    assert read(tmp_path / "layers.png").shape[0] == pytest.approx(2.6 * 120 * count, abs=1)
+def made_profile(layers=12):
+    values = np.arange(1.0, layers + 1)
+    return Profile(values / values.mean(), np.full(layers, 0.1), values / 10, np.full(layers, 0.02))
 
 
-def test_layers_are_counted_from_one(tmp_path, monkeypatch):
+def test_profile_has_a_chart_of_widths_and_one_of_importances(tmp_path):
+    plot_profile(tmp_path / "profile.png", made_profile())
+    assert read(tmp_path / "profile.png").shape[0] == pytest.approx(2.6 * 120 * 2, abs=1)
+
+
+def test_bars_of_a_profile_are_its_layers_counted_from_one(tmp_path, monkeypatch):
     drawn = []
     bar = "supershaper_hf.report.plots.Axes.bar"
     monkeypatch.setattr(bar, lambda axes, places, values, **style: drawn.append((axes, places, values, style["yerr"])))
-    plot_layers(tmp_path / "layers.png", {"gain": (np.array([1.0, 2.0, 3.0]), np.array([0.1, 0.2, 0.3]))})
-    ((axes, places, values, deviations),) = drawn
-    assert places.tolist() == axes.get_xticks().tolist() == [1, 2, 3]
-    assert (values.tolist(), deviations.tolist()) == ([1.0, 2.0, 3.0], [0.1, 0.2, 0.3])
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "gain")
+    profile = made_profile(3)
+    plot_profile(tmp_path / "profile.png", profile)
+    (widths, places, *first), (importances, _, *second) = drawn
+    assert places.tolist() == widths.get_xticks().tolist() == importances.get_xticks().tolist() == [1, 2, 3]
+    assert [values.tolist() for values in first] == [profile.widths.tolist(), [0.1] * 3]
+    assert [values.tolist() for values in second] == [profile.importances.tolist(), [0.02] * 3]
+    assert (importances.get_xlabel(), widths.get_ylabel()) == ("layer", "relative width")
+    assert importances.get_ylabel() == "importance (nats)"
 
 
 def evaluation(step, **losses):
@@ -187,5 +212,5 @@ def test_one_evaluation_is_drawn(tmp_path):
 
 
 def test_files_may_be_given_as_text(tmp_path):
-    plot_front(str(tmp_path / "front.png"), "flops", COSTS["flops"], PERPLEXITIES)
+    plot_front(str(tmp_path / "front.png"), make_front("flops", COSTS["flops"]))
     read(tmp_path / "front.png")

@@ -4,7 +4,6 @@ import re
 import numpy as np
 import pytest
 from conftest import tiny_config
-from matplotlib.image import imread
 
 from supershaper_hf import SearchSpace
 from supershaper_hf.model.costs import ChainCost, chain_cost, resolve_cost
@@ -384,32 +383,6 @@ def test_table_has_one_record_per_point(cost):
         assert [row[name] for row in table] == values.tolist()
     assert list(table[0]) == ["shape", *front.costs, "loss", "perplexity"]
     assert type(table[0]["flops"]) is int
-
-
-@pytest.mark.parametrize(
-    "cost",
-    ["parameters", "flops", Seconds(SPACE, 0), ["flops", "parameters"]],
-    ids=["parameters", "flops", "seconds", "two costs"],
-)
-def test_front_is_plotted_as_a_png(cost, tmp_path):
-    pareto_front(SPACE, FALLING, cost).plot(tmp_path / "front.png", named={"rectangle": (20_000, 9.0)})
-    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
-    assert min(imread(tmp_path / "front.png").shape[:2]) > 300
-
-
-def test_plot_shows_the_first_cost_and_perplexities(monkeypatch, tmp_path):
-    drawn = {}
-    monkeypatch.setattr(
-        "supershaper_hf.search.pareto.plot_front", lambda *values, **points: drawn.update(v=values, p=points)
-    )
-    TWO.plot(tmp_path / "front.png", measured=[(1, 2.0)])
-    file, name, costs, perplexities = drawn["v"]
-    assert (file, name, costs.tolist()) == (tmp_path / "front.png", "parameters", [1000, 2000])
-    np.testing.assert_allclose(perplexities, np.exp([2.0, 1.0]))
-    assert drawn["p"] == {"steps": False, "measured": [(1, 2.0)]}
-    one = pareto_front(SPACE, FALLING)
-    one.plot(tmp_path / "front.png")
-    assert drawn["p"]["steps"]
 
 
 @pytest.mark.parametrize("cost", ["latency", ["parameters", "latency"]], ids=str)

@@ -112,11 +112,6 @@ def test_shape_is_the_largest_within_the_budget_and_follows_the_profile(profile)
     assert profile.shape(SPACE, high) == SPACE.largest
 
 
-def test_plot_is_a_png(profile, tmp_path):
-    profile.plot(tmp_path / "profile.png")
-    assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_layer_that_good_shapes_drop_has_the_smallest_width():
     choices = [0, *SPACE.width_choices]
     truth = ShapePredictor(choices, 4.0, -np.outer([0.5, 0.5, 0.0, 0.5, 0.5], np.log1p(choices) / np.log(49)))

@@ -28,7 +28,7 @@ from ..search.predictor import ShapePredictor
 from ..search.profile import derive_profile
 from ..search.records import Record, read_records
 from ..search.rounds import best_measured
-from .plots import plot_agreement
+from .plots import plot_agreement, plot_front, plot_profile
 from .tables import markdown_table
 
 
@@ -244,7 +244,7 @@ def _front_plot(
     for value, record in zip(values, records):
         points[tuple(record["shape"]) in chosen].append((value, record["perplexity"]))
     name = f"front_{cost}.png"
-    findings.front(cost).plot(folder / name, measured=points[False], chosen=points[True])
+    plot_front(folder / name, findings.front(cost), measured=points[False], chosen=points[True])
     return f"![{cost} against perplexity: measured shapes and the predicted front]({name})"
 
 
@@ -290,7 +290,7 @@ def _profile_section(folder: Path, findings: Findings) -> str:
     """Say what good shapes have in common, and compare a shape made from that with the front and hand-crafted ones."""
     space, predictor = findings.space, findings.predictor
     profile = derive_profile(space, predictor)
-    profile.plot(folder / "profile.png")
+    plot_profile(folder / "profile.png", profile)
     budget = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2
     shapes = {
         "best of the front": findings.front("parameters").best(budget),

@@ -1,16 +1,21 @@
-"""Plots, written as PNG. They take plain numbers, so that every room can use them."""
+"""The plots of fronts, predictions, profiles and training runs, written as PNG files."""
 
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
-AXES = {  # of costs: label, unit as a number, unit as text
+if TYPE_CHECKING:  # only for annotations: drawing the losses of a training run needs no search
+    from ..search.pareto import ParetoFront
+    from ..search.profile import Profile
+
+
+AXES = {  # cost -> label of its axis, unit as a number, unit as text
     "parameters": ("parameters of the subnet", 1e6, " M"),
     "flops": ("operations for one sequence", 1e9, " GFLOPs"),
     "latency": ("latency of a batch", 1e-3, " ms"),
@@ -19,7 +24,7 @@ Point = tuple[float, float]  # cost, perplexity
 
 
 def new_figure(width: float = 8, height: float = 5) -> tuple[Figure, Axes]:
-    """Return a figure with one pair of axes. Not pyplot: no screen, no global state."""
+    """Return a figure with one pair of axes. It is made without pyplot, which keeps global state and may need a screen."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.3)
@@ -28,40 +33,45 @@ def new_figure(width: float = 8, height: float = 5) -> tuple[Figure, Axes]:
 
 def plot_front(
     file: str | Path,
-    cost: str,
-    costs: np.ndarray,
-    perplexities: np.ndarray,
+    front: "ParetoFront",
     *,
-    steps: bool = True,
     measured: Sequence[Point] = (),
     chosen: Sequence[Point] = (),
     named: Mapping[str, Point] | None = None,
 ) -> None:
-    """Write a PNG of cost against perplexity: the predicted front as steps, measured shapes as dots.
+    """Write a PNG of a Pareto front: its (first) cost against predicted perplexity.
+
+    The front of one cost is drawn as steps: up to the next point, the cheaper shape stays the best. The front of two
+    costs is drawn as dots, because the first cost alone does not decide which shapes are on it.
 
     Args:
-        file: Where to write it.
-        cost: `"parameters"`, `"flops"` or `"latency"`, for the label of the axis.
-        costs: (n,) of the front's points.
-        perplexities: (n,) of the front's points, predicted.
-        steps: Whether this cost alone decides what is on the front; with two costs its points are drawn as dots.
+        file: The PNG file to write.
+        front: The front, from `pareto_front`.
         measured: Cost and perplexity of measured shapes, drawn as dots.
-        chosen: Cost and perplexity of measured shapes of the front, drawn as stars.
-        named: Cost and perplexity of single shapes by name; the first one is highlighted.
+        chosen: Cost and perplexity of measured shapes that lie on the front, drawn as stars.
+        named: Cost and perplexity of single shapes by name. The first one is highlighted.
+
+    Example:
+        >>> front = pareto_front(space, predictor)  # doctest: +SKIP
+        >>> shapes = {name: space.named_shape(name, 63_000_000) for name in ("rectangle", "diamond")}  # doctest: +SKIP
+        >>> [rectangle, diamond] = evaluate_shapes(supernet, batches, list(shapes.values()))  # doctest: +SKIP
+        >>> plot_front("front.png", front, named={"rectangle": (63e6, rectangle["perplexity"])})  # doctest: +SKIP
     """
+    cost, costs = next(iter(front.costs.items()))
+    perplexities = np.exp(front.losses)
     figure, axes = new_figure()
     if len(measured):
         axes.plot(*np.transpose(measured), ".", markersize=5, color="0.6", label=f"{len(measured)} measured shapes")
     by_cost = np.argsort(costs, kind="stable")
-    front: dict[str, Any] = {"color": "C0", "label": "predicted Pareto front (exact)"}
-    if steps:  # between two points, the cheaper one is the best
-        axes.step(costs[by_cost], perplexities[by_cost], where="post", **front)
+    style: dict[str, Any] = {"color": "C0", "label": "predicted Pareto front (exact)"}
+    if len(front.costs) == 1:
+        axes.step(costs[by_cost], perplexities[by_cost], where="post", **style)
     else:
-        axes.plot(costs, perplexities, ".", markersize=3, **front)
+        axes.plot(costs, perplexities, ".", markersize=3, **style)
     if len(chosen):
         axes.plot(*np.transpose(chosen), "*", markersize=9, color="C3", label="shapes of the front, measured")
     for number, ((name, point), marker) in enumerate(zip((named or {}).items(), itertools.cycle("*osv^DPX*p"))):
-        style: dict[str, Any] = {"s": 42, "marker": marker, "facecolor": "none", "edgecolor": "C1"}
+        style = {"s": 42, "marker": marker, "facecolor": "none", "edgecolor": "C1"}
         if number == 0:
             style = {"s": 140, "marker": "*", "color": "C3", "zorder": 3}
         axes.scatter(*point, label=name.replace("_", " "), **style)
@@ -69,31 +79,47 @@ def plot_front(
     axes.set_xlabel(label)
     axes.set_ylabel("perplexity of masked tokens, held-out text")
     axes.set_yscale("log")  # layers add up in log-perplexity
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / unit:g}{suffix}")
+    axes.yaxis.set_major_formatter("{x:,.10g}")  # 10 digits, because 6 would print 2,000,000 as 2e+06
+    axes.yaxis.set_minor_formatter("{x:,.10g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / unit:,.10g}{suffix}")
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(file, dpi=130)
 
 
 def plot_agreement(file: str | Path, measured: np.ndarray, predicted: np.ndarray, deviations: np.ndarray) -> None:
-    """Write a PNG of predicted against measured losses, (n,) each in nats, with the predicted standard deviations."""
+    """Write a PNG of predicted against measured losses.
+
+    Args:
+        file: The PNG file to write.
+        measured: (n,) measured losses in nats.
+        predicted: (n,) predicted losses in nats.
+        deviations: (n,) standard deviations of the predictions in nats, drawn as error bars.
+    """
     figure, axes = new_figure(5.5, 5)
     axes.errorbar(measured, predicted, yerr=deviations, fmt=".", capsize=2, linewidth=0.8)
     ends = [min(measured.min(), predicted.min()), max(measured.max(), predicted.max())]
     axes.plot(ends, ends, color="0.6", linewidth=1, label="equal")
     axes.set_xlabel("measured loss (nats per masked token)")
-    axes.set_ylabel("predicted loss, one standard deviation")
+    axes.set_ylabel("predicted loss ± one standard deviation")
     axes.legend(frameon=False)
     figure.savefig(file, dpi=120)
 
 
-def plot_layers(file: str | Path, rows: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """Write a PNG with one bar chart over the layers for each row: a label, values and deviations (layers,)."""
-    figure = Figure(figsize=(8, 2.6 * len(rows)), layout="constrained")
-    for axes, (label, (values, deviations)) in zip(np.atleast_1d(figure.subplots(len(rows), 1)), rows.items()):
-        axes.bar(np.arange(1, len(values) + 1), values, yerr=deviations, capsize=3, color="C0", alpha=0.8)
-        axes.set_xticks(np.arange(1, len(values) + 1))
+def plot_profile(file: str | Path, profile: "Profile") -> None:
+    """Write a PNG of a profile: relative width and importance of each layer, as bars with standard deviations.
+
+    Example:
+        >>> plot_profile("profile.png", derive_profile(space, predictor))  # doctest: +SKIP
+    """
+    charts = {
+        "relative width": (profile.widths, profile.width_deviations),
+        "importance (nats)": (profile.importances, profile.importance_deviations),
+    }
+    figure = Figure(figsize=(8, 2.6 * len(charts)), layout="constrained")
+    layers = np.arange(1, len(profile.widths) + 1)
+    for axes, (label, (values, deviations)) in zip(figure.subplots(len(charts), 1), charts.items()):
+        axes.bar(layers, values, yerr=deviations, capsize=3, color="C0", alpha=0.8)
+        axes.set_xticks(layers)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3, axis="y")
     axes.set_xlabel("layer")
@@ -104,8 +130,8 @@ def plot_evaluations(file: str | Path, records: Sequence[Mapping[str, Any]]) -> 
     """Write a PNG of loss over training steps, one line for each evaluated shape.
 
     Args:
-        file: Where to write it.
-        records: Those of a training run; the ones with `evaluation` are used.
+        file: The PNG file to write.
+        records: The lines of a training run's log. Those with `evaluation` are drawn.
     """
     evaluations = [record for record in records if "evaluation" in record]
     figure, axes = new_figure()

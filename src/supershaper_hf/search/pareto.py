@@ -8,14 +8,12 @@ partial shape ending in that width beats in all costs and loss. What is left aft
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..model.costs import ChainCost, Cost, resolve_cost
 from ..model.shapes import SearchSpace
-from ..report.plots import plot_front
 from .predictor import ShapePredictor
 
 
@@ -75,11 +73,6 @@ class ParetoFront:
             {"shape": shape, **dict(zip(self.costs, row)), "loss": loss, "perplexity": float(np.exp(loss))}
             for shape, row, loss in zip(self.shapes.tolist(), costs, self.losses.tolist())
         ]
-
-    def plot(self, file: str | Path, **points: Any) -> None:
-        """Write a PNG of the (first) cost against predicted perplexity; `points` as for `plots.plot_front`."""
-        name, costs = next(iter(self.costs.items()))
-        plot_front(file, name, costs, np.exp(self.losses), steps=len(self.costs) == 1, **points)
 
 
 def pareto_front(

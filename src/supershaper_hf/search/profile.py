@@ -7,12 +7,10 @@ what the measurements leave open have other fronts, and those other profiles.
 
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 
 from ..model.shapes import SearchSpace
-from ..report.plots import plot_layers
 from .pareto import ParetoFront, pareto_front, shapes_at
 from .predictor import ShapePredictor
 
@@ -54,16 +52,6 @@ class Profile:
             f"matters most ({self.importances[most]:.3f} ± {self.importance_deviations[most]:.3f} nats from its "
             f"smallest width to its largest), layer {least + 1} least ({self.importances[least]:.3f} ± "
             f"{self.importance_deviations[least]:.3f})."
-        )
-
-    def plot(self, file: str | Path) -> None:
-        """Write a PNG of relative widths and importances by layer."""
-        plot_layers(
-            file,
-            {
-                "relative width": (self.widths, self.width_deviations),
-                "importance (nats)": (self.importances, self.importance_deviations),
-            },
         )
 
     def shape(self, space: SearchSpace, max_parameters: int) -> list[int]:
