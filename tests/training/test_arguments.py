@@ -13,7 +13,7 @@ import torch
 from transformers import HfArgumentParser, get_scheduler
 
 from supershaper_hf.training import arguments as arguments_module
-from supershaper_hf.training.arguments import CHOICES, SuperPretrainingArguments
+from supershaper_hf.training.arguments import CHOICES, HelpFormatter, SuperPretrainingArguments
 
 
 def parse(*words):
@@ -290,6 +290,16 @@ def test_help_of_the_command_line_prints(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     assert "--target_perplexity" in capsys.readouterr().out
+
+
+def test_help_shows_defaults_that_are_values(capsys):
+    parser = HfArgumentParser(SuperPretrainingArguments, formatter_class=HelpFormatter)
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--help"])
+    printed = capsys.readouterr().out
+    assert "(default: 0.15)" in printed
+    assert "(default: None)" not in printed
+    assert "(default: [])" not in printed
 
 
 def test_lists_are_not_shared_between_arguments():

@@ -68,7 +68,13 @@ TRACKERS = sorted({tracker.value for tracker in LoggerType} - {"all"})
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Formats the `--help` of a script: it shows the default values, and keeps the line breaks of the description."""
+    """Formats the `--help` of a script: it keeps the line breaks of the description, and shows the default values.
+
+    A default of None or an empty list is left out, because the help text says what it means.
+    """
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def option(default: Any, help: str) -> Any:
@@ -153,10 +159,12 @@ class SuperPretrainingArguments:
 
     # Output
     output_dir: str | None = option(
-        None, "Folder for checkpoints, models and metrics. By default nothing is written to the disk."
+        None, "Folder for checkpoints, models and metrics. In Python, nothing is written to the disk without it."
     )
     resume_from_checkpoint: bool = option(
-        True, "Whether to continue from the newest good checkpoint in --output_dir. If not, there must be none."
+        True,
+        "Continue from the newest good checkpoint in --output_dir. With --no_resume_from_checkpoint, a folder that has "
+        "checkpoints is refused.",
     )
     logging_steps: int = option(10, "Number of steps between two lines of metrics.jsonl.")
     eval_steps: int | None = option(None, "Number of steps between two evaluations. By default only the end has one.")

@@ -146,8 +146,9 @@ def relation_loss(
 ) -> Tensor:
     """Return KL(teacher || student) between self-attention relations, in nats.
 
-    This is the loss of MiniLMv2 (arXiv 2012.15828, section 3.1). The relations of the queries are softmax(q q^T / sqrt(head size)), after a split into `relation_heads` heads. Those
-    of the keys and of the values are defined in the same way.
+    This is the loss of MiniLMv2 (arXiv 2012.15828, section 3.1). The relations of the queries are
+    softmax(q q^T / sqrt(head size)), after a split into `relation_heads` heads. Those of the keys and of the values
+    are defined in the same way.
 
     Args:
         student_qkv: Query, key and value of one layer of the student, (batch, length, width) each.
