@@ -1,145 +1,289 @@
-r"""Train a supernet from a BERT, or go on training a supernet or a subnet, on any number of processes.
+r"""Train a supernet from a BERT, or continue to train a supernet or a subnet, on any number of processes.
 
-    accelerate launch examples/run_super_pretraining.py --bert google-bert/bert-base-cased \
+    accelerate launch examples/run_super_pretraining.py --model_name_or_path google-bert/bert-base-cased \
         --train_files corpus/*.txt.xz --validation_files validation.txt --output_dir outputs/supernet
-    accelerate launch examples/run_super_pretraining.py run.yaml --max_steps 2000   # options in a file, and changes
+    accelerate launch examples/run_super_pretraining.py examples/run.yaml --max_steps 2000
 
-`--help` lists all options. Stop it with Ctrl-C or SIGTERM: it writes a checkpoint, and the same command goes on from
-there. Its exit status is 0 also then, though launchers of several processes may report the signal; they kill processes
-that take longer than half a minute to save, unless told otherwise. `outputs/supernet/last` exists only when the run is
-complete.
+In the second form the options are in a file, and the options after it change them. `--help` lists all options.
+
+Stop the script with Ctrl-C or SIGTERM: it writes a checkpoint, and the same command continues from there. The exit
+status is then 0 as well, but a launcher of several processes may report the signal. Launchers kill processes that take
+longer than half a minute to save, unless they are told otherwise. The folder `last` in the output folder exists only
+when the run is complete.
 """
 
-import json
 import sys
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
-from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
+from supershaper_hf import (
+    SuperPretrainingArguments,
+    SuperShaperConfig,
+    SuperShaperForMaskedLM,
+    fixed_masks,
+    load_text,
+    push_folder,
+    split_text,
+    super_pretrain,
+    tokenize,
+)
+from supershaper_hf.checks import check_choice, check_count, check_number
 from supershaper_hf.convert.importance import reorder_channels
-from supershaper_hf.data.batches import fixed_masks
-from supershaper_hf.data.documents import load_text, split_text
-from supershaper_hf.data.sequences import tokenize
+from supershaper_hf.data.sequences import check_vocabulary
+from supershaper_hf.files import parse_json
 from supershaper_hf.model.costs import training_flops
-from supershaper_hf.publish.hub import push_folder
-from supershaper_hf.training.arguments import HelpFormatter, SuperPretrainingArguments, option
+from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
+from supershaper_hf.training.arguments import HelpFormatter, option
 from supershaper_hf.training.checkpoints import list_checkpoints
 from supershaper_hf.training.distillation import OutsideTeacher
-from supershaper_hf.training.loop import make_accelerator, super_pretrain
+from supershaper_hf.training.loop import make_accelerator
+
+
+Batches = list[dict[str, torch.Tensor]]
 
 
 @dataclass
 class ScriptArguments:
-    """Where model and text come from, and where the result goes."""
+    """Options that say where the model and the text come from, and where the result goes."""
 
-    bert: str | None = option(None, "A BERT checkpoint, folder or Hub id, to make a supernet of.")
-    model: str | None = option(None, "A supernet or subnet to go on training, instead of --bert.")
-    tokenizer: str | None = option(None, "By default the one beside the model.")
-    width_choices: list[int] | None = option(None, "Hidden sizes a layer can take; by default seven.")
-    head_slicing: str = option("prefix", "prefix (the paper's) or per_head: how attention heads are narrowed.")
+    model_name_or_path: str | None = option(
+        None, "Folder or Hub id of a BERT to make a supernet of, or of a supernet or subnet to continue to train."
+    )
+    tokenizer_name: str | None = option(None, "Folder or Hub id of the tokenizer. By default the one of the model.")
+    width_choices: list[int] | None = option(
+        None, "Widths that a layer of the new supernet can have. By default seven widths up to the BERT's."
+    )
+    head_slicing: str | None = option(
+        None,
+        "Which channels a narrow layer of the new supernet keeps: prefix (the first ones, as in the paper; the "
+        "default) or per_head (the first ones of each attention head).",
+    )
     train_files: list[str] = field(
         default_factory=list,
-        metadata={"help": "Files, globs, folders (.txt .jsonl .parquet, .gz .xz .zst) or Hub ids."},
+        metadata={
+            "help": "Training text: files, globs or folders (.txt, .jsonl or .parquet; also .gz, .xz, .zst), or Hub "
+            "ids of data sets."
+        },
     )
     validation_files: list[str] = field(
-        default_factory=list, metadata={"help": "By default held_out of the training text; nothing when streaming."}
+        default_factory=list,
+        metadata={
+            "help": "Validation text, given like the training text. By default a part of the training text, or no "
+            "validation with --streaming."
+        },
     )
-    text_column: str = option("text", "Column of the text in JSON lines and Parquet.")
-    held_out: float = option(0.01, "Share of the documents to evaluate on where there are no validation files.")
-    max_eval_sequences: int = option(1000, "Sequences evaluated at most.")
-    streaming: bool = option(False, "Read the text while training instead of tokenising all of it first.")
-    tokenize_processes: int | None = option(None, "Processes that tokenise.")
-    teacher: str | None = option(None, "An outside teacher with the same tokenizer, for --teacher_weight.")
-    teacher_layer: int = option(-1, "The teacher's layer to learn from.")
-    head_steps: int = option(0, "Steps that train only the masked-LM head first, for checkpoints without one.")
-    reorder: bool = option(False, "Order channels by importance before training, so that narrow shapes start better.")
-    match_compute: str | None = option(None, "training_summary.json of another run: train for as many FLOPs.")
-    push_to_hub: str | None = option(None, "user/name to publish the last model to.")
+    text_column: str = option("text", "Column that holds the text in JSON lines, Parquet files and Hub data sets.")
+    validation_split_percentage: float = option(
+        1.0, "Percentage of the training documents that become validation text if there are no --validation_files."
+    )
+    max_eval_samples: int = option(1000, "Largest number of sequences in an evaluation.")
+    streaming: bool = option(
+        False, "Whether to read and tokenize the text while training, instead of storing all of it first."
+    )
+    preprocessing_num_workers: int | None = option(None, "Number of processes that tokenize stored text.")
+    teacher: str | None = option(
+        None, "Folder or Hub id of an outside teacher that has the same tokenizer. It needs --teacher_weight."
+    )
+    teacher_layer: int = option(-1, "Layer of the outside teacher to learn from. Negative numbers count from the end.")
+    head_steps: int = option(
+        0, "Number of steps that first train the masked-LM head alone. Use it for a BERT that has no such head."
+    )
+    reorder: bool = option(
+        False, "Whether to sort the channels by importance before training, so that narrow shapes start better."
+    )
+    match_compute: str | None = option(
+        None, "File training_summary.json of another run: training then takes as many FLOPs, instead of --max_steps."
+    )
+    push_to_hub: str | None = option(None, "Repository, user/name, that the last model is published to.")
+
+    def __post_init__(self) -> None:
+        if self.head_slicing is not None:
+            check_choice("head_slicing", self.head_slicing, ("prefix", "per_head"))
+        check_number("validation_split_percentage", self.validation_split_percentage, above=0, below=100)
+        check_count("max_eval_samples", self.max_eval_samples)
+        if self.preprocessing_num_workers is not None:
+            check_count("preprocessing_num_workers", self.preprocessing_num_workers)
+        check_count("head_steps", self.head_steps, 0)
+
+
+# Options
 
 
 def parse_arguments(argv: list[str]) -> tuple[ScriptArguments, SuperPretrainingArguments]:
-    """Read flags, or a YAML file of the same names followed by flags that change it."""
+    """Read the options: flags, or a YAML file of the same names and flags that change it."""
     parser = HfArgumentParser(
         (ScriptArguments, SuperPretrainingArguments), description=__doc__, formatter_class=HelpFormatter
     )
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        options = yaml.safe_load(Path(argv[0]).read_text()) or {}
-        known = {f.name for cls in (ScriptArguments, SuperPretrainingArguments) for f in fields(cls)}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            parser.error(f"{argv[0]}: unknown option(s) {', '.join(unknown)}. Allowed: {', '.join(sorted(known))}.")
-        parser.set_defaults(**options)
-        argv = argv[1:]
-    script, args = parser.parse_args_into_dataclasses(argv)
-    if (script.bert is None) == (script.model is None):
-        parser.error("Give exactly one of --bert and --model.")
-    if not script.train_files:
-        parser.error("--train_files is missing: text files, globs, folders or Hub ids.")
+    try:
+        if argv and argv[0].endswith((".yaml", ".yml")):
+            argv = [*read_options(argv[0]), *argv[1:]]
+        script, args = parser.parse_args_into_dataclasses(argv)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for name, value in (
+        ("model_name_or_path", script.model_name_or_path),
+        ("train_files", script.train_files),
+        ("output_dir", args.output_dir),
+    ):
+        if not value:
+            parser.error(f"--{name} is missing. See --help.")
     if script.reorder and script.streaming:
         parser.error("--reorder measures importance on stored text: leave out --streaming, or order the model before.")
-    if args.output_dir is None:
-        parser.error("--output_dir is missing: the folder for checkpoints and models.")
+    if (script.teacher is None) != (args.teacher_weight == 0):
+        parser.error("--teacher and a --teacher_weight above 0 need each other. Give both or none of them.")
     return script, args
 
 
+def read_options(file: str) -> list[str]:
+    """Return the options in a YAML file as words of a command line.
+
+    All values are read as text, so they mean what they mean on the command line: `mixed_precision: no` is not a truth
+    value, and `learning_rate: 5e-4` is a number, which YAML takes for text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not YAML, or has an unknown option or a value that is neither text nor a list.
+    """
+    try:
+        options = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{file} must have one option per line, such as `max_steps: 1000`.")
+    known = {entry.name for cls in (ScriptArguments, SuperPretrainingArguments) for entry in fields(cls)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ValueError(f"{file}: unknown option(s) {', '.join(unknown)}. Allowed: {', '.join(sorted(known))}.")
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        if not values or any(not isinstance(item, str) or item.lower() in ("", "~", "null") for item in values):
+            raise ValueError(
+                f"{file}: {name}: {value!r} is not a value. Allowed: a number, a word, or a list of these. Leave the "
+                "line out to get the default."
+            )
+        words += [f"--{name}", *values] if isinstance(value, list) else [f"--{name}={value}"]
+    return words
+
+
+# Models and text
+
+
+def load_pretrained(flag: str, name: str, load: Callable[[str], Any]) -> Any:
+    """Call `load` with the name of a model, and explain the error if there is none.
+
+    Raises:
+        FileNotFoundError: If `name` is neither a folder here nor a model of the Hub that can be loaded.
+    """
+    try:
+        return load(name)
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise FileNotFoundError(
+            f"--{flag} {name}: there is no such folder here, and no such model could be loaded from the Hub: {error}"
+        ) from error
+
+
 def load_model(script: ScriptArguments, args: SuperPretrainingArguments) -> SuperShaperForMaskedLM:
-    if script.bert:
-        return SuperShaperForMaskedLM.from_bert(
-            script.bert, width_choices=script.width_choices, head_slicing=script.head_slicing
-        )
-    config = AutoConfig.from_pretrained(script.model)
+    """Return the supernet or subnet to train. It is made of a BERT if a BERT was given."""
+    name = str(script.model_name_or_path)
+    config = load_pretrained("model_name_or_path", name, AutoConfig.from_pretrained)
+    choices = {"width_choices": script.width_choices, "head_slicing": script.head_slicing}
+    given = {flag: value for flag, value in choices.items() if value is not None}
     if not isinstance(config, SuperShaperConfig):
+        return load_pretrained("model_name_or_path", name, partial(SuperShaperForMaskedLM.from_bert, **given))
+    if given:
         raise ValueError(
-            f"--model {script.model} is a {config.model_type} model. For a BERT, use --bert {script.model}."
+            f"--{' and --'.join(given)} can be chosen when a supernet is made of a BERT, but {name} is a supernet or a "
+            "subnet already. Leave out what was chosen then."
         )
     if config.merged_bottlenecks and args.sampling != "fixed":
-        raise ValueError(f"--model {script.model} is a subnet, which has one shape only: add --sampling fixed.")
-    return SuperShaperForMaskedLM.from_pretrained(script.model, config=config)
+        raise ValueError(f"{name} is a subnet, which has one shape only: add --sampling fixed.")
+    return load_pretrained("model_name_or_path", name, SuperShaperForMaskedLM.from_pretrained)
+
+
+def load_models(
+    script: ScriptArguments, args: SuperPretrainingArguments
+) -> tuple[SuperShaperForMaskedLM, PreTrainedTokenizerBase, OutsideTeacher | None]:
+    """Return the model to train, its tokenizer, and the outside teacher if there is one."""
+    torch.manual_seed(args.seed)  # a head that the checkpoint lacks starts equal on every process and in every run
+    model, teacher = load_model(script, args), None
+    flag = "tokenizer_name" if script.tokenizer_name else "model_name_or_path"
+    tokenizer = load_pretrained(flag, str(getattr(script, flag)), load_tokenizer)
+    check_vocabulary(tokenizer, model.config)
+    if script.teacher:
+        teacher = OutsideTeacher(
+            load_pretrained("teacher", script.teacher, AutoModel.from_pretrained), script.teacher_layer
+        )
+    return model, tokenizer, teacher
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{name} has no tokenizer that can be loaded. Name another one by --tokenizer_name.") from error
 
 
 def load_data(
-    script: ScriptArguments,
-    args: SuperPretrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
-) -> tuple[Dataset | IterableDataset, list[dict[str, torch.Tensor]]]:
-    """Return what to train on, and masked batches to evaluate on, the same for every process and run."""
+    script: ScriptArguments, args: SuperPretrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset | IterableDataset, Batches]:
+    """Return what to train on, and masked batches to evaluate on. They are equal on every process and in every run."""
 
     def sequences(text: Dataset) -> Dataset:
-        return tokenize(text, tokenizer, args.max_length, args.cross_documents, num_proc=script.tokenize_processes)
+        workers = script.preprocessing_num_workers
+        return tokenize(text, tokenizer, args.max_length, args.cross_documents, num_proc=workers)
 
-    with accelerator.main_process_first():  # the others find its results in the cache
-        train = load_text(script.train_files, script.text_column, streaming=script.streaming)
-        if script.validation_files:
-            held_out = load_text(script.validation_files, script.text_column)
-        elif script.streaming:
-            return train, []
-        else:
-            train, held_out = split_text(train, script.held_out, args.seed)
-        evaluation = sequences(held_out)
-        evaluation = evaluation.select(range(min(len(evaluation), script.max_eval_sequences)))
-        batches = fixed_masks(evaluation, tokenizer, args.per_device_train_batch_size, args.mlm_probability, args.seed)
-        return train if script.streaming else sequences(train), batches
+    train = load_text(script.train_files, script.text_column, streaming=script.streaming)
+    if script.validation_files:
+        held_out = load_text(script.validation_files, script.text_column)
+    elif script.streaming:
+        return train, []
+    else:
+        train, held_out = split_text(train, script.validation_split_percentage / 100, args.seed)
+    evaluation = sequences(held_out)
+    evaluation = evaluation.select(range(min(len(evaluation), script.max_eval_samples)))
+    batches = fixed_masks(evaluation, tokenizer, args.per_device_train_batch_size, args.mlm_probability, args.seed)
+    return train if script.streaming else sequences(train), batches
+
+
+# Training
 
 
 def match_compute(summary_file: str, config: SuperShaperConfig, args: SuperPretrainingArguments, processes: int) -> int:
-    """Return the number of steps at which training `args.shape` costs as many FLOPs as the summarised run.
+    """Return the number of steps in which training `args.shape` takes as many FLOPs as another run took.
 
-    The text is taken to be alike: as long and as densely labelled as the other run's sequences were on average.
+    The text is assumed to be like that of the other run: its sequences have the same average length and the same
+    average number of labelled tokens.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not the summary of a run.
     """
-    summary = json.loads(Path(summary_file).read_text())
+    summary = parse_json(Path(summary_file).read_bytes(), summary_file)
+    numbers = ("padded_tokens", "sequences", "labelled", "flops")
+    try:
+        for name in numbers:
+            check_number(name, summary[name], above=0)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{summary_file} is not the training_summary.json of a run that has trained: it needs numbers above 0 for "
+            f"{', '.join(numbers)}."
+        ) from error
     length = round(summary["padded_tokens"] / summary["sequences"])
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     labelled = round(sequences * summary["labelled"] / summary["sequences"])
     shape = args.shape or config.hidden_sizes
-    return round(summary["flops"] / training_flops(config, [shape], sequences, length, labelled))
+    return max(1, round(summary["flops"] / training_flops(config, [shape], sequences, length, labelled)))
 
 
 def prepare(
@@ -148,8 +292,11 @@ def prepare(
     dataset: Any,
     script: ScriptArguments,
     args: SuperPretrainingArguments,
-) -> None:
-    """Train a missing head and order the channels, if asked to."""
+) -> bool:
+    """Train a missing head and sort the channels, if asked to. Return whether this was done without an interruption.
+
+    A run that ends before its first checkpoint prepares its model again, with the same result.
+    """
     if script.head_steps:
         model.bert.requires_grad_(False)
         head = SuperPretrainingArguments(
@@ -159,50 +306,47 @@ def prepare(
             sampling="fixed",
             mlm_probability=args.mlm_probability,
             max_length=args.max_length,
+            cross_documents=args.cross_documents,
             mixed_precision=args.mixed_precision,
             seed=args.seed,
         )
-        super_pretrain(model, tokenizer, dataset, head, description="Head only")
+        summary = super_pretrain(model, tokenizer, dataset, head, description="Head only")
         model.bert.requires_grad_(True)
+        if summary.status == "interrupted":
+            return False
     if script.reorder:
         sample = dataset.select(range(min(len(dataset), 256)))
         reorder_channels(
             model, fixed_masks(sample, tokenizer, args.per_device_train_batch_size, args.mlm_probability, args.seed)
         )
+    return True
 
 
 def main() -> int:
     script, args = parse_arguments(sys.argv[1:])
     accelerator = make_accelerator(args)
-    model = load_model(script, args)
-    tokenizer = AutoTokenizer.from_pretrained(script.tokenizer or script.bert or script.model)
-    dataset, eval_batches = load_data(script, args, tokenizer, accelerator)
+    model, tokenizer, teacher = on_every_process(partial(load_models, script, args), accelerator)
+    dataset, eval_batches = main_process_first(partial(load_data, script, args, tokenizer), accelerator)
     if script.match_compute:
-        args.max_steps = match_compute(script.match_compute, model.config, args, accelerator.num_processes)
-    if not list_checkpoints(args.output_dir):
-        prepare(model, tokenizer, dataset, script, args)
-    teacher = (
-        OutsideTeacher(AutoModel.from_pretrained(script.teacher), script.teacher_layer) if script.teacher else None
-    )
+        count = partial(match_compute, script.match_compute, model.config, args, accelerator.num_processes)
+        args = replace(args, max_steps=on_every_process(count, accelerator))
+    has_checkpoint = on_main_process(lambda: bool(list_checkpoints(str(args.output_dir))), accelerator)
+    if not has_checkpoint and not prepare(model, tokenizer, dataset, script, args):
+        accelerator.print(
+            "Interrupted while the head was trained. There is no checkpoint yet: the same command starts anew."
+        )
+        return 0
     card = {"repo_id": script.push_to_hub} if script.push_to_hub else {}
-    if script.bert and not Path(script.bert).exists():
-        card["base_model"] = script.bert
-    summary = super_pretrain(
-        model,
-        tokenizer,
-        dataset,
-        args,
-        eval_batches=eval_batches,
-        teacher=teacher,
-        card=card,
-    )
+    if not Path(str(script.model_name_or_path)).exists():
+        card["base_model"] = str(script.model_name_or_path)
+    summary = super_pretrain(model, tokenizer, dataset, args, eval_batches=eval_batches, teacher=teacher, card=card)
     if not accelerator.is_main_process:
         return 0
     print(f"{summary.status} after step {summary.progress.step:,}: {args.output_dir}")
     if summary.status == "interrupted":
-        print("Start the same command again to go on.")
+        print("Start the same command again to continue.")
     elif script.push_to_hub:
-        print(push_folder(Path(args.output_dir) / "last", script.push_to_hub))
+        print(push_folder(Path(str(args.output_dir)) / "last", script.push_to_hub))
     return 0
 
 

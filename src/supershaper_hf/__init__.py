@@ -40,16 +40,20 @@ if TYPE_CHECKING:  # what `LAZY` says, for type checkers and editors; a test com
     from .data.sequences import train_tokenizer as train_tokenizer
     from .latency.insensitivity import compare_equal_sizes as compare_equal_sizes
     from .latency.table import LatencyTable as LatencyTable
+    from .model.shapes import SHAPE_NAMES as SHAPE_NAMES
     from .model.shapes import SearchSpace as SearchSpace
     from .publish.hub import push_folder as push_folder
     from .publish.hub import push_to_hub as push_to_hub
     from .publish.hub import save_for_hub as save_for_hub
     from .report.page import write_report as write_report
     from .report.plots import plot_front as plot_front
+    from .report.tables import markdown_table as markdown_table
+    from .report.tables import text_table as text_table
     from .search.evaluation import evaluate_shapes as evaluate_shapes
     from .search.evolution import evolutionary_search as evolutionary_search
     from .search.pareto import ParetoFront as ParetoFront
     from .search.pareto import pareto_front as pareto_front
+    from .search.pareto import shapes_at as shapes_at
     from .search.predictor import ShapePredictor as ShapePredictor
     from .search.profile import derive_profile as derive_profile
     from .search.records import read_records as read_records
@@ -61,6 +65,7 @@ if TYPE_CHECKING:  # what `LAZY` says, for type checkers and editors; a test com
 LAZY = {  # public name -> the module that it is imported from
     "LatencyTable": "latency.table",
     "ParetoFront": "search.pareto",
+    "SHAPE_NAMES": "model.shapes",
     "SearchSpace": "model.shapes",
     "ShapePredictor": "search.predictor",
     "SuperPretrainingArguments": "training.arguments",
@@ -74,6 +79,7 @@ LAZY = {  # public name -> the module that it is imported from
     "from_bert": "convert.bert",
     "from_original": "convert.original",
     "load_text": "data.documents",
+    "markdown_table": "report.tables",
     "measure_in_rounds": "search.rounds",
     "pareto_front": "search.pareto",
     "plot_front": "report.plots",
@@ -81,8 +87,10 @@ LAZY = {  # public name -> the module that it is imported from
     "push_to_hub": "publish.hub",
     "read_records": "search.records",
     "save_for_hub": "publish.hub",
+    "shapes_at": "search.pareto",
     "split_text": "data.documents",
     "super_pretrain": "training.loop",
+    "text_table": "report.tables",
     "tokenize": "data.sequences",
     "train_tokenizer": "data.sequences",
     "write_report": "report.page",

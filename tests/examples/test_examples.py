@@ -1,13 +1,16 @@
 """The quickstart as a user runs it, with budgets so small that its models learn next to nothing."""
 
-import os
+import contextlib
+import importlib
+import io
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import randomize, tiny_bert_config
 from texts import random_documents
 from transformers import AutoModelForMaskedLM, BertModel
@@ -15,15 +18,32 @@ from transformers import AutoModelForMaskedLM, BertModel
 from supershaper_hf.search.predictor import ShapePredictor
 
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.py"
-BUDGET = ["--bert_steps=2", "--super_steps=2", "--subnet_steps=2", "--shapes=30"]
+EXAMPLES = Path(__file__).parents[2] / "examples"
+BUDGET = ["--bert_steps=2", "--super_steps=2", "--subnet_steps=2", "--num_shapes=30"]
 BUILT_IN = ["subnet equals supernet", "counted parameters", "loads without the package"]  # true without training
+# After two steps of training no shape differs from another.
+pytestmark = pytest.mark.filterwarnings("ignore:.*predict.*poorly")
 
 
-def quickstart(*arguments):
-    command = [sys.executable, str(QUICKSTART), *BUDGET, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def script():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)  # where Python looks when it runs the script
+        return importlib.import_module("quickstart")
+
+
+@pytest.fixture(scope="module")
+def quickstart(script):
+    """Run the quickstart in this process; return its exit status and what it prints."""
+
+    def run(*arguments):
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr(sys, "argv", ["quickstart.py", *BUDGET, *map(str, arguments)])
+            status = script.main()
+        return SimpleNamespace(returncode=status, stdout=printed.getvalue())
+
+    return run
 
 
 def claims(output):
@@ -33,7 +53,7 @@ def claims(output):
 
 def table(output):
     """The printed table, from its heading to the empty line after it."""
-    return re.search(r"^name  .+?\n\s*\n", output, re.MULTILINE | re.DOTALL).group()
+    return re.search(r"^name  .+?\n\s*\n", output, re.MULTILINE | re.DOTALL).group().rstrip()
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +64,11 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def first_run(text, tmp_path_factory):
+def first_run(quickstart, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("first") / "output"
-    return quickstart("--text", text, "--output_dir", folder), folder
+    with warnings.catch_warnings():  # the mark above is for tests, not for fixtures of a module
+        warnings.filterwarnings("ignore", ".*predict.*poorly")
+        return quickstart("--text", text, "--output_dir", folder), folder
 
 
 def test_every_file_is_written(first_run):
@@ -62,9 +84,7 @@ def test_every_file_is_written(first_run):
 def test_saved_subnet_and_predictor_load(first_run):
     _, folder = first_run
     subnet = AutoModelForMaskedLM.from_pretrained(folder / "subnet")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*predicted poorly")  # two steps of training: no shape differs from another
-        predictor = ShapePredictor.load(folder / "search" / "predictor.json")
+    predictor = ShapePredictor.load(folder / "search" / "predictor.json")
     assert set(subnet.config.hidden_sizes) <= set(predictor.width_choices)
 
 
@@ -81,24 +101,61 @@ def test_exit_status_tells_whether_every_claim_holds(first_run):
     assert result.returncode == (0 if all(verdicts.values()) else 1)
 
 
-def test_same_seed_prints_the_same_table(first_run, text, tmp_path):
+def test_same_seed_prints_the_same_table(quickstart, script, first_run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "loads_without_package", lambda *_: True)  # 10 seconds, and not what this is about
+    torch.manual_seed(7)
     again = quickstart("--text", text, "--output_dir", tmp_path / "output")
     assert table(again.stdout) == table(first_run[0].stdout)
 
 
-def test_occupied_output_folder_is_refused_and_left_alone(text, tmp_path):
+def test_claim_that_does_not_hold_is_printed_and_changes_the_exit_status(script, capsys):
+    assert not script.print_claims({"first": True, "second": False})
+    assert claims(capsys.readouterr().out) == {"first": True, "second": False}
+    assert script.print_claims({"first": True})
+
+
+def test_occupied_output_folder_is_refused_and_left_alone(quickstart, text, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    result = quickstart("--text", text, "--output_dir", tmp_path)
-    assert result.returncode == 1
-    assert f"{tmp_path} exists and is not an empty folder. Choose another one" in result.stderr
+    with pytest.raises(SystemExit) as stop:
+        quickstart("--text", text, "--output_dir", tmp_path)
+    # Python prints a message to the error stream and exits with status 1.
+    assert stop.value.code.startswith(f"{tmp_path} exists and is not an empty folder. Choose another one")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_bert_without_a_head_gets_one(text, tokenizer, tmp_path):
+def test_bert_without_a_head_gets_one(quickstart, text, tokenizer, tmp_path):
     bert = BertModel(tiny_bert_config(vocab_size=len(tokenizer), max_position_embeddings=64))
     randomize(bert).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     result = quickstart("--bert", tmp_path / "bert", "--text", text, "--output_dir", tmp_path / "output")
     assert "has no masked-LM head: training one first" in result.stdout
     held = [claim for claim, holds in claims(result.stdout).items() if holds]
-    assert all(any(claim.startswith(start) for claim in held) for start in BUILT_IN), result.stderr
+    assert all(any(claim.startswith(start) for claim in held) for start in BUILT_IN), result.stdout
+
+
+@pytest.mark.parametrize("phase", ["1 BERT", "2 Supernet", "5 Subnet"])
+def test_interrupted_phase_ends_the_quickstart(quickstart, script, text, tmp_path, monkeypatch, phase):
+    """Ctrl-C in a phase of training ends that phase only, unless its caller looks at the status."""
+    phases = []
+
+    def train(*args, description):
+        phases.append(description)
+        return SimpleNamespace(status="interrupted" if description == phase else "finished")
+
+    monkeypatch.setattr(script, "super_pretrain", train)
+    with pytest.raises(SystemExit, match=f"Interrupted during '{phase}'. The quickstart cannot continue from here"):
+        quickstart("--text", text, "--output_dir", tmp_path / "output")
+    assert phases[-1] == phase
+    assert not (tmp_path / "output" / "subnet").exists()
+
+
+def test_heads_of_the_small_bert_look_at_their_neighbours(script, tokenizer):
+    """The first two layers attend mostly to the token 1 or 2 to the left or right of each."""
+    bert = script.make_bert(tokenizer).eval()
+    bert.set_attn_implementation("eager")
+    attentions = bert(torch.arange(20).unsqueeze(0) % len(tokenizer), output_attentions=True).attentions
+    inner = range(2, 18)
+    for head, offset in enumerate((-1, 1, -2, 2)):
+        favourites = attentions[0][0, head].argmax(dim=-1)
+        share = sum(favourites[token].item() == token + offset for token in inner) / len(inner)
+        assert share > 0.5

@@ -142,7 +142,9 @@ def test_subnet_can_be_compiled(graphs):
 
 def test_few_steps_are_warned_of(graphs, warnings):
     compile_layers(model_of(), 2, STEPS_THAT_PAY - 1, torch.device("cpu"))
-    assert warnings == [f"compile=True will not pay: {STEPS_THAT_PAY - 1} steps are too few for 2 widths to compile."]
+    assert warnings == [
+        f"torch_compile=True will not pay: {STEPS_THAT_PAY - 1} steps are too few for 2 widths to compile."
+    ]
 
 
 def test_enough_steps_are_not_warned_of(graphs, warnings):

@@ -52,7 +52,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: SuperShaperConfig) -> None:
-    """Raise a ValueError unless every token of `tokenizer` has an embedding."""
+    """Raise a ValueError unless `tokenizer` knows words, and every one of its tokens has an embedding."""
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(
+            "The tokenizer has special tokens only, so all text would be unknown to it. transformers makes such a "
+            "tokenizer for a BERT folder without tokenizer files: add them, or name another tokenizer."
+        )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens, but the model has vocab_size={config.vocab_size}: tokens from "

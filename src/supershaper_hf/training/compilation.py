@@ -32,10 +32,10 @@ def compile_layers(model: torch.nn.Module, widths: int, steps: int, device: torc
     """
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         raise RuntimeError(
-            "compile=True needs a C++ compiler on the CPU, and there is none. Install g++ or leave it out."
+            "torch_compile=True needs a C++ compiler on the CPU, and there is none. Install g++ or leave it out."
         )
     if steps < STEPS_THAT_PAY:
-        logger.warning(f"compile=True will not pay: {steps} steps are too few for {widths} widths to compile.")
+        logger.warning(f"torch_compile=True will not pay: {steps} steps are too few for {widths} widths to compile.")
     # One graph for each width, in training and in evaluation; torch gives up after 8 by default.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * widths)
     for layer in model.modules():

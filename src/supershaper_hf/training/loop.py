@@ -80,7 +80,7 @@ def super_pretrain(
     Raises:
         ValueError: If tokenizer and vocabulary disagree, `model` is a subnet and the sampling is not fixed, or no
             checkpoint is good where there are some.
-        FileExistsError: If `args.resume` is "never" and `args.output_dir` has checkpoints.
+        FileExistsError: If `args.resume_from_checkpoint` is not set and `args.output_dir` has checkpoints.
         FloatingPointError: If gradients are not finite for `args.max_skipped_steps` steps in a row.
         OSError: If a checkpoint cannot be written.
     """
@@ -102,7 +102,7 @@ def super_pretrain(
         num_workers=args.dataloader_num_workers,
         max_length=args.max_length,
         cross_documents=args.cross_documents,
-        pad_to_multiple_of=args.max_length if args.compile else None,  # another length would be another graph
+        pad_to_multiple_of=args.max_length if args.torch_compile else None,  # another length would be another graph
     )
     try:
         with caught_signals() as signals:
@@ -134,12 +134,10 @@ class Run:
         self.saved_step = 0
         self.signalled = False
         optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
-        self.scheduler = get_scheduler(
-            args.lr_scheduler_type, optimizer, math.ceil(args.warmup_ratio * args.max_steps), args.max_steps
-        )
+        self.scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(), args.max_steps)
         if args.gradient_checkpointing:
             checkpoint_layers(model, True)
-        if args.compile:
+        if args.torch_compile:
             compile_layers(model, len(self.config.width_choices or [1]), args.max_steps, accelerator.device)
         model.train()
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -225,8 +223,8 @@ class Run:
             newest = None if self.folder is None else next(iter(list_checkpoints(self.folder)), None)
             raise FloatingPointError(
                 f"The gradients were not finite in {args.max_skipped_steps} steps in a row (the last: step "
-                f"{progress.step + 1}). Lower learning_rate={args.learning_rate}, raise warmup_ratio="
-                f"{args.warmup_ratio}, or train with bf16 instead of fp16. Newest checkpoint: {newest}."
+                f"{progress.step + 1}). Lower learning_rate={args.learning_rate}, raise warmup_steps="
+                f"{args.warmup_steps}, or train with bf16 instead of fp16. Newest checkpoint: {newest}."
             )
         return norm
 
@@ -259,9 +257,10 @@ class Run:
         """Go on from the newest good checkpoint, if there is one."""
         if self.folder is None:
             return
-        if self.args.resume == "never" and list_checkpoints(self.folder):
+        if not self.args.resume_from_checkpoint and list_checkpoints(self.folder):
             raise FileExistsError(
-                f"{self.folder} holds checkpoints, and resume='never'. Choose another output_dir, or resume='auto'."
+                f"{self.folder} holds checkpoints, and resume_from_checkpoint=False. Choose another output_dir, or set "
+                "resume_from_checkpoint=True."
             )
         checkpoint = newest_good_checkpoint(self.accelerator, self.folder)
         if checkpoint is None:
@@ -304,7 +303,7 @@ class Run:
         """Return what decides the result of a run, and so has to be equal when it goes on."""
         free = {
             "output_dir",
-            "resume",
+            "resume_from_checkpoint",
             "logging_steps",
             "save_steps",
             "save_total_limit",
