@@ -2,9 +2,10 @@
 
     python benchmarks/extract.py
 
-In memory: the median, fastest and slowest of several extractions after one warm-up. From disk: the peak resident memory
-of a fresh process that runs `extract_from_folder`, beside that of a process that only imports the package, and of one
-that loads the supernet and extracts in memory. The weights are random: neither time nor memory depends on them.
+The first part prints the median, fastest and slowest time of several extractions in memory, after one that is not
+timed. The second part prints the peak resident memory of three fresh processes: one imports the package only, one runs
+`extract_from_folder`, and one loads the supernet, extracts in memory and saves. The weights are random, because neither
+time nor memory depends on them.
 """
 
 import argparse
@@ -21,9 +22,9 @@ from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperForMaskedL
 
 
 CHILD = {
-    "import only": "import supershaper_hf, supershaper_hf.convert.bert",
+    "import only": "import supershaper_hf; supershaper_hf.extract_from_folder",
     "from disk to disk": """
-from supershaper_hf.convert.bert import extract_from_folder
+from supershaper_hf import extract_from_folder
 extract_from_folder(source, shape, target)
 """,
     "load, extract, save": """
@@ -51,7 +52,7 @@ def peak_megabytes(code: str, source: Path, shape: list[int], target: Path) -> t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="Number of extractions in memory that are timed.")
     repeats = parser.parse_args().repeats
     torch.manual_seed(0)
     supernet = SuperShaperForMaskedLM(SuperShaperConfig(vocab_size=28996))

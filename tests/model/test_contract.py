@@ -99,6 +99,14 @@ def test_truncated_weights_are_named(tmp_path):
         SuperShaperForMaskedLM.from_pretrained(tmp_path)
 
 
+def test_truncated_index_of_the_weights_is_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path, max_shard_size="50KB")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(index.read_text()[:-100])
+    with pytest.raises(OSError, match=r"are damaged or cut short .* Copy the file again"):
+        SuperShaperForMaskedLM.from_pretrained(tmp_path)
+
+
 def test_weights_of_another_size_are_refused(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     tiny_config(intermediate_size=96).save_pretrained(tmp_path)

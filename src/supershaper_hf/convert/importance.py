@@ -1,12 +1,13 @@
-"""Importance of channels: put the most important ones first, since a narrowed layer keeps the first ones.
+"""Importance of channels: the most important channels come first, because a narrowed layer keeps the first ones.
 
-`channel_importances` measures how much the loss depends on each channel of a supernet, `reorder_channels` sorts every
-layer by it. The full supernet computes the same as before, and narrow ones are made of the channels that matter.
+`channel_importances` measures how much the loss depends on each channel of a supernet, and `reorder_channels` sorts
+every layer by it. The full supernet computes the same as before, and narrow shapes consist of the channels that matter.
 
-The importance of a channel is the first-order Taylor expansion of the loss in a gate g = 1 that multiplies the channel:
-(dL/dg)^2, averaged over batches (Molchanov et al. 2019, arXiv 1906.10771; for heads Michel et al. 2019, arXiv
-1905.10650). A gate on the outputs of a map scales its rows and biases, one on its inputs scales its columns, so dL/dg
-is the sum of parameter times gradient over these: one backward pass gives it for all channels, and no gate is built.
+Imagine that each channel is multiplied by a gate g = 1. The importance of the channel is (dL/dg)^2, averaged over
+batches: how fast the loss L changes when the gate closes (Molchanov et al. 2019, arXiv 1906.10771; for heads Michel et
+al. 2019, arXiv 1905.10650). A gate on an output of a linear map multiplies a row of its weight and an entry of its
+bias, and a gate on an input multiplies a column. So dL/dg is the sum of parameter times gradient over these entries.
+One backward pass gives it for all channels, and no gate has to be built.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,22 +25,22 @@ Importances = dict[str, torch.Tensor]
 def reorder_channels(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[Importances]:
     """Sort the channels of every layer by importance, most important first. The full supernet computes the same.
 
-    Hidden channels and FFN neurons are sorted as a whole, attention channels within their head. With
-    `head_slicing="prefix"`, where a narrow layer keeps the channels of the first heads, heads are sorted as well.
+    Hidden channels and FFN neurons are sorted as a whole, and attention channels within their head. With
+    `head_slicing="prefix"`, where a narrow layer keeps the channels of the first heads, the heads are sorted as well.
 
-    Do it once, after `from_bert` and before super pre-training: an optimiser's state and gradients do not follow.
-    While bottlenecks are still the identity, the narrowest shapes may lose a little more than before, because
-    neighbouring layers then keep different channels; after some training of shapes they lose less.
+    Call it once, after `from_bert` and before super pre-training, because gradients and the state of an optimiser stay
+    in the old order. While the bottlenecks are still identities, the narrowest shapes may have a slightly higher loss
+    than before, because neighbouring layers then keep different channels. After some training their loss is lower.
 
     Args:
-        model: A supernet with a head; changed in place.
+        model: A supernet with a head. It is changed in place.
         batches: As for `channel_importances`.
 
     Returns:
-        The importances by which it sorted, in the old order, as from `channel_importances`.
+        The importances that decided the order, as from `channel_importances`, in the old order.
 
     Raises:
-        ValueError: As `channel_importances`; the model is then unchanged.
+        ValueError: In the same cases as in `channel_importances`. The model is then unchanged.
 
     Example:
         >>> from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
@@ -60,9 +61,10 @@ def reorder_channels(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) 
         for module in (attention.query, attention.key, attention.value, layer.intermediate.dense, exit):
             permute(module, 1, hidden)
 
-        # A score is a sum over products of query and key channels; a value channel meets only what reads it.
+        # A score sums the products of query and key channels, so these two need the same order. Only
+        # `attended.dense` reads the value channels.
         heads = importance["heads"]
-        if model.config.head_slicing == "per_head":  # keeps a part of every head: their order means nothing
+        if model.config.head_slicing == "per_head":  # a narrow layer keeps a part of every head: their order stays
             heads = torch.zeros_like(heads)
         scores = descending_in_heads(importance["query_key"], heads)
         values = descending_in_heads(importance["value"], heads)
@@ -80,19 +82,23 @@ def reorder_channels(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) 
 def channel_importances(model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[Importances]:
     """Measure how much the loss depends on each channel of each layer, without changing the model.
 
-    The model runs in evaluation mode, and has the mode and the gradients it had before.
+    The model runs in evaluation mode. Afterwards it has the mode and the gradients that it had before.
 
     Args:
         model: A supernet with a head.
-        batches: Keyword arguments of the forward pass, labels among them, on any device. Prefer many small batches:
-            within one, gradients of both signs cancel. One without a labelled token is passed over.
+        batches: Keyword arguments of the forward pass, labels among them, on any device. Many small batches are better
+            than a few large ones, because gradients of both signs cancel within a batch. A batch without a labelled
+            token is skipped.
 
     Returns:
-        For each layer the mean squared gate gradients, on the model's device: `hidden` (hidden_size,), one gate for
-        the input bottleneck and both LayerNorms, since a narrow layer loses a channel in all three; `query_key`
-        (hidden_size,), on the channel's product in the attention scores; `value` (hidden_size,), on the attended
-        values; `heads` (num_attention_heads,), one gate for the values of a head; `neurons` (intermediate_size,), on
-        the FFN's activations.
+        For each layer a dictionary of mean squared gate gradients, on the model's device:
+
+        * `hidden` (hidden_size,): one gate for the input bottleneck and both LayerNorms, because a narrow layer loses
+          a channel in all three;
+        * `query_key` (hidden_size,): a gate on the product of a query and a key channel in the attention scores;
+        * `value` (hidden_size,): a gate on a channel of the values that attention returns;
+        * `heads` (num_attention_heads,): one gate for all values of a head;
+        * `neurons` (intermediate_size,): a gate on an activation of the FFN.
 
     Raises:
         ValueError: If the model is a subnet, no batch has a label or gives a loss, or an importance is not finite.
@@ -140,7 +146,8 @@ def channel_importances(model: Any, batches: Iterable[Mapping[str, torch.Tensor]
 
 def gate_gradients(model: Any, batch: Mapping[str, torch.Tensor]) -> list[Importances]:
     """Return dL/dg of every gate of every layer, named as by `channel_importances`, for the loss L on one batch."""
-    # Stand-ins that share the parameters' memory: they have gradients where those are frozen, and leave .grad alone.
+    # Tensors that share the memory of the parameters. They have gradients also where the parameters are frozen, and
+    # the parameters' own .grad stays as it is.
     encoder = {name: p.detach().requires_grad_() for name, p in model.named_parameters() if "encoder." in name}
     batch = {name: value.to(model.device) for name, value in batch.items()}
     with torch.enable_grad():
@@ -181,7 +188,7 @@ def gate_gradients(model: Any, batch: Mapping[str, torch.Tensor]) -> list[Import
 
 
 def descending(importance: torch.Tensor) -> torch.Tensor:
-    """Return the order from the highest to the lowest along the last axis; equal ones keep theirs."""
+    """Return the order from the highest to the lowest along the last axis. Equal ones keep their order."""
     return importance.argsort(dim=-1, descending=True, stable=True)
 
 

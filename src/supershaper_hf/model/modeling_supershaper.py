@@ -19,6 +19,7 @@ The encoder between them is in `elastic.py`. In reading order: the embeddings, w
 """
 
 from collections.abc import Sequence
+from json import JSONDecodeError
 from typing import Any
 
 import torch
@@ -131,11 +132,11 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
         """Load a supernet or a subnet from a folder or the Hub, as `PreTrainedModel.from_pretrained`.
 
         Raises:
-            OSError: If the weight file is truncated or damaged.
+            OSError: If a weight file, or the index of several, is cut short or damaged.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
+        except (SafetensorError, JSONDecodeError) as error:
             raise OSError(
                 f"The weights of {str(pretrained_model_name_or_path)!r} are damaged or cut short ({error}). Copy the "
                 "file again; if it came from the Hub, pass force_download=True once."
