@@ -1,1 +1,4 @@
-"""From files to masked batches: documents are read, cut into sequences of tokens, and masked."""
+"""From text to masked batches: `documents` reads it, `sequences` makes tokens of it, and `batches` masks them.
+
+All of it can be stored and cached, or streamed, and a training run goes on in it exactly where it stopped.
+"""
