@@ -66,6 +66,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_shapes", type=int, default=60, help="number of shapes to measure (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = parser.parse_args()
+    for name, least in {"bert_steps": 1, "super_steps": 1, "subnet_steps": 1, "num_shapes": 8}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)} is too small: use at least {least}.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if any(args.output_dir.iterdir()):
         sys.exit(f"{args.output_dir} exists and is not an empty folder. Choose another one or remove it first.")

@@ -286,40 +286,39 @@ def match_compute(summary_file: str, config: SuperShaperConfig, args: SuperPretr
     return max(1, round(summary["flops"] / training_flops(config, [shape], sequences, length, labelled)))
 
 
-def prepare(
+def train_head(
     model: SuperShaperForMaskedLM,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Any,
-    script: ScriptArguments,
+    dataset: Dataset | IterableDataset,
+    steps: int,
     args: SuperPretrainingArguments,
-) -> bool:
-    """Train a missing head and sort the channels, if asked to. Return whether this was done without an interruption.
+) -> str:
+    """Train the masked-LM head alone, and return the status of this training."""
+    head = SuperPretrainingArguments(
+        max_steps=steps,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        learning_rate=1e-3,
+        sampling="fixed",
+        mlm_probability=args.mlm_probability,
+        max_length=args.max_length,
+        cross_documents=args.cross_documents,
+        mixed_precision=args.mixed_precision,
+        seed=args.seed,
+    )
+    model.bert.requires_grad_(False)
+    summary = super_pretrain(model, tokenizer, dataset, head, description="Head only")
+    model.bert.requires_grad_(True)
+    return summary.status
 
-    A run that ends before its first checkpoint prepares its model again, with the same result.
-    """
-    if script.head_steps:
-        model.bert.requires_grad_(False)
-        head = SuperPretrainingArguments(
-            max_steps=script.head_steps,
-            per_device_train_batch_size=args.per_device_train_batch_size,
-            learning_rate=1e-3,
-            sampling="fixed",
-            mlm_probability=args.mlm_probability,
-            max_length=args.max_length,
-            cross_documents=args.cross_documents,
-            mixed_precision=args.mixed_precision,
-            seed=args.seed,
-        )
-        summary = super_pretrain(model, tokenizer, dataset, head, description="Head only")
-        model.bert.requires_grad_(True)
-        if summary.status == "interrupted":
-            return False
-    if script.reorder:
-        sample = dataset.select(range(min(len(dataset), 256)))
-        reorder_channels(
-            model, fixed_masks(sample, tokenizer, args.per_device_train_batch_size, args.mlm_probability, args.seed)
-        )
-    return True
+
+def reorder(
+    model: SuperShaperForMaskedLM, tokenizer: PreTrainedTokenizerBase, dataset: Any, args: SuperPretrainingArguments
+) -> None:
+    """Sort the channels of `model` by their importance on 256 sequences."""
+    sample = dataset.select(range(min(len(dataset), 256)))
+    reorder_channels(
+        model, fixed_masks(sample, tokenizer, args.per_device_train_batch_size, args.mlm_probability, args.seed)
+    )
 
 
 def main() -> int:
@@ -330,12 +329,16 @@ def main() -> int:
     if script.match_compute:
         count = partial(match_compute, script.match_compute, model.config, args, accelerator.num_processes)
         args = replace(args, max_steps=on_every_process(count, accelerator))
-    has_checkpoint = on_main_process(lambda: bool(list_checkpoints(str(args.output_dir))), accelerator)
-    if not has_checkpoint and not prepare(model, tokenizer, dataset, script, args):
-        accelerator.print(
-            "Interrupted while the head was trained. There is no checkpoint yet: the same command starts anew."
-        )
-        return 0
+
+    # A checkpoint holds a model that was prepared. Without one it is prepared again, with the same result.
+    if not on_main_process(lambda: list_checkpoints(str(args.output_dir)), accelerator):
+        if script.head_steps and train_head(model, tokenizer, dataset, script.head_steps, args) == "interrupted":
+            accelerator.print("Interrupted while the head was trained, before the first checkpoint.")
+            accelerator.print("Start the same command again: it begins from the start.")
+            return 0
+        if script.reorder:
+            on_every_process(partial(reorder, model, tokenizer, dataset, args), accelerator)
+
     card = {"repo_id": script.push_to_hub} if script.push_to_hub else {}
     if not Path(str(script.model_name_or_path)).exists():
         card["base_model"] = str(script.model_name_or_path)

@@ -123,6 +123,16 @@ def test_occupied_output_folder_is_refused_and_left_alone(quickstart, text, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize(
+    ("name", "least"), [("bert_steps", 1), ("super_steps", 1), ("subnet_steps", 1), ("num_shapes", 8)]
+)
+def test_number_that_is_too_small_is_refused_at_once(quickstart, capsys, tmp_path, name, least):
+    with pytest.raises(SystemExit):
+        quickstart(f"--{name}={least - 1}", "--output_dir", tmp_path / "output")
+    assert f"--{name} {least - 1} is too small: use at least {least}." in capsys.readouterr().err
+    assert not (tmp_path / "output").exists()
+
+
 def test_bert_without_a_head_gets_one(quickstart, text, tokenizer, tmp_path):
     bert = BertModel(tiny_bert_config(vocab_size=len(tokenizer), max_position_embeddings=64))
     randomize(bert).save_pretrained(tmp_path / "bert")

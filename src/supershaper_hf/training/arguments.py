@@ -17,6 +17,7 @@ from ..model.shapes import DISTRIBUTIONS
 from .distillation import Objective
 
 
+PRECISIONS = ("no", "bf16", "fp16")
 COUNTS = {  # option -> its smallest value
     "max_steps": 1,
     "per_device_train_batch_size": 1,
@@ -54,7 +55,7 @@ CHOICES = {  # option -> its values
     ),
     "sampling": ("sandwich", "random", "fixed"),
     "distribution": DISTRIBUTIONS,
-    "mixed_precision": ("no", "bf16", "fp16"),
+    "mixed_precision": PRECISIONS,
 }
 OBJECTIVE = (  # options that `Objective` checks
     "distillation_weight",
@@ -217,10 +218,10 @@ class SuperPretrainingArguments:
         if self.output_dir is not None:
             self.output_dir = os.fspath(self.output_dir)
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if self.mixed_precision is None and launched not in CHOICES["mixed_precision"]:
+        if self.mixed_precision is None and launched not in PRECISIONS:
             raise ValueError(
                 f"`accelerate launch` was told mixed_precision={launched!r}. Allowed for super pre-training: "
-                f"{', '.join(CHOICES['mixed_precision'])}."
+                f"{', '.join(PRECISIONS)}."
             )
 
     def _check_shapes(self) -> None:
