@@ -1,7 +1,7 @@
-"""What the processes of one run agree on: how many they are, and whether one of them has failed.
+"""What the processes of one run have in common: their number, and an error that one of them has met.
 
-A process that raises an error while the others wait for it makes them wait for ever. `on_main_process` and
-`on_every_process` let each process raise the error of any other one.
+If one process stops with an error while the others wait for it, they wait for ever. `on_main_process` and
+`on_every_process` raise the error of one process on all of them.
 """
 
 import os
@@ -18,59 +18,88 @@ Result = TypeVar("Result")
 
 
 def start_accelerator(**options: Any) -> Accelerator:
-    """Return an `Accelerator` that knows every process that a launcher has started.
+    """Return an `Accelerator` that knows all processes that the launcher has started.
 
-    On a machine without a GPU, Accelerate takes each process of `torchrun` for the only one, unless it is told to use
-    the CPU: all would train on the same data and write to the same folder. So it is told.
+    On a machine without a GPU, Accelerate ignores the other processes of `torchrun` unless it is told to use the CPU.
+    Then every process would train on the same data and write to the same folder. So this function tells it.
 
     Args:
-        **options: Passed to `Accelerator`: `mixed_precision`, `log_with`, `kwargs_handlers`, ...
+        **options: Arguments of `Accelerator`: `mixed_precision`, `log_with`, `kwargs_handlers`, ...
 
     Raises:
-        RuntimeError: If Accelerate still sees another number of processes than the launcher started.
+        RuntimeError: If Accelerate still sees fewer processes than the launcher has started.
+
+    Example:
+        >>> start_accelerator().num_processes
+        1
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and not torch.accelerator.is_available():
         options = {"cpu": True, **options}
     accelerator = Accelerator(**options)
-    if accelerator.num_processes != launched:
+    if accelerator.num_processes < launched:
         raise RuntimeError(
-            f"The launcher started {launched} processes (WORLD_SIZE), but Accelerate sees {accelerator.num_processes}. "
-            "Make no Accelerator or PartialState before this one, start with `accelerate launch`, and on machines "
-            "without a GPU set ACCELERATE_USE_CPU=true."
+            f"The launcher has started {launched} processes (WORLD_SIZE), but Accelerate sees "
+            f"{accelerator.num_processes}. Start them with `accelerate launch` or `torchrun`, and create no "
+            "Accelerator or PartialState before this one. To train on CPUs, set ACCELERATE_USE_CPU=true."
         )
     return accelerator
 
 
 def on_main_process(act: Callable[[], Result], accelerator: Accelerator | None) -> Result:
-    """Let the main process `act`, and return its result on every process.
+    """Call `act` on the main process, and return its result on every process.
+
+    Args:
+        act: The function. If there are several processes, its result has to be picklable.
+        accelerator: The processes, all of which have to call this function; `None` for a single one.
 
     Raises:
-        Exception: On every process, what `act` has raised on the main one.
+        Exception: On every process, the error that `act` has raised on the main process. Where such an error cannot be
+            sent to the other processes as it is, they raise a RuntimeError with its type and text.
+
+    Example:
+        >>> on_main_process(lambda: 42, accelerator=None)
+        42
     """
-    outcome: list[Any] = [None, None]
-    if accelerator is None or accelerator.is_main_process:
-        outcome = _outcome_of(act)
-    if accelerator is not None and accelerator.num_processes > 1:
-        outcome = broadcast_object_list([outcome[0], _portable(outcome[1])])
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    if accelerator is None or accelerator.num_processes == 1:
+        return act()
+    result: Any = None
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        result, error = _outcome(act)
+    if error is None and not _can_be_sent(result):
+        error = TypeError(f"A {type(result).__name__} cannot be sent to the other processes.")
+    sent = broadcast_object_list([None if error is not None else result, _portable(error)])
+    if not accelerator.is_main_process:
+        result, error = sent
+    if error is not None:
+        raise error
+    return result
 
 
 def on_every_process(act: Callable[[], Result], accelerator: Accelerator | None) -> Result:
-    """Let every process `act`, and return its own result on each.
+    """Call `act` on every process, and return on each what it has returned there.
+
+    Args:
+        act: The function.
+        accelerator: The processes, all of which have to call this function; `None` for a single one.
 
     Raises:
-        Exception: On every process, what `act` has raised on the first process where it has.
+        Exception: On a process where `act` has raised an error, that error. On the others the first of these errors,
+            or a RuntimeError with its type and text where it cannot be sent as it is.
+
+    Example:
+        >>> on_every_process(lambda: 42, accelerator=None)
+        42
     """
-    result, error = _outcome_of(act)
-    errors = [error]
-    if accelerator is not None and accelerator.num_processes > 1:
-        errors = gather_object([_portable(error)])
-    for error in errors:
-        if error is not None:
-            raise error
+    if accelerator is None or accelerator.num_processes == 1:
+        return act()
+    result, error = _outcome(act)
+    errors = [other for other in gather_object([_portable(error)]) if other is not None]
+    if error is not None:
+        raise error
+    if errors:
+        raise errors[0]
     return result
 
 
@@ -93,17 +122,27 @@ def main_process_first(act: Callable[[], Result], accelerator: Accelerator) -> R
     return on_every_process(lambda: results[0] if results else act(), accelerator)
 
 
-def _outcome_of(act: Callable[[], Result]) -> list[Any]:
+def _outcome(act: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """Return the result of `act` and the error that it has raised. Ctrl-C is no error: it reaches every process."""
     try:
-        return [act(), None]
-    except Exception as error:  # whatever it is, the others have to hear of it
-        return [None, error]
+        return act(), None
+    except Exception as error:
+        return None, error
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """Return an error that other processes can read: one that cannot be pickled becomes a RuntimeError."""
+    """Return `error` if another process can read it without a change, else a RuntimeError with its type and text."""
     try:
-        pickle.loads(pickle.dumps(error))
-        return error
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        read = pickle.loads(pickle.dumps(error))
+        same = type(read) is type(error) and str(read) == str(error)
+    except Exception:  # its class decides what pickling raises
+        same = False
+    return error if same else RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _can_be_sent(result: Any) -> bool:
+    try:
+        pickle.loads(pickle.dumps(result))
+        return True
+    except Exception:  # its class decides what pickling raises
+        return False
