@@ -1,9 +1,10 @@
-"""The exact front: time, memory, and how far evolutionary search is from it.
+"""Measure the time and the memory of the exact Pareto front, and how near evolutionary search comes to it.
 
-    python benchmarks/search.py                             # a synthetic truth
-    python benchmarks/search.py --records measured.csv      # a truth fitted on measured shapes: layer_0, ..., loss
+    python benchmarks/search.py                             # an invented predictor is the truth
+    python benchmarks/search.py --records measured.csv      # the truth is fitted on measured shapes: layer_0, ..., loss
 
-12 layers, 7 widths, bert-base sizes. The truth is a predictor with terms of neighbouring layers.
+The search space has 12 layers and 7 widths, as for BERT-base. The truth is a predictor with terms of neighbouring
+layers.
 """
 
 import argparse
@@ -14,13 +15,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from predictor import read
 
-from supershaper_hf import SearchSpace, SuperShaperConfig
+from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperConfig, evolutionary_search, pareto_front
+from supershaper_hf.checks import check_count
 from supershaper_hf.report.tables import text_table
-from supershaper_hf.search.evolution import evolutionary_search
-from supershaper_hf.search.pareto import pareto_front
-from supershaper_hf.search.predictor import ShapePredictor
 
 
 BUDGETS = (45e6, 63e6, 80e6)
@@ -36,8 +34,8 @@ for line in open("/proc/self/status"):
 """
 
 
-def synthetic_truth(space: SearchSpace, seed: int = 0) -> ShapePredictor:
-    """Return a predictor in which wider is better, by random amounts, and neighbours interact."""
+def invented_truth(space: SearchSpace, seed: int = 0) -> ShapePredictor:
+    """Return a predictor with random terms: a wider layer lowers the loss, and neighbouring layers interact."""
     random = np.random.default_rng(seed)
     layers, widths = space.num_layers, len(space.width_choices)
     gains = np.diff(space.width_choices) / 768 * random.gamma(2.0, 0.05, size=(layers, widths - 1))
@@ -69,13 +67,13 @@ def exact(space: SearchSpace, truth: ShapePredictor, folder: Path) -> None:
     print(f"peak memory of a process: {peaks['front']:.0f} MB, of which imports {peaks['import']:.0f} MB\n")
 
 
-def evolution(space: SearchSpace, truth: ShapePredictor, seeds: int) -> None:
+def evolution(space: SearchSpace, truth: ShapePredictor, num_seeds: int) -> None:
     front = pareto_front(space, truth)
     rows = []
     for budget in BUDGETS:
         best = truth.predict([front.best(budget)])[0]
         gaps, seconds, candidates = [], [], []
-        for seed in range(seeds):
+        for seed in range(num_seeds):
             start = time.perf_counter()
             result = evolutionary_search(space, truth, {"parameters": budget}, seed=seed)
             seconds.append(time.perf_counter() - start)
@@ -87,7 +85,7 @@ def evolution(space: SearchSpace, truth: ShapePredictor, seeds: int) -> None:
                 "exact perplexity": float(np.exp(best)),
                 "median gap": f"{np.expm1(statistics.median(gaps)):.3%}",
                 "largest gap": f"{np.expm1(max(gaps)):.3%}",
-                "exact found": f"{sum(gap < 1e-9 for gap in gaps)} of {seeds}",
+                "exact found": f"{sum(gap < 1e-9 for gap in gaps)} of {num_seeds}",
                 "seconds": f"{statistics.median(seconds):.2f}",
                 "candidates/s": f"{sum(candidates) / sum(seconds):,.0f}",
             }
@@ -98,15 +96,23 @@ def evolution(space: SearchSpace, truth: ShapePredictor, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=Path, help="CSV or records.jsonl of a space with the same 12 x 7 widths")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument(
+        "--records", type=Path, help="CSV or records.jsonl of shapes with the same 12 layers and 7 widths"
+    )
+    parser.add_argument("--num_seeds", type=int, default=10, help="evolutionary searches per budget")
     parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark_search"))
     args = parser.parse_args()
+    check_count("--num_seeds", args.num_seeds)
     args.folder.mkdir(parents=True, exist_ok=True)
     space = SearchSpace(SuperShaperConfig(vocab_size=28996))
-    truth = ShapePredictor.fit(*read(args.records)) if args.records else synthetic_truth(space)
+    if args.records:
+        from predictor import read  # it needs scikit-learn
+
+        truth = ShapePredictor.fit(*read(args.records))
+    else:
+        truth = invented_truth(space)
     exact(space, truth, args.folder)
-    evolution(space, truth, args.seeds)
+    evolution(space, truth, args.num_seeds)
 
 
 if __name__ == "__main__":
