@@ -1,12 +1,13 @@
-"""How well shapes that were not measured are predicted: the additive predictor beside boosted trees.
+"""How well are shapes predicted that were not measured? The additive predictor is compared with boosted trees.
 
     pip install -e '.[benchmarks]'
     python benchmarks/predictor.py --records measured.csv       # columns layer_0, layer_1, ..., loss
     python benchmarks/predictor.py --records records.jsonl      # of examples/search_shapes.py
 
-Five-fold cross-validation, then fits on a few random rows, tested on all others; means over repetitions. R2 is that of
-perplexity. The trees are scikit-learn's, in the better of two settings, chosen by their test score: an advantage that
-the predictor does not get. `--largest P` is the measured perplexity of the largest shape, to see who can extrapolate.
+First comes five-fold cross-validation, then fits on a few random rows that are tested on all other rows. The numbers
+are means over repetitions, and R2 is that of perplexity. The trees are those of scikit-learn in two settings; to compare
+with the better one gives them an advantage, since it is known only after the test. `--largest P` gives the measured
+perplexity of the largest shape, to see which predictor can extrapolate to it.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def read(file: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score(losses: np.ndarray, predicted: np.ndarray) -> list[float]:
-    """R2 of perplexity, Spearman, Kendall, root mean square error in nats."""
+    """Return R2 of perplexity, Spearman's and Kendall's rank correlations, and the root mean square error in nats."""
     truth, guess = np.exp(losses), np.exp(predicted)
     r2 = 1 - ((truth - guess) ** 2).sum() / ((truth - truth.mean()) ** 2).sum()
     ranks = float(spearmanr(losses, predicted).statistic), float(kendalltau(losses, predicted).statistic)
@@ -80,7 +81,7 @@ def splits(n: int, train: int | None, repetitions: int) -> list[tuple[np.ndarray
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, required=True)
-    parser.add_argument("--repetitions", type=int, default=10)
+    parser.add_argument("--repetitions", type=int, default=10, help="draws of the training rows")
     parser.add_argument("--largest", type=float, help="measured perplexity of the largest shape")
     args = parser.parse_args()
     shapes, losses = read(args.records)
@@ -113,7 +114,7 @@ def main() -> None:
 
 
 def calibrate(shapes: np.ndarray, losses: np.ndarray, repetitions: int) -> None:
-    """Print the standard deviation of errors over predicted standard deviations: 1 where these are right."""
+    """Print the standard deviation of errors divided by predicted standard deviations. It is 1 if these are right."""
     for train in (50, 200):
         ratios = []
         for rest, test in splits(len(shapes), train, repetitions):

@@ -1,15 +1,17 @@
-"""What measuring in rounds saves, against random shapes: how good is the shape one would choose after n measurements?
+"""How much does measuring in rounds save? How good is the shape that one chooses after measuring n shapes?
 
-    python benchmarks/rounds.py                             # a synthetic truth: 12 layers, 7 widths
-    python benchmarks/rounds.py --records measured.csv      # a truth fitted on measured shapes: layer_0, ..., loss
+    python benchmarks/rounds.py                             # made-up losses: 12 layers, 7 widths
+    python benchmarks/rounds.py --records measured.csv      # a predictor of measured shapes: layer_0, ..., loss
     python benchmarks/rounds.py --model outputs/quickstart/supernet --text examples/data/presidential_addresses.txt
 
-One would choose the best measured shape for a budget, or one that is predicted to be better. Compared is its loss.
+For a budget, one chooses the best measured shape, or a shape that is predicted to be better. The loss of this shape is
+compared, after random shapes and after rounds.
 
-Without `--model`, losses are a predictor's, with terms of neighbouring layers, and every shape deviates from that sum
-by as much as the fit leaves unexplained, always by the same. What is printed is the distance from the best sum; shapes
-that deviate downwards can beat it. With `--model`, losses are measured on the documents that `examples/quickstart.py`
-holds out, and the distance is that from the best shape that any of the compared searches has come across.
+Without `--model`, a predictor with terms of neighbouring layers gives the losses, and every shape deviates from its sum
+by a random amount of its own, about as large as the error of the fit. The benchmark prints the distance from the best
+sum, which shapes that deviate downwards can beat. With `--model`, losses are measured on the documents that
+`examples/quickstart.py` holds out, and the distance is that from the best shape that any of the compared searches has
+measured.
 """
 
 import argparse
@@ -39,11 +41,11 @@ Records = list[dict[str, Any]]
 
 
 class Truth:
-    """Losses of shapes, each computed once.
+    """The losses of shapes. The loss of each shape is computed once.
 
     Args:
         space: The search space.
-        losses: Of many shapes, in nats.
+        losses: A function that returns the losses of many shapes in nats.
     """
 
     def __init__(self, space: SearchSpace, losses: Losses):
@@ -63,12 +65,13 @@ class Truth:
 
 
 def deviating(truth: ShapePredictor, noise: float, seed: int, shapes: list[list[int]]) -> list[float]:
+    """Return what `truth` predicts plus a deviation of each shape, which is always the same for one seed."""
     errors = [np.random.default_rng((seed, *shape)).normal(0, noise) for shape in shapes]
     return (truth.predict(shapes) + errors).tolist()
 
 
 def of_supernet(folder: str, text: list[str], max_sequences: int) -> Truth:
-    """Return the measured losses of a supernet on held-out documents."""
+    """Return a truth that measures the losses of a supernet on held-out documents."""
     model, tokenizer = SuperShaperForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     _, held_out = split_text(load_text(text), held_out=0.1, seed=0)
     sequences = tokenize(held_out, tokenizer, model.config.max_position_embeddings)
@@ -83,22 +86,22 @@ def of_supernet(folder: str, text: list[str], max_sequences: int) -> Truth:
 def recommend(space: SearchSpace, records: Records, budget: float) -> list[int]:
     """Return the shape to choose for a budget: a measured one, or one that is predicted to be better."""
     shapes, losses = np.array([r["shape"] for r in records]), np.array([r["loss"] for r in records])
-    predictor = ShapePredictor.fit(shapes, losses)
+    predictor = ShapePredictor.fit_records(records)
     within = np.where(space.num_parameters(shapes) <= budget, losses, np.inf)
     best = pareto_front(space, predictor).best(budget)
-    return best if predictor.predict([best])[0] < within.min() else shapes[within.argmin()].tolist()
+    return best if predictor.predict(best) < within.min() else shapes[within.argmin()].tolist()
 
 
 def compare(
-    truths: Sequence[Truth], budgets: Sequence[float], counts: Sequence[int], ideal: Callable[[], np.ndarray]
+    truths: Sequence[Truth], budgets: Sequence[float], num_shapes: Sequence[int], ideal: Callable[[], np.ndarray]
 ) -> None:
     """Print by how much the recommended shapes are worse than `ideal`, after random shapes and after rounds.
 
     Args:
-        truths: One for each seed.
-        budgets: In parameters.
-        counts: Numbers of measurements.
-        ideal: Called at the end: the loss to compare with for each budget.
+        truths: The truth of each seed.
+        budgets: Budgets in parameters.
+        num_shapes: Numbers of shapes to measure.
+        ideal: A function, called at the end, that returns the loss to compare with for each budget.
     """
     space = truths[0].space
 
@@ -117,10 +120,11 @@ def compare(
     if len(budgets) <= 5:
         hows["in rounds, each budget alone"] = [[budget] for budget in budgets]
     hows["in rounds, all budgets at once"] = [budgets]
-    found = {how: [losses(count, targets) for count in counts] for how, targets in hows.items()}
+    found = {how: [losses(count, targets) for count in num_shapes] for how, targets in hows.items()}
     best = ideal()
     rows = [
-        {"n": n, **{how: f"{np.mean(found[how][place] - best):+.4f}" for how in hows}} for place, n in enumerate(counts)
+        {"shapes": count, **{how: f"{np.mean(found[how][place] - best):+.4f}" for how in hows}}
+        for place, count in enumerate(num_shapes)
     ]
     print(
         f"budgets {', '.join(f'{budget:,.0f}' for budget in budgets)}: nats above the best, mean of {len(truths)} seeds"
@@ -134,18 +138,20 @@ def main() -> None:
     parser.add_argument("--model", help="a supernet to measure")
     parser.add_argument("--text", nargs="+", help="documents; the tenth that the quickstart holds out is used")
     parser.add_argument("--max_sequences", type=int, default=500)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--counts", type=int, nargs="+", default=[24, 36, 48, 72, 96, 144, 216], help="measurements")
+    parser.add_argument("--seeds", type=int, default=10, help="repetitions")
+    parser.add_argument(
+        "--num_shapes", type=int, nargs="+", default=[24, 36, 48, 72, 96, 144, 216], help="shapes to measure"
+    )
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", "Shapes left out")  # after 24 measurements that is no surprise
+    warnings.filterwarnings("ignore", "Shapes left out")  # this is expected after 24 measurements
     if args.model:
         truth = of_supernet(args.model, args.text, args.max_sequences)
         smallest, largest = (truth.space.num_parameters(s) for s in (truth.space.smallest, truth.space.largest))
         budgets = [smallest + part * (largest - smallest) for part in (0.25, 0.5, 0.75)]
-        compare([truth] * args.seeds, budgets, args.counts, partial(truth.best_known, budgets))
+        compare([truth] * args.seeds, budgets, args.num_shapes, partial(truth.best_known, budgets))
         print(f"{len(truth.known):,} shapes measured")
         return
-    space = SearchSpace(SuperShaperConfig(vocab_size=28996))
+    space = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996))
     fitted, noise = synthetic_truth(space), 0.01
     if args.records:
         fitted = ShapePredictor.fit(*read(args.records))
@@ -155,7 +161,7 @@ def main() -> None:
     for budgets in (list(BUDGETS), MANY_BUDGETS):
         truths = [Truth(space, partial(deviating, fitted, noise, seed)) for seed in range(args.seeds)]
         best = fitted.predict([front.best(budget) for budget in budgets])
-        compare(truths, budgets, args.counts, lambda best=best: best)
+        compare(truths, budgets, args.num_shapes, lambda best=best: best)
 
 
 if __name__ == "__main__":

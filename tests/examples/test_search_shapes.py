@@ -1,22 +1,29 @@
-"""`examples/search_shapes.py` as a user runs it: a real supernet and text on disk, one and two processes."""
+"""`examples/search_shapes.py` on a real supernet and text on disk.
 
+Most tests call `main` in this process, because a new one takes seconds to import the libraries.
+"""
+
+import contextlib
 import importlib.util
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import randomize, tiny_config
 from datasets import Dataset
 from hub_server import HubServer
+from huggingface_hub import close_session, constants
 from launching import ENVIRONMENT, launcher
 from texts import random_documents
 
-from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperConfig, SuperShaperForMaskedLM
-from supershaper_hf.latency.table import LatencyTable
+from supershaper_hf import LatencyTable, SearchSpace, ShapePredictor, SuperShaperConfig, SuperShaperForMaskedLM
+from supershaper_hf.files import lock
 from supershaper_hf.search.records import read_records
 
 
@@ -25,6 +32,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "search_shapes.py"
 OPTIONS = [
     "--num_shapes=24",
     "--max_length=12",
+    "--max_eval_sequences=24",
     "--per_device_eval_batch_size=8",
     "--mlm_probability=0.4",
     "--num_budgets=4",
@@ -32,41 +40,66 @@ OPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """A supernet whose layers do something, with its tokenizer, and a text."""
+def script():
+    spec = importlib.util.spec_from_file_location("search_shapes", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # Two shapes of each size and two runs of each: what they tell is tested in tests/latency.
+    module.compare_equal_sizes = partial(module.compare_equal_sizes, num_shapes=2, repeats=2)
+    return module
+
+
+def save_supernet(folder, seed=0, **changes):
+    """Save a supernet whose layers do something, with its tokenizer; return it."""
     from conftest import SPECIAL_TOKENS, WORDS
     from transformers import BertTokenizer
 
-    folder = tmp_path_factory.mktemp("inputs")
     tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(SPECIAL_TOKENS + WORDS)})
-    model = randomize(SuperShaperForMaskedLM(tiny_config(vocab_size=len(tokenizer), num_hidden_layers=6)))
-    model.save_pretrained(folder / "supernet")
-    tokenizer.save_pretrained(folder / "supernet")
+    config = tiny_config(**{"vocab_size": len(tokenizer), "num_hidden_layers": 6, **changes})
+    model = randomize(SuperShaperForMaskedLM(config), seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Options that name a supernet and a text."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_supernet(folder / "supernet")
     (folder / "text.txt").write_text("\n".join(random_documents(20)["text"]), encoding="utf-8")
     return ["--model", str(folder / "supernet"), "--eval_files", str(folder / "text.txt")]
 
 
-def search(inputs, output, *options, launcher=(), environment=ENVIRONMENT):
-    command = [sys.executable, *launcher, str(SCRIPT), *inputs, "--output_dir", str(output), *OPTIONS, *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+@pytest.fixture(scope="module")
+def search(script, inputs):
+    """Run the script in this process, and return what it prints. Later options win."""
+
+    def run(output, *options):
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            assert script.main([*inputs, "--output_dir", str(output), *OPTIONS, *options]) == 0
+        return text.getvalue()
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def first_run(inputs, tmp_path_factory):
+def first_run(search, tmp_path_factory):
+    """What the script has printed, and its folder."""
     folder = tmp_path_factory.mktemp("run") / "search"
-    return search(inputs, folder, "--latency=cpu", "--insensitivity", "--max_cost=90000"), folder
+    return search(folder, "--latency=cpu", "--insensitivity", "--max_cost=90000"), folder
 
 
 def test_everything_is_written_and_the_page_is_printed(first_run):
-    done, folder = first_run
-    assert done.returncode == 0, done.stderr
+    printed, folder = first_run
     names = {file.name for file in folder.iterdir()}
     files = (
         "config.json records.jsonl records.parquet predictor.json latency.json insensitivity.json front.csv report.md"
     )
     assert set(files.split()) <= names
-    assert (folder / "report.md").read_text().strip() in done.stdout
-    assert "Predictor: R2" in done.stdout
+    assert (folder / "report.md").read_text().strip() in printed
+    assert "Predictor: R2" in printed
 
 
 def check_that_the_front_was_measured(folder):
@@ -87,21 +120,19 @@ def test_shapes_of_the_front_are_measured_after_the_fit(first_run):
     check_that_the_front_was_measured(folder)
 
 
-def test_flops_are_those_of_the_measured_length(inputs, tmp_path):
-    done = search(inputs, tmp_path / "search", "--cost=flops")
-    assert done.returncode == 0, done.stderr
-    assert "GFLOPs (12 tokens)" in done.stdout
+def test_flops_are_those_of_the_measured_length(search, tmp_path):
+    assert "GFLOPs (12 tokens)" in search(tmp_path / "search", "--cost=flops")
     check_that_the_front_was_measured(tmp_path / "search")
 
 
-def test_space_without_shapes_of_equal_size_has_no_insensitivity_report(inputs, tmp_path):
-    vocab_size = SuperShaperConfig.from_pretrained(inputs[1]).vocab_size
-    supernet = SuperShaperForMaskedLM(tiny_config(vocab_size=vocab_size, width_choices=[8, 48]))
-    supernet.save_pretrained(tmp_path / "supernet")
-    inputs = ["--model", str(tmp_path / "supernet"), "--tokenizer", *inputs[1:]]
-    done = search(inputs, tmp_path / "search", "--num_shapes=8", "--rounds=1", "--latency=cpu", "--insensitivity")
-    assert done.returncode == 0, done.stderr
-    assert "No insensitivity report: Only 0 shapes are within" in done.stdout
+def test_space_without_shapes_of_equal_size_has_no_comparison_of_them(search, inputs, tmp_path):
+    supernet = SuperShaperForMaskedLM(
+        save_supernet(tmp_path / "other", num_hidden_layers=3, width_choices=[8, 48]).config
+    )
+    supernet.save_pretrained(tmp_path / "supernet")  # without a tokenizer
+    options = ["--num_shapes=8", "--rounds=1", "--latency=cpu", "--insensitivity"]
+    printed = search(tmp_path / "search", "--model", str(tmp_path / "supernet"), "--tokenizer", inputs[1], *options)
+    assert "No comparison of shapes of equal size: 0 shapes have" in printed
     assert not (tmp_path / "search" / "insensitivity.json").exists()
 
 
@@ -113,69 +144,72 @@ def test_records_are_a_data_set_with_parameters(first_run):
     assert all(row["parameters"] == space.num_parameters(row["shape"]) for row in stored)
 
 
-def test_same_command_again_measures_nothing_and_makes_the_same_page(first_run, inputs):
+def test_same_command_again_measures_nothing_and_makes_the_same_page(first_run, search):
     _, folder = first_run
     before = {
-        name: (folder / name).read_bytes() for name in ("records.jsonl", "report.md", "front.csv", "latency.json")
+        name: (folder / name).read_bytes()
+        for name in ("records.jsonl", "report.md", "front.csv", "latency.json", "insensitivity.json")
     }
-    done = search(inputs, folder, "--latency=cpu", "--insensitivity", "--max_cost=90000")
-    assert done.returncode == 0, done.stderr
+    search(folder, "--latency=cpu", "--insensitivity", "--max_cost=90000")
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
-def test_killed_run_goes_on_and_ends_with_the_same_records(first_run, inputs, tmp_path):
+@pytest.mark.filterwarnings(r"ignore:.*records\.jsonl")  # it says that half a line does not count
+def test_killed_run_goes_on_and_ends_with_the_same_records(first_run, search, tmp_path):
     _, folder = first_run
     lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "records.jsonl").write_bytes(b"".join(lines[:13]) + lines[13][:20])  # as a kill leaves it
-    done = search(inputs, tmp_path / "search", "--max_cost=90000")
-    assert done.returncode == 0, done.stderr
+    search(tmp_path / "search", "--max_cost=90000")
     assert (tmp_path / "search" / "records.jsonl").read_bytes() == b"".join(lines)
 
 
 def test_two_processes_write_what_one_does(first_run, inputs, tmp_path):
     _, folder = first_run
-    done = search(inputs, tmp_path / "search", "--max_cost=90000", launcher=launcher())
+    options = [*inputs, "--output_dir", str(tmp_path / "search"), *OPTIONS, "--max_cost=90000"]
+    command = [sys.executable, *launcher(), str(SCRIPT), *options]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "search" / "records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
     assert done.stdout.count("Written: ") == 1
 
 
-def test_results_are_published_beside_the_supernet(first_run, inputs, tmp_path):
+@pytest.mark.filterwarnings("ignore:It seems that you are about to commit a data file")  # yes, beside the model
+def test_results_are_published_beside_the_supernet(first_run, search, tmp_path, monkeypatch):
     folder = shutil.copytree(first_run[1], tmp_path / "search")
     with HubServer() as server:
-        environment = ENVIRONMENT | server.environment(tmp_path / "cache")
-        done = search(inputs, folder, "--max_cost=90000", "--push_to_hub=user/supernet", environment=environment)
-        assert done.returncode == 0, done.stderr
+        for name, value in {"ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        close_session()  # the next one reads NO_PROXY
+        printed = search(folder, "--max_cost=90000", "--push_to_hub=user/supernet")
+        close_session()
         published = server.repos["user/supernet"].files()
     assert {"search/records.jsonl", "search/records.parquet", "search/report.md"} <= published.keys()
     assert published["search/records.jsonl"] == (folder / "records.jsonl").read_bytes()
-    assert "user/supernet/commit/" in done.stdout
+    assert "user/supernet/commit/" in printed
 
 
-def test_records_of_another_model_are_refused(first_run, inputs, tmp_path):
-    _, folder = first_run
-    (tmp_path / "search").mkdir()
-    first, *rest = (folder / "records.jsonl").read_text().splitlines()
-    header = json.loads(first) | {"model": "0" * 64}
-    (tmp_path / "search" / "records.jsonl").write_text("\n".join([json.dumps(header), *rest]) + "\n")
-    done = search(inputs, tmp_path / "search")
-    assert done.returncode == 1
-    assert "holds records of another model" in done.stderr
+def test_records_of_another_model_are_refused_and_both_names_of_the_file_are_said(first_run, search, tmp_path):
+    folder = shutil.copytree(first_run[1], tmp_path / "search")
+    save_supernet(tmp_path / "supernet", seed=1)
+    with pytest.raises(ValueError, match="another model") as caught:
+        search(folder, "--model", str(tmp_path / "supernet"))
+    assert f"records.jsonl in the folder that --output_dir names: {folder}" in caught.value.__notes__[0]
 
 
-def test_budget_in_seconds_is_searched_for_and_answered(inputs, tmp_path):
+def test_budget_in_seconds_is_searched_for_and_answered(search, inputs, tmp_path):
     folder = tmp_path / "search"
     folder.mkdir()
     config = SuperShaperConfig.from_pretrained(inputs[1])
-    table = LatencyTable.measure(config, sequence_length=12, repeats=3)
+    table = LatencyTable.measure(SearchSpace.from_config(config), sequence_length=12, repeats=3)
     table.save(folder / "latency.json")
     least, most = table.predict([[8] * 6, [48] * 6])
     budget = (least + most) / 2
-    done = search(inputs, folder, "--latency=cpu", "--cost=latency", f"--max_cost={budget}")
-    assert done.returncode == 0, done.stderr
-    assert "The exact Pareto front of latency" in done.stdout
-    answer = done.stdout.split("The best measured shape for each budget:")[1].split("\n\n")[1].splitlines()[2]
+    printed = search(folder, "--latency=cpu", "--cost=latency", f"--max_cost={budget}")
+    assert "The exact Pareto front of latency" in printed
+    answer = printed.split("The best measured shape for each budget:")[1].split("\n\n")[1].splitlines()[2]
     cells = answer.strip("| ").split(" | ")
     assert cells[0] == f"{budget * 1e3:.2f} ms"
     shape = json.loads(cells[-1])
@@ -185,42 +219,90 @@ def test_budget_in_seconds_is_searched_for_and_answered(inputs, tmp_path):
     assert sum(table.predict([r["shape"]])[0] > 0.8 * budget for r in within) >= 6  # the rounds looked there
 
 
-def test_latency_of_other_conditions_is_not_taken_for_this_one(first_run, inputs, tmp_path):
+def test_latency_of_other_conditions_is_not_taken_for_this_one(first_run, search, tmp_path):
     folder = shutil.copytree(first_run[1], tmp_path / "search")
-    done = search(inputs, folder, "--latency=cpu", "--latency_batch_size=4", "--max_cost=90000")
-    assert done.returncode == 1
-    assert "latency.json was measured with {'batch_size': 1}, asked for is {'device': " in done.stderr
-    assert "Delete it and insensitivity.json to measure anew" in done.stderr
+    message = (
+        r"latency\.json was measured with {'batch_size': 1}, but asked for is {'device': .*Remove it to measure again"
+    )
+    with pytest.raises(ValueError, match=message):
+        search(folder, "--latency=cpu", "--latency_batch_size=4", "--max_cost=90000")
 
 
-def test_layers_that_were_dropped_in_an_earlier_search_do_not_harm(inputs, tmp_path):
+def test_comparison_of_other_conditions_is_removed_with_the_latency_table(first_run, search, tmp_path):
+    folder = shutil.copytree(first_run[1], tmp_path / "search")
+    (folder / "latency.json").unlink()
+    search(folder, "--latency=cpu", "--latency_batch_size=4", "--max_cost=90000")
+    assert LatencyTable.load(folder / "latency.json").batch_size == 4
+    assert not (folder / "insensitivity.json").exists()
+
+
+def test_layers_that_were_dropped_in_an_earlier_search_do_not_harm(search, tmp_path):
     for options in (["--drop_rate=0.3"], ["--num_shapes=30"]):
-        done = search(inputs, tmp_path / "search", *options)
-        assert done.returncode == 0, done.stderr
+        search(tmp_path / "search", *options)
+
+
+def test_second_search_in_the_same_folder_says_so(search, tmp_path):
+    with lock(tmp_path), pytest.raises(RuntimeError, match=f"{tmp_path} is in use by another run"):
+        search(tmp_path)
+    assert not (tmp_path / "records.jsonl").exists()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("option", "message"),
     [
-        (["--cost=watts"], "--cost watts is unknown. Allowed: parameters, flops, latency."),
-        (["--cost=latency"], "--cost latency and --insensitivity need --latency DEVICE."),
-        (["--latency=gpu"], "device='gpu' is not available on this machine. Allowed: ['cpu'"),
-        (["--max_cost=100"], "max_cost=100 cannot be met: the cheapest shape has parameters"),
-        (["--num_shapes=5"], "num_shapes=5 and rounds=4"),
+        ("--cost=watts", "--cost='watts' is unknown. Allowed: 'parameters', 'flops', 'latency'."),
+        ("--cost=latency", "--cost latency and --insensitivity need --latency DEVICE."),
+        ("--insensitivity", "--cost latency and --insensitivity need --latency DEVICE."),
+        ("--latency=gpu", "device='gpu' "),
+        ("--latency_batch_size=0", "--latency_batch_size=0 must be an integer of at least 1."),
+        ("--max_cost=-1", "--max_cost=-1.0 must be a finite number above 0."),
+        ("--max_cost=nan", "--max_cost=nan must be a finite number above 0."),
+        ("--num_budgets=0", "--num_budgets=0 must be an integer of at least 1."),
+        ("--num_shapes=5", "--num_shapes=5 must be an integer of at least 8."),
+        ("--rounds=0", "--rounds=0 must be an integer of at least 1."),
+        ("--drop_rate=1", "--drop_rate=1.0 must be a finite number at least 0 and below 1."),
+        ("--mlm_probability=0", "--mlm_probability=0.0 must be a finite number above 0 and at most 1."),
+        ("--max_length=0", "--max_length=0 must be an integer of at least 1."),
+        ("--max_eval_sequences=0", "--max_eval_sequences=0 must be an integer of at least 1."),
+        ("--per_device_eval_batch_size=0", "--per_device_eval_batch_size=0 must be an integer of at least 1."),
+        ("--seed=-1", "--seed=-1 must be an integer of at least 0."),
+        ("--model=", "--model is missing."),
     ],
 )
-def test_options_that_make_no_sense_are_refused(inputs, tmp_path, options, message):
-    done = search(inputs, tmp_path / "search", *options)
-    assert done.returncode != 0
-    assert message in re.sub(r"\s+", " ", done.stderr)
+def test_options_that_make_no_sense_are_refused_before_anything_is_read(search, tmp_path, option, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        search(tmp_path / "search", option)
+    assert caught.value.code == 2
+    assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert not (tmp_path / "search").exists()
 
 
-def test_missing_options_are_named():
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--model is missing." in done.stderr
+def test_budget_that_no_shape_meets_is_refused_before_the_first_measurement(search, tmp_path):
+    with pytest.raises(ValueError, match="max_cost=100 parameters cannot be met: the cheapest shape has"):
+        search(tmp_path / "search", "--max_cost=100")
+    assert not (tmp_path / "search" / "records.jsonl").exists()
 
 
-def test_script_can_be_imported_without_running():
-    spec = importlib.util.spec_from_file_location("search_shapes", SCRIPT)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("nowhere/at/all", "is no folder here, and no model on the Hub"), ("empty", "is a folder, but holds no model")],
+)
+def test_model_that_is_not_there_is_named(search, tmp_path, name, what, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    with pytest.raises(OSError, match=f"--model {name} {what}: "):
+        search(tmp_path / "search", "--model", name)
+
+
+def test_missing_options_are_named(script, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script.main([])
+    assert caught.value.code == 2
+    assert "--model is missing." in capsys.readouterr().err
+
+
+def test_help_names_the_cost_before_its_budget(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    assert text.index("--cost ") < text.index("--max_cost ") < text.index("--num_budgets ")

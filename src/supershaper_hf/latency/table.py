@@ -157,6 +157,49 @@ class LatencyTable:
             probe.sweep(keep=sweep >= warmup)
         return probe.table()
 
+    @classmethod
+    def load_or_measure(
+        cls,
+        file: str | Path,
+        space: SearchSpace,
+        device: str | torch.device = "cpu",
+        batch_size: int = 1,
+        sequence_length: int = 128,
+        seed: int = 0,
+    ) -> "LatencyTable":
+        """Load the table in `file`, or measure it and save it there if there is no such file.
+
+        Args:
+            file: The file of the table.
+            space: See `measure`, as for all arguments below.
+            device: The device to measure on.
+            batch_size: Sequences in a batch.
+            sequence_length: Tokens in a sequence.
+            seed: Random seed of a new measurement.
+
+        Raises:
+            ValueError: If the table in the file was measured on another device, batch size or sequence length.
+
+        Example:
+            >>> table = LatencyTable.load_or_measure("latency.json", space, device="cuda")  # doctest: +SKIP
+        """
+        if not Path(file).exists():
+            table = cls.measure(space, device, batch_size, sequence_length, seed=seed)
+            table.save(file)
+            return table
+        table = cls.load(file)
+        asked = {
+            "device": device_name(parse_device(device)),
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+        }
+        if stored := {name: getattr(table, name) for name in asked if getattr(table, name) != asked[name]}:
+            raise ValueError(
+                f"{file} was measured with {stored}, but asked for is {asked}. Remove it to measure again, or give "
+                "another file."
+            )
+        return table
+
     @overload
     def predict(self, shapes: Sequence[int]) -> float: ...
     @overload
