@@ -412,6 +412,51 @@ def test_two_iterators_do_not_disturb_each_other(files, tokenizer):
             assert found_state == state
 
 
+# Which text it is
+
+
+def test_fingerprint_is_that_of_the_text_not_of_its_place(files, tokenizer, sequences, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for file in files.glob("*.txt"):
+        (elsewhere / file.name).write_text(file.read_text())
+    for first, second in (
+        (stream(files, tokenizer), stream(elsewhere, tokenizer, 7, 1, 2, num_workers=1, seed=9)),
+        (
+            MicroBatches(sequences, tokenizer, 4),
+            MicroBatches(Dataset.from_dict(sequences[:]), tokenizer, 7, 0.3, 9, 1, 2),
+        ),
+    ):
+        assert first.fingerprint == second.fingerprint
+        before = take(first, 3)
+        assert first.fingerprint == second.fingerprint
+        assert_equal(take(first, 3)[2][0], before[2][0])  # looking at the text has not moved it
+
+
+def test_fingerprints_tell_texts_apart(files, tokenizer):
+    def fingerprints():
+        stored = [MicroBatches(tokenize(load_text(files), tokenizer, n), tokenizer, 4) for n in (12, 13)]
+        return [batches.fingerprint for batches in (*stored, stream(files, tokenizer))]
+
+    before = fingerprints()
+    assert (files / "b.txt").write_text("the cat sat on the big mat and ran .")
+    after = fingerprints()
+    (files / "c.txt").unlink()
+    assert len({*before, *after, *fingerprints()}) == 9
+
+
+def test_fingerprint_looks_at_a_few_sequences(tokenizer):
+    """A text of any length: the first, the last and some between; not all."""
+    rows = [[2, 5 + i % 10, 6, 7, 8, 9, 10, 3] for i in range(1001)]
+
+    def fingerprint(changed):
+        ids = [[0, *row[1:]] if i in changed else row for i, row in enumerate(rows)]
+        columns = {"input_ids": ids, "special_tokens_mask": [[1, *[0] * 6, 1]] * len(ids)}
+        return MicroBatches(Dataset.from_dict(columns), tokenizer, 4).fingerprint
+
+    assert len({fingerprint(changed) for changed in ([], [0], [1000], range(500, 512))}) == 4
+    assert fingerprint([1]) == fingerprint([])
+
+
 # Refusals
 
 

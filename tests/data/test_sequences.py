@@ -1,6 +1,7 @@
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import WORDS, tiny_config
@@ -12,6 +13,7 @@ from supershaper_hf.data.documents import load_text
 from supershaper_hf.data.sequences import (
     SHORTEST_SEQUENCE,
     check_vocabulary,
+    fingerprint_tokenizer,
     tokenize,
     tokenize_documents,
     train_tokenizer,
@@ -59,6 +61,29 @@ def test_tokenizer_larger_than_the_embeddings_is_refused(tokenizer):
         ValueError, match=r"The tokenizer has 20 tokens, but the model has vocab_size=19: tokens from 19"
     ):
         check_vocabulary(tokenizer, tiny_config(vocab_size=len(tokenizer) - 1))
+
+
+def test_fingerprint_of_a_tokenizer_survives_calls_and_saving(tokenizer, tmp_path):
+    expected = fingerprint_tokenizer(tokenizer)
+    tokenizer(["the cat", "a"], truncation=True, max_length=9, padding="max_length")
+    assert fingerprint_tokenizer(tokenizer) == expected
+    tokenizer.save_pretrained(tmp_path)
+    assert fingerprint_tokenizer(AutoTokenizer.from_pretrained(tmp_path)) == expected
+
+
+def test_fingerprint_tells_tokenizers_apart(tokenizer):
+    vocabulary = tokenizer.get_vocab()
+    swapped = vocabulary | {"cat": vocabulary["dog"], "dog": vocabulary["cat"]}
+    without_rules = SimpleNamespace(get_vocab=dict, special_tokens_map={})  # one that is written in Python
+    others = [
+        BertTokenizer(vocab=swapped),
+        BertTokenizer(vocab=vocabulary | {"extra": len(vocabulary)}),
+        BertTokenizer(vocab=vocabulary, do_lower_case=False),
+        BertTokenizer(vocab=vocabulary, cls_token="the"),
+        without_rules,
+        SimpleNamespace(get_vocab=lambda: {"a": 0}, special_tokens_map={}),
+    ]
+    assert len({fingerprint_tokenizer(found) for found in [tokenizer, *others]}) == 7
 
 
 # Cutting into sequences

@@ -7,6 +7,7 @@ few numbers.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import count, islice
 from typing import Any
 
@@ -17,11 +18,13 @@ from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from ..files import checksum
 from ..model.modeling_supershaper import IGNORE_INDEX
 from .sequences import check_length, tokenize_documents
 
 
 MLM_PROBABILITY = 0.15
+FINGERPRINTED = 100  # sequences or documents that stand for a text; see `MicroBatches.fingerprint`
 COLUMNS = ("input_ids", "special_tokens_mask")
 STATE = ("epoch", "chunk", "source", "offset", "sequences")  # of a stream; see `Stream`
 Batch = dict[str, torch.Tensor]
@@ -183,6 +186,26 @@ class MicroBatches:
             raise ValueError(f"The dataset has the columns {dataset.column_names}, not {list(COLUMNS)}: call tokenize.")
         elif len(dataset) == 0:
             raise ValueError("The dataset is empty: it has no sequence to train on.")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short description of the text, equal on all processes, which tells whether another run has the same.
+
+        For stored text it holds the number of sequences and a checksum of 100 of them, evenly spaced from the first to
+        the last. For a stream it holds a checksum of the first 100 documents, because more would have to be read. Paths
+        and caches do not count. So it is computed in a moment for any amount of text, but it does not notice a change
+        in sequences between those 100, or in a stream after its first 100 documents.
+
+        Raises:
+            OSError: If the start of a stream cannot be read.
+            ValueError: If the start of a stream is damaged.
+        """
+        if isinstance(self.dataset, IterableDataset):
+            documents = [row["text"] for row in islice(copy.deepcopy(self.dataset), FINGERPRINTED)]
+            return f"stream that begins with {checksum(documents)}"
+        rows = np.unique(np.linspace(0, len(self.dataset) - 1, FINGERPRINTED).round().astype(int))
+        sequences = list(self.dataset.select_columns(["input_ids"])[rows]["input_ids"])
+        return f"{len(self.dataset)} stored sequences with {checksum(sequences)}"
 
     def iterate(self, state: State | None = None) -> Iterator[tuple[Batch, State]]:
         """Yield micro-batches on the CPU for ever, each with the state that `iterate` goes on from after it.

@@ -3,6 +3,7 @@
 A sequence crosses documents only if asked to.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from tokenizers import BertWordPieceTokenizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import BertTokenizer, PreTrainedTokenizerBase
 
+from ..files import checksum
 from ..model.configuration_supershaper import SuperShaperConfig
 
 
@@ -39,6 +41,28 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: SuperShaperConf
             f"{config.vocab_size} on have no embedding. Use the tokenizer the model was trained with, or call "
             f"model.resize_token_embeddings({len(tokenizer)}) and train."
         )
+
+
+def fingerprint_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return 16 hexadecimal digits that are equal for two tokenizers if they make the same tokens of every text.
+
+    They follow from the vocabulary, the rules that split text, and the special tokens. Truncation and padding, which
+    a call of the tokenizer leaves behind in it, do not count.
+
+    Example:
+        >>> texts = ["the cat sat on the mat", "a dog ran"]
+        >>> small, large = (train_tokenizer(texts, vocab_size=size, max_length=128) for size in (30, 40))
+        >>> before = fingerprint_tokenizer(small)
+        >>> _ = small(texts, padding=True, truncation=True)
+        >>> fingerprint_tokenizer(small) == before, fingerprint_tokenizer(large) == before
+        (True, False)
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # written in Python: its class stands for its rules
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        rules = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    return checksum([rules, tokenizer.special_tokens_map])
 
 
 def check_length(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
