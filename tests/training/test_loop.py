@@ -498,9 +498,9 @@ def test_many_skipped_steps_in_a_row_end_the_run(tokenizer, dataset, monkeypatch
     seen = poison(monkeypatch, {3, 4, 5, 6})
     message = (
         "The gradients were not finite in 3 steps in a row (the last: step 6). Lower learning_rate=0.001, look at "
-        "weight_decay=0.0, raise warmup_ratio=0.05, or train with bf16 instead of fp16, and start again: the new values "
-        "are applied from the newest checkpoint on. If the run fails again soon, remove that checkpoint, to go on from "
-        f"the one before it. Newest checkpoint: {tmp_path / 'checkpoint-00000002'}."
+        "weight_decay=0.0, raise warmup_ratio=0.05, or train with bf16 instead of fp16, and start again: the new "
+        "values are applied from the newest checkpoint on. If the run fails again soon, remove that checkpoint to go "
+        f"on from the one before it. Newest checkpoint: {tmp_path / 'checkpoint-00000002'}."
     )
     with pytest.raises(FloatingPointError, match=re.escape(message)):
         pretrain(tokenizer, dataset, max_steps=20, max_skipped_steps=3, output_dir=str(tmp_path), save_steps=2)
