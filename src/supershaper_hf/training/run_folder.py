@@ -202,8 +202,8 @@ def advice_when_diverged(args: SuperPretrainingArguments) -> str:
     return (
         f"Lower learning_rate={args.learning_rate}, look at weight_decay={args.weight_decay}, raise warmup_ratio="
         f"{args.warmup_ratio}, or train with bf16 instead of fp16, and start again: the new values are applied from "
-        "the newest checkpoint on. If the run fails again soon, remove that checkpoint to go on from the one before it. "
-        f"Newest checkpoint: {newest}."
+        "the newest checkpoint on. If the run fails again soon, remove that checkpoint to go on from the one before "
+        f"it. Newest checkpoint: {newest}."
     )
 
 
