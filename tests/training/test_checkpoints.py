@@ -1,7 +1,6 @@
 """How a run on one process survives: damage, hostile files, signals, SIGKILL, a full disk, text that vanishes."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -13,13 +12,13 @@ import sys
 from contextlib import suppress
 from functools import partial
 from io import BytesIO
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import SPECIAL_TOKENS, WORDS, assert_same, tiny_model
+from launching import fork_server
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from texts import random_documents
@@ -575,22 +574,12 @@ def test_run_killed_after_reaching_its_target_only_writes_the_last_model(tmp_pat
     assert (tmp_path / "last" / "model.safetensors").exists()
 
 
-# In processes of their own. A fork server imports everything once, so that each process starts in no time.
+# In processes of their own
 
 
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "supershaper_hf.training.loop"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)]))
-        forkserver.ensure_running()
-    return context
-
-
-def start(processes, *arguments):
+def start(*arguments):
     """Run `in_child` in a process of its own; return its exit code."""
-    process = processes.Process(target=in_child, args=arguments)
+    process = fork_server().Process(target=in_child, args=arguments)
     process.start()
     process.join(60)
     assert process.exitcode is not None, "The process hangs."
@@ -627,8 +616,8 @@ def signal_itself(folder, number, times):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_a_run_with_a_checkpoint(processes, whole, tmp_path, number):
-    assert start(processes, tmp_path, signal_itself, number, 1) == 0
+def test_signal_ends_a_run_with_a_checkpoint(whole, tmp_path, number):
+    assert start(tmp_path, signal_itself, number, 1) == 0
     summary = read_summary(tmp_path)
     assert summary["status"] == "interrupted"
     assert summary["step"] in (5, 6)  # the signal comes within step 5, from 1
@@ -638,8 +627,8 @@ def test_signal_ends_a_run_with_a_checkpoint(processes, whole, tmp_path, number)
     assert_equal_runs(tmp_path, whole)
 
 
-def test_second_signal_ends_a_run_at_once_and_it_goes_on_from_the_last_checkpoint(processes, whole, tmp_path):
-    assert start(processes, tmp_path, signal_itself, signal.SIGTERM, 2) == -signal.SIGTERM
+def test_second_signal_ends_a_run_at_once_and_it_goes_on_from_the_last_checkpoint(whole, tmp_path):
+    assert start(tmp_path, signal_itself, signal.SIGTERM, 2) == -signal.SIGTERM
     assert steps_in(tmp_path) == [3]
     train(tmp_path)
     assert_equal_runs(tmp_path, whole)
@@ -661,19 +650,19 @@ def kill_at(folder, fraction, total, counts):
 
 
 @pytest.fixture(scope="module")
-def accesses(processes, tmp_path_factory):
+def accesses(tmp_path_factory):
     """How often a whole run opens, makes, renames or removes something in its folder."""
     folder = tmp_path_factory.mktemp("accesses")
     (folder / "run").mkdir()
-    assert start(processes, folder / "run", kill_at, 0, None, folder / "count") == 0
+    assert start(folder / "run", kill_at, 0, None, folder / "count") == 0
     return int((folder / "count").read_text())
 
 
 @pytest.mark.parametrize("part", range(5))
-def test_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(processes, whole, accesses, tmp_path, part):
+def test_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(whole, accesses, tmp_path, part):
     """A random access in each fifth of the run: most of them are in the middle of writing something."""
     fraction = (part + random.Random(part).random()) / 5
-    assert start(processes, tmp_path, kill_at, fraction, accesses, None) == -signal.SIGKILL
+    assert start(tmp_path, kill_at, fraction, accesses, None) == -signal.SIGKILL
     train(tmp_path)
     assert_equal_runs(tmp_path, whole)
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name or "old" in path.name] == []
@@ -685,8 +674,8 @@ def fill_disk(folder, limit):
 
 
 @pytest.mark.parametrize("limit", [150_000, 400_000], ids=["weights", "optimiser"])
-def test_full_disk_while_saving(processes, whole, tmp_path, limit):
-    assert start(processes, tmp_path, fill_disk, limit) == 3
+def test_full_disk_while_saving(whole, tmp_path, limit):
+    assert start(tmp_path, fill_disk, limit) == 3
     message = (tmp_path / "error.txt").read_text()
     (tmp_path / "error.txt").unlink()
     older, newer = tmp_path / "checkpoint-00000003", tmp_path / "checkpoint-00000006"
