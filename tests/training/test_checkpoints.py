@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from contextlib import suppress
 from functools import partial
 from io import BytesIO
@@ -27,7 +28,7 @@ from transformers import AutoModelForMaskedLM, BertTokenizer
 from supershaper_hf.data.batches import MicroBatches, fixed_masks
 from supershaper_hf.data.documents import load_text
 from supershaper_hf.data.sequences import tokenize
-from supershaper_hf.training import checkpoints, run_folder
+from supershaper_hf.training import checkpoints, preparing, run_folder
 from supershaper_hf.training import loop as training
 from supershaper_hf.training import progress as progress_module
 from supershaper_hf.training.arguments import SuperPretrainingArguments
@@ -634,6 +635,28 @@ def test_second_signal_ends_a_run_at_once_and_it_goes_on_from_the_last_checkpoin
     assert_equal_runs(tmp_path, whole)
 
 
+def wait_in_the_middle(folder):
+    def wait():
+        (folder / "waiting").touch()
+        while (folder / "waiting").exists():
+            time.sleep(0.01)
+
+    before_step(4, wait)
+
+
+def test_second_run_at_the_same_time_stops_and_does_not_disturb_the_first(whole, tmp_path):
+    first = fork_server().Process(target=in_child, args=(tmp_path, wait_in_the_middle))
+    first.start()
+    while not (tmp_path / "waiting").exists() and first.is_alive():
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError, match=re.escape(f"{tmp_path} is in use by another run. Wait until that one has")):
+        train(tmp_path)
+    (tmp_path / "waiting").unlink()
+    first.join(60)
+    assert first.exitcode == 0
+    assert_equal_runs(tmp_path, whole)
+
+
 def kill_at(folder, fraction, total, counts):
     """Die by SIGKILL just before some access to a file in the folder: `fraction` of `total` in a whole run."""
     seen = []
@@ -699,7 +722,7 @@ def test_text_that_vanishes_while_streaming(tmp_path, monkeypatch):
     files = [tmp_path / f"{name}.txt" for name in "abc"]
     for index, file in enumerate(files):
         file.write_text("\n".join(documents[8 * index : 8 * index + 8]))
-    monkeypatch.setattr(training, "MicroBatches", partial(MicroBatches, documents_per_chunk=2))
+    monkeypatch.setattr(preparing, "MicroBatches", partial(MicroBatches, documents_per_chunk=2))
     whole, folder, elsewhere = tmp_path / "whole", tmp_path / "run", tmp_path / "elsewhere"
     train(whole, load_text(files, streaming=True))
     with monkeypatch.context() as patch:

@@ -39,6 +39,7 @@ from .preparing import (
     make_accelerator,
     make_objective,
     make_optimizer,
+    make_stream,
 )
 from .progress import MEASURES, Monitor, Progress, TrainingSummary
 from .resuming import position_in_text, run_conditions
@@ -101,19 +102,7 @@ def super_pretrain(
         raise ValueError(f"target_perplexity={args.target_perplexity} needs eval_batches to be measured on.")
     accelerator = make_accelerator(args)
     check_teacher(args, model.config, tokenizer, teacher)
-    stream = MicroBatches(
-        dataset,
-        tokenizer,
-        args.per_device_train_batch_size,
-        args.mlm_probability,
-        args.seed,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        num_workers=args.dataloader_num_workers,
-        max_length=args.max_length,
-        cross_documents=args.cross_documents,
-        pad_to_multiple_of=args.max_length if args.compile else None,  # another length would need another graph
-    )
+    stream = make_stream(dataset, tokenizer, args, accelerator)
     run = Run(accelerator, model, tokenizer, args, teacher, stream, list(eval_batches), dict(card or {}))
     try:
         with caught_signals() as signals, nullcontext() if run.folder is None else run.folder.held():

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: processes, losses, teacher, optimizer, learning rates."""
+"""What a run needs before its first step: processes, text, optimizer, learning rates, losses, teacher."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
+from datasets import Dataset, IterableDataset
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from ..checks import check_choice
+from ..data.batches import MicroBatches
 from ..data.sequences import check_vocabulary
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.modeling_supershaper import SuperShaperForMaskedLM
@@ -46,6 +48,28 @@ def make_accelerator(args: SuperPretrainingArguments) -> Accelerator:
             "FSDP with `fsdp_version: 2` in the configuration of Accelerate."
         )
     return accelerator
+
+
+def make_stream(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SuperPretrainingArguments,
+    accelerator: Accelerator,
+) -> MicroBatches:
+    """Return the text as the endless masked micro-batches of this process."""
+    return MicroBatches(
+        dataset,
+        tokenizer,
+        args.per_device_train_batch_size,
+        args.mlm_probability,
+        args.seed,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=args.dataloader_num_workers,
+        max_length=args.max_length,
+        cross_documents=args.cross_documents,
+        pad_to_multiple_of=args.max_length if args.compile else None,  # another length would need another graph
+    )
 
 
 def make_optimizer(model: torch.nn.Module, args: SuperPretrainingArguments) -> torch.optim.AdamW:
@@ -91,7 +115,7 @@ def check_teacher(
     tokenizer: PreTrainedTokenizerBase,
     teacher: OutsideTeacher | None,
 ) -> None:
-    """Raise a ValueError unless an outside teacher can read the text and be compared at every width."""
+    """Raise a ValueError unless an outside teacher can read the text and can be compared with every width."""
     if teacher is None:
         return
     theirs: Any = teacher.model.config
@@ -110,7 +134,7 @@ def check_teacher(
 
 
 def checkpoint_layers(model: SuperShaperForMaskedLM, on: bool) -> None:
-    """Switch gradient checkpointing, which transformers 5.23 calls activation checkpointing."""
+    """Turn gradient checkpointing on or off. From version 5.23 on, transformers calls it activation checkpointing."""
     verb = "enable" if on else "disable"
     newest = getattr(model, f"activation_checkpointing_{verb}", None)
     (newest or getattr(model, f"gradient_checkpointing_{verb}"))()
