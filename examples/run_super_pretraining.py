@@ -44,7 +44,7 @@ from supershaper_hf.processes import main_process_first, on_every_process, on_ma
 from supershaper_hf.training.arguments import HelpFormatter, option
 from supershaper_hf.training.checkpoints import list_checkpoints
 from supershaper_hf.training.distillation import OutsideTeacher
-from supershaper_hf.training.loop import make_accelerator
+from supershaper_hf.training.preparing import make_accelerator
 
 
 Batches = list[dict[str, torch.Tensor]]

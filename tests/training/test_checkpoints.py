@@ -1,56 +1,72 @@
-"""How a run survives on one process: checkpoints, signals, SIGKILL, a full disk, text that vanishes."""
+"""How a run on one process survives: damage, hostile files, signals, SIGKILL, a full disk, text that vanishes."""
 
 import json
-import logging
-import multiprocessing
 import os
+import pickle
 import random
 import re
 import resource
 import shutil
 import signal
 import sys
-import threading
+import time
+from contextlib import suppress
 from functools import partial
-from multiprocessing import forkserver
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import SPECIAL_TOKENS, WORDS, assert_same, tiny_model
+from launching import fork_server
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from texts import random_documents
-from transformers import BertTokenizer
+from transformers import AutoModelForMaskedLM, BertTokenizer
 
 from supershaper_hf.data.batches import MicroBatches, fixed_masks
 from supershaper_hf.data.documents import load_text
 from supershaper_hf.data.sequences import tokenize
-from supershaper_hf.training import checkpoints
+from supershaper_hf.training import checkpoints, preparing, run_folder
 from supershaper_hf.training import loop as training
 from supershaper_hf.training import progress as progress_module
 from supershaper_hf.training.arguments import SuperPretrainingArguments
 from supershaper_hf.training.checkpoints import (
     MANIFEST,
-    caught_signals,
     find_damage,
     list_checkpoints,
     newest_good_checkpoint,
+    seal,
 )
 from supershaper_hf.training.loop import super_pretrain
+from supershaper_hf.training.resuming import read_state
 from supershaper_hf.training.sandwich import sandwich_step
 
 
 STEPS = 8
 TIMES = {"tokens_per_second", "share_of_peak"}
-FAULTS = [OSError(28, "No space left on device"), RuntimeError("write failed"), SafetensorError("I/O error")]
+FAULTS = [  # the forms in which libraries report a full disk; tokenizers raises a bare Exception
+    OSError(28, "No space left on device"),
+    RuntimeError("write failed"),
+    SafetensorError("I/O error"),
+    Exception("No space left on device (os error 28)"),
+]
 
 
-@pytest.fixture(autouse=True)
-def no_measured_peak(monkeypatch):
-    """Measuring it takes a fifth of a second in each run."""
-    monkeypatch.setattr(progress_module, "matrix_product_rate", lambda *_: 1e9)
+def leave_out_what_is_slow(module):
+    """Measuring the peak takes a fifth of a second in each run, drawing the evaluations longer."""
+    module.matrix_product_rate = lambda *_: 1e9
+    module.plot_evaluations = lambda *_: None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fast():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("matrix_product_rate", "plot_evaluations"):
+            patch.setattr(progress_module, name, None)
+        leave_out_what_is_slow(progress_module)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +85,7 @@ def accelerator():
 @pytest.fixture
 def warnings(monkeypatch):
     messages = []
-    for module in (checkpoints, training):
+    for module in (checkpoints, run_folder):
         monkeypatch.setattr(module.logger, "warning", messages.append)
     return messages
 
@@ -115,12 +131,10 @@ def train(folder=None, text=None, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(fast, tmp_path_factory):
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(progress_module, "matrix_product_rate", lambda *_: 1e9)
-        train(folder)
+    train(folder)
     return folder
 
 
@@ -156,9 +170,9 @@ def test_checkpoint_holds_what_was_written_and_a_manifest_of_it(accelerator, tmp
     folder = save(accelerator, tmp_path / "new" / "run", 3)
     assert folder == tmp_path / "new" / "run" / "checkpoint-00000003"
     assert names(tmp_path / "new" / "run") == ["checkpoint-00000003"]
-    assert names(folder) == ["manifest.json", "part", "random_states_0.pkl", "weights.bin"]
-    manifest = json.loads((folder / MANIFEST).read_text())
-    assert sorted(manifest) == ["part/more.bin", "random_states_0.pkl", "weights.bin"]
+    assert names(folder) == ["manifest.json", "part", "weights.bin"]
+    manifest = json.loads((folder / MANIFEST).read_text())["files"]
+    assert sorted(manifest) == ["part/more.bin", "weights.bin"]
     assert manifest["weights.bin"] == {
         "size": 10,
         "sha256": "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882",
@@ -170,12 +184,16 @@ def test_checkpoint_appears_only_when_it_is_complete_and_on_the_disk(accelerator
     done = []
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
-    monkeypatch.setattr(Path, "replace", lambda path, target: (done.append("renamed"), replace(path, target)))
+    monkeypatch.setattr(Path, "replace", lambda path, target: (done.append(target.name), replace(path, target)))
     save(accelerator, tmp_path, 3)
-    before, after = done[: done.index("renamed")], done[done.index("renamed") + 1 :]
-    files = {MANIFEST, "part", "part/more.bin", "random_states_0.pkl", "weights.bin"}
+    named = done.index("checkpoint-00000003")
+    before, after = [path for path in done[:named] if path.startswith("/")], done[named + 1 :]
+    files = {MANIFEST, "part", "part/more.bin", "weights.bin"}
     partial_folder = tmp_path / ".checkpoint-00000003.partial"
-    assert set(before) == {str(partial_folder), *(str(partial_folder / file) for file in files)}
+    assert set(before) - {str(partial_folder / f".{MANIFEST}.partial")} == {
+        str(partial_folder),
+        *(str(partial_folder / file) for file in files),
+    }
     assert after == [str(tmp_path)]
 
 
@@ -198,19 +216,6 @@ def test_failed_write_leaves_no_checkpoint_and_keeps_the_older_one(accelerator, 
     assert find_damage(older) is None
 
 
-@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
-def test_failing_accelerate_is_a_failed_write_too(accelerator, tmp_path, monkeypatch, error):
-    def fail(folder):
-        raise error
-
-    monkeypatch.setattr(accelerator, "save_state", fail)
-    level = logging.getLogger("accelerate.utils.other").level
-    with pytest.raises(OSError, match=r"There is no older checkpoint\. Solve that"):
-        save(accelerator, tmp_path, 6)
-    assert names(tmp_path) == []
-    assert logging.getLogger("accelerate.utils.other").level == level
-
-
 @pytest.mark.parametrize("function", ["mkdir", "replace"])
 def test_failing_folder_is_a_failed_write_too(accelerator, tmp_path, monkeypatch, function):
     save(accelerator, tmp_path, 3)
@@ -229,7 +234,7 @@ def test_failing_manifest_is_a_failed_write_too(accelerator, tmp_path, monkeypat
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(checkpoints, "write_json", fail)
     with pytest.raises(OSError, match="could not be written"):
         save(accelerator, tmp_path, 6)
     assert names(tmp_path) == []
@@ -285,7 +290,7 @@ def test_new_checkpoint_takes_the_place_of_a_damaged_one(accelerator, tmp_path):
     (damaged / "strange.bin").write_bytes(b"?")
     (damaged / "weights.bin").unlink()
     assert save(accelerator, tmp_path, 3) == damaged
-    assert names(damaged) == ["manifest.json", "part", "random_states_0.pkl", "weights.bin"]
+    assert names(damaged) == ["manifest.json", "part", "weights.bin"]
     assert find_damage(damaged) is None
 
 
@@ -298,23 +303,6 @@ def truncate(folder):
 
 def flip(folder):
     (folder / "weights.bin").write_bytes(b"0123556789")
-
-
-def garble_manifest(folder):
-    (folder / MANIFEST).write_bytes(b"\xff\xfe")
-
-
-def halve_manifest(folder):
-    os.truncate(folder / MANIFEST, 100)
-
-
-def replace_in_manifest(old, new):
-    def replace(folder):
-        file = folder / MANIFEST
-        assert old in file.read_text()
-        file.write_text(file.read_text().replace(old, new))
-
-    return replace
 
 
 def put_folder_in_place(folder):
@@ -331,21 +319,96 @@ def put_folder_in_place(folder):
         (lambda folder: (folder / "weights.bin").unlink(), "weights.bin is missing"),
         (lambda folder: (folder / "part" / "more.bin").unlink(), "part/more.bin is missing"),
         (put_folder_in_place, "weights.bin is missing"),
-        (lambda folder: (folder / MANIFEST).unlink(), "manifest.json is missing"),
-        (lambda folder: (folder / MANIFEST).write_text(""), "manifest.json is not readable"),
-        (garble_manifest, "manifest.json is not readable"),
-        (halve_manifest, "manifest.json is not readable"),
-        (lambda folder: (folder / MANIFEST).write_text("null"), "manifest.json is not readable"),
-        (replace_in_manifest('"size"', '"siye"'), "manifest.json is not readable"),
-        (replace_in_manifest('"sha256"', '"sha257"'), "manifest.json is not readable"),
-        (replace_in_manifest("weights.bin", "weighfs.bin"), "weighfs.bin is missing"),
-        (replace_in_manifest('"size": 10', '"size": 1000'), "weights.bin has 10 bytes instead of 1,000"),
     ],
 )
 def test_damage_is_found_and_named(accelerator, tmp_path, damage, reason):
     folder = save(accelerator, tmp_path, 3)
     damage(folder)
     assert find_damage(folder) == reason
+
+
+NO_MANIFEST = "it has no manifest.json that we have written, or a damaged one"
+
+
+def edit(old, new):
+    def change(file):
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+
+    return change
+
+
+MANIFEST_DAMAGE = {
+    "missing": Path.unlink,
+    "empty": lambda file: file.write_text(""),
+    "not UTF-8": lambda file: file.write_bytes(b"\xff\xfe"),
+    "cut": lambda file: os.truncate(file, 100),
+    "another value": lambda file: file.write_text("null"),
+    "another key": edit('"size"', '"siye"'),
+    "another file": edit("weights.bin", "weighfs.bin"),
+    "another size": edit('"size": 10', '"size": 1000'),
+    "another format": edit("checkpoint 1", "checkpoint 0"),
+}
+
+
+@pytest.mark.parametrize("damage", MANIFEST_DAMAGE.values(), ids=MANIFEST_DAMAGE)
+def test_folder_whose_manifest_is_not_ours_is_not_touched(accelerator, tmp_path, damage):
+    """It may belong to somebody else, so no run goes past it, and none replaces or removes it."""
+    save(accelerator, tmp_path, 3)
+    folder = save(accelerator, tmp_path, 6)
+    damage(folder / MANIFEST)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert find_damage(folder) == NO_MANIFEST
+    assert steps_in(tmp_path) == [3]
+    message = f"{folder} has the name of a checkpoint, but {NO_MANIFEST}. Move it to another place, or remove it"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        newest_good_checkpoint(accelerator, tmp_path)
+    with pytest.raises(OSError, match=r"without a manifest\.json of ours, has this name; move it away"):
+        save(accelerator, tmp_path, 6)
+    save(accelerator, tmp_path, 4, 5, keep=1)
+    assert steps_in(tmp_path) == [5]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+STRANGERS = (
+    "checkpoint-keep",
+    "checkpoint-500",
+    "checkpoint-000000009",
+    "checkpoint-00000009x",
+    "checkpoint-notes.txt",
+)
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_other_names_are_never_checkpoints(accelerator, tmp_path, name):
+    ours = save(accelerator, tmp_path, 3)
+    stranger = tmp_path / name
+    if name.endswith(".txt"):
+        stranger.write_text("notes")
+    else:
+        shutil.copytree(ours, stranger)  # even with a manifest of ours
+    assert list_checkpoints(tmp_path) == [ours]
+    assert newest_good_checkpoint(accelerator, tmp_path) == ours
+    save(accelerator, tmp_path, 6, 9, keep=1)
+    assert names(tmp_path) == sorted(["checkpoint-00000009", name])
+
+
+def test_link_to_a_checkpoint_is_not_removed(accelerator, tmp_path):
+    elsewhere = save(accelerator, tmp_path / "elsewhere", 2)
+    link = tmp_path / "run" / "checkpoint-00000002"
+    link.parent.mkdir()
+    link.symlink_to(elsewhere)
+    save(accelerator, tmp_path / "run", 3, keep=1)
+    assert link.is_symlink()
+    assert find_damage(elsewhere) is None
+    assert steps_in(tmp_path / "run") == [3]
+
+
+def test_strangers_hidden_folders_stay(accelerator, tmp_path):
+    for name in (".checkpoint-mine.partial", ".checkpoint-00000001.backup"):
+        (tmp_path / name).mkdir()
+    save(accelerator, tmp_path, 3)
+    assert names(tmp_path) == [".checkpoint-00000001.backup", ".checkpoint-mine.partial", "checkpoint-00000003"]
 
 
 def test_bad_sector_is_damage_too(accelerator, tmp_path, monkeypatch):
@@ -384,10 +447,10 @@ def test_only_damaged_checkpoints_are_an_error(accelerator, tmp_path, warnings):
     save(accelerator, tmp_path, 3, 6)
     second, first = list_checkpoints(tmp_path)
     truncate(first)
-    (second / MANIFEST).unlink()
+    flip(second)
     message = (
-        f"No checkpoint can be used. {second}: manifest.json is missing; {first}: weights.bin has 9 bytes instead of "
-        "10. Remove these folders to start from the beginning."
+        f"No checkpoint can be used. {second}: weights.bin has changed: its checksum is wrong; {first}: weights.bin "
+        "has 9 bytes instead of 10. Remove these folders to start from the beginning."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         newest_good_checkpoint(accelerator, tmp_path)
@@ -398,7 +461,8 @@ def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path, d
     folder = Path(shutil.copytree(whole, tmp_path / "run"))
     newest, older = list_checkpoints(folder)
     assert steps_in(folder) == [8, 6]
-    file = newest / {"truncated": "optimizer.bin", "flipped": "model.safetensors", "missing": "stream_0.json"}[damage]
+    files = {"truncated": "optimizer.safetensors", "flipped": "model.safetensors", "missing": "progress.json"}
+    file = newest / files[damage]
     content = bytearray(file.read_bytes())
     if damage == "missing":
         file.unlink()
@@ -417,11 +481,87 @@ def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path, d
 
 def test_checkpoint_has_what_a_run_goes_on_with(whole):
     newest = list_checkpoints(whole)[0]
-    manifest = json.loads((newest / MANIFEST).read_text())
-    expected = {"model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl"}
-    assert manifest.keys() >= expected | {"progress.json", "stream_0.json", "config.json", "tokenizer.json"}
-    assert json.loads((newest / "progress.json").read_text())["progress"]["step"] == STEPS
+    manifest = json.loads((newest / MANIFEST).read_text())["files"]
+    assert sorted(manifest) == [
+        "config.json", "model.safetensors", "optimizer.safetensors", "progress.json", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    assert read_state(newest).progress.step == STEPS
     assert_same(load_file(newest / "model.safetensors"), load_file(whole / "last" / "model.safetensors"), atol=0)
+
+
+class Hostile:
+    """An object whose pickle runs code where it is loaded."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+PLACES = (
+    "config.json", "model.safetensors", "optimizer.safetensors", "progress.json", "tokenizer.json",
+    "tokenizer_config.json",
+)  # fmt: skip
+OLD_PLACES = (
+    "custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin", "scaler.pt", "sampler.bin",
+    "pytorch_model.bin", "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata",
+    "dl_state_dict.bin", "configuration_supershaper.py", "modeling_supershaper.py",
+)  # fmt: skip
+
+
+def write_hostile(file, trace):
+    if file.suffix == ".py":
+        file.write_text(f"from pathlib import Path; Path({str(trace)!r}).touch()")
+    elif file.suffix in (".bin", ".pt"):  # the archive of torch.save, with a pickle in it
+        archive = BytesIO()
+        torch.save(Hostile(trace), archive)
+        file.write_bytes(archive.getvalue())
+    else:
+        file.write_bytes(pickle.dumps(Hostile(trace)))
+
+
+def test_no_file_of_a_checkpoint_can_run_code(whole, tmp_path):
+    """Each file, and each that Accelerate would load, is hostile in turn; the manifest is that of the attacker."""
+    trace = tmp_path / "code-ran"
+    pickle.loads(pickle.dumps(Hostile(trace)))
+    assert trace.exists()
+    trace.unlink()
+    folder = shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("last", "best", "*-00000006"))
+    (checkpoint,) = list_checkpoints(folder)
+    assert sorted(path.name for path in checkpoint.iterdir()) == sorted([*PLACES, MANIFEST])
+    for place in [*PLACES, *OLD_PLACES]:
+        file = checkpoint / place
+        file.parent.mkdir(exist_ok=True)
+        before = file.read_bytes() if file.exists() else None
+        write_hostile(file, trace)
+        seal(checkpoint)
+        with suppress(ValueError, OSError, SafetensorError):
+            train(folder)
+        assert not trace.exists(), place
+        file.unlink()
+        if before is not None:
+            file.write_bytes(before)
+
+
+def test_source_loads_no_pickle():
+    """Whoever adds one has to show that it is safe."""
+    source = Path(training.__file__).parent
+    for file in source.glob("*.py"):
+        words = re.findall(r"torch\.load|pickle|load_state\(|joblib|allow_pickle", file.read_text())
+        assert words == [], file.name
+
+
+def test_configuration_of_a_checkpoint_announces_no_code(whole):
+    """The code is not beside it. With the package, `from_pretrained` loads it."""
+    checkpoint = list_checkpoints(whole)[0]
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert "auto_map" not in config
+    assert list(checkpoint.glob("*.py")) == []
+    assert config["architectures"] == ["SuperShaperForMaskedLM"]
+    loaded = AutoModelForMaskedLM.from_pretrained(checkpoint)
+    assert_same(loaded.state_dict(), AutoModelForMaskedLM.from_pretrained(whole / "last").state_dict(), atol=0)
 
 
 def test_run_killed_after_reaching_its_target_only_writes_the_last_model(tmp_path):
@@ -435,75 +575,12 @@ def test_run_killed_after_reaching_its_target_only_writes_the_last_model(tmp_pat
     assert (tmp_path / "last" / "model.safetensors").exists()
 
 
-# Signals
+# In processes of their own
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_first_signal_is_collected_and_a_second_one_acts_as_usual(number):
-    acted = []
-    signal.signal(number, lambda *_: acted.append(number))
-    try:
-        with caught_signals() as caught:
-            assert caught == []
-            signal.raise_signal(number)
-            assert caught == [number.name]
-            assert acted == []
-            signal.raise_signal(number)
-            assert caught == [number.name]
-            assert acted == [number]
-    finally:
-        signal.signal(number, signal.SIG_DFL)
-
-
-def test_second_interrupt_stops_at_once_and_handlers_are_restored():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-
-    def interrupt_twice():
-        with caught_signals():
-            assert signal.getsignal(signal.SIGINT) != before[1]
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupt_twice()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-def test_run_restores_the_handlers():
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    train(max_steps=1, eval_steps=1)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-def test_other_threads_cannot_catch_signals_and_do_without():
-    before, seen = signal.getsignal(signal.SIGTERM), []
-
-    def work():
-        with caught_signals() as caught:
-            seen.append((list(caught), signal.getsignal(signal.SIGTERM)))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [([], before)]
-
-
-# In processes of their own. A fork server imports everything once, so that each process starts in no time.
-
-
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "supershaper_hf.training.loop"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)]))
-        forkserver.ensure_running()
-    return context
-
-
-def start(processes, *arguments):
+def start(*arguments):
     """Run `in_child` in a process of its own; return its exit code."""
-    process = processes.Process(target=in_child, args=arguments)
+    process = fork_server().Process(target=in_child, args=arguments)
     process.start()
     process.join(60)
     assert process.exitcode is not None, "The process hangs."
@@ -513,7 +590,7 @@ def start(processes, *arguments):
 def in_child(folder, disturb, *arguments):
     signal.alarm(50)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    progress_module.matrix_product_rate = lambda *_: 1e9
+    leave_out_what_is_slow(progress_module)
     disturb(folder, *arguments)
     try:
         train(folder)
@@ -540,8 +617,8 @@ def signal_itself(folder, number, times):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_a_run_with_a_checkpoint(processes, whole, tmp_path, number):
-    assert start(processes, tmp_path, signal_itself, number, 1) == 0
+def test_signal_ends_a_run_with_a_checkpoint(whole, tmp_path, number):
+    assert start(tmp_path, signal_itself, number, 1) == 0
     summary = read_summary(tmp_path)
     assert summary["status"] == "interrupted"
     assert summary["step"] in (5, 6)  # the signal comes within step 5, from 1
@@ -551,10 +628,32 @@ def test_signal_ends_a_run_with_a_checkpoint(processes, whole, tmp_path, number)
     assert_equal_runs(tmp_path, whole)
 
 
-def test_second_signal_ends_a_run_at_once_and_it_goes_on_from_the_last_checkpoint(processes, whole, tmp_path):
-    assert start(processes, tmp_path, signal_itself, signal.SIGTERM, 2) == -signal.SIGTERM
+def test_second_signal_ends_a_run_at_once_and_it_goes_on_from_the_last_checkpoint(whole, tmp_path):
+    assert start(tmp_path, signal_itself, signal.SIGTERM, 2) == -signal.SIGTERM
     assert steps_in(tmp_path) == [3]
     train(tmp_path)
+    assert_equal_runs(tmp_path, whole)
+
+
+def wait_in_the_middle(folder):
+    def wait():
+        (folder / "waiting").touch()
+        while (folder / "waiting").exists():
+            time.sleep(0.01)
+
+    before_step(4, wait)
+
+
+def test_second_run_at_the_same_time_stops_and_does_not_disturb_the_first(whole, tmp_path):
+    first = fork_server().Process(target=in_child, args=(tmp_path, wait_in_the_middle))
+    first.start()
+    while not (tmp_path / "waiting").exists() and first.is_alive():
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError, match=re.escape(f"{tmp_path} is in use by another run. Wait until that one has")):
+        train(tmp_path)
+    (tmp_path / "waiting").unlink()
+    first.join(60)
+    assert first.exitcode == 0
     assert_equal_runs(tmp_path, whole)
 
 
@@ -574,19 +673,19 @@ def kill_at(folder, fraction, total, counts):
 
 
 @pytest.fixture(scope="module")
-def accesses(processes, tmp_path_factory):
+def accesses(tmp_path_factory):
     """How often a whole run opens, makes, renames or removes something in its folder."""
     folder = tmp_path_factory.mktemp("accesses")
     (folder / "run").mkdir()
-    assert start(processes, folder / "run", kill_at, 0, None, folder / "count") == 0
+    assert start(folder / "run", kill_at, 0, None, folder / "count") == 0
     return int((folder / "count").read_text())
 
 
 @pytest.mark.parametrize("part", range(5))
-def test_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(processes, whole, accesses, tmp_path, part):
+def test_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(whole, accesses, tmp_path, part):
     """A random access in each fifth of the run: most of them are in the middle of writing something."""
     fraction = (part + random.Random(part).random()) / 5
-    assert start(processes, tmp_path, kill_at, fraction, accesses, None) == -signal.SIGKILL
+    assert start(tmp_path, kill_at, fraction, accesses, None) == -signal.SIGKILL
     train(tmp_path)
     assert_equal_runs(tmp_path, whole)
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name or "old" in path.name] == []
@@ -598,8 +697,8 @@ def fill_disk(folder, limit):
 
 
 @pytest.mark.parametrize("limit", [150_000, 400_000], ids=["weights", "optimiser"])
-def test_full_disk_while_saving(processes, whole, tmp_path, limit):
-    assert start(processes, tmp_path, fill_disk, limit) == 3
+def test_full_disk_while_saving(whole, tmp_path, limit):
+    assert start(tmp_path, fill_disk, limit) == 3
     message = (tmp_path / "error.txt").read_text()
     (tmp_path / "error.txt").unlink()
     older, newer = tmp_path / "checkpoint-00000003", tmp_path / "checkpoint-00000006"
@@ -610,7 +709,7 @@ def test_full_disk_while_saving(processes, whole, tmp_path, limit):
     )
     assert find_damage(older) is None
     assert steps_in(tmp_path) == [3]
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".lock"]
     train(tmp_path)
     assert_equal_runs(tmp_path, whole)
 
@@ -623,7 +722,7 @@ def test_text_that_vanishes_while_streaming(tmp_path, monkeypatch):
     files = [tmp_path / f"{name}.txt" for name in "abc"]
     for index, file in enumerate(files):
         file.write_text("\n".join(documents[8 * index : 8 * index + 8]))
-    monkeypatch.setattr(training, "MicroBatches", partial(MicroBatches, documents_per_chunk=2))
+    monkeypatch.setattr(preparing, "MicroBatches", partial(MicroBatches, documents_per_chunk=2))
     whole, folder, elsewhere = tmp_path / "whole", tmp_path / "run", tmp_path / "elsewhere"
     train(whole, load_text(files, streaming=True))
     with monkeypatch.context() as patch:

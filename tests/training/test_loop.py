@@ -25,6 +25,7 @@ from transformers import BertModel
 from supershaper_hf import SuperShaperForMaskedLM
 from supershaper_hf.data.batches import MicroBatches
 from supershaper_hf.data.sequences import tokenize
+from supershaper_hf.devices import device_name
 from supershaper_hf.model.costs import training_flops
 from supershaper_hf.model.elastic import SuperShaperLayer
 from supershaper_hf.model.modeling_supershaper import IGNORE_INDEX
@@ -182,9 +183,9 @@ def test_every_step_draws_the_shapes_of_its_seed_and_number(tokenizer, dataset, 
 
 
 def test_steps_get_the_micro_batches_of_the_text_in_order(tokenizer, dataset, steps):
-    changes = {"seed": 7, "per_device_train_batch_size": 2, "mlm_probability": 0.4}
-    pretrain(tokenizer, dataset, gradient_accumulation_steps=3, max_steps=2, **changes)
-    expected = MicroBatches(dataset, tokenizer, **changes).iterate()
+    changes = {"seed": 7, "mlm_probability": 0.4}
+    pretrain(tokenizer, dataset, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2, **changes)
+    expected = MicroBatches(dataset, tokenizer, batch_size=2, **changes).iterate()
     assert [len(step["batches"]) for step in steps] == [3, 3]
     for step in steps:
         for batch in step["batches"]:
@@ -448,7 +449,7 @@ def test_counters_add_up_the_micro_batches(tokenizer, steps):
 
 def test_summary_tells_the_model_and_the_machine(tokenizer, dataset):
     model, summary = pretrain(tokenizer, dataset)
-    assert (summary.status, summary.processes, summary.device) == ("finished", 1, "cpu")
+    assert (summary.status, summary.processes, summary.device) == ("finished", 1, device_name("cpu"))
     assert summary.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert summary.arguments == vars(arguments()) | {"mixed_precision": "no"}
 
@@ -500,9 +501,10 @@ def test_gradients_of_a_skipped_step_are_forgotten(tokenizer, dataset, monkeypat
 def test_many_skipped_steps_in_a_row_end_the_run(tokenizer, dataset, monkeypatch, tmp_path):
     seen = poison(monkeypatch, {3, 4, 5, 6})
     message = (
-        "The gradients were not finite in 3 steps in a row (the last: step 6). Lower learning_rate=0.001, raise "
-        "warmup_steps=0.05, or train with bf16 instead of fp16. Newest checkpoint: "
-        f"{tmp_path / 'checkpoint-00000004'}."
+        "The gradients were not finite in 3 steps in a row (the last: step 6). Lower learning_rate=0.001, look at "
+        "weight_decay=0.0, raise warmup_steps=0.05, or train with bf16 instead of fp16, and start again: the new "
+        "values are applied from the newest checkpoint on. If the run fails again soon, remove that checkpoint to go "
+        f"on from the one before it. Newest checkpoint: {tmp_path / 'checkpoint-00000002'}."
     )
     with pytest.raises(FloatingPointError, match=re.escape(message)):
         pretrain(tokenizer, dataset, max_steps=20, max_skipped_steps=3, output_dir=str(tmp_path), save_steps=2)

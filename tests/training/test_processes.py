@@ -1,24 +1,22 @@
 """Two processes under torch's launcher: they compute what one does, stop together, and lose nothing when one dies.
 
-This file is also the script that the launcher runs: `work` at its end, on each process.
+The launcher runs `work`, at the end of this file, on each process.
 """
 
 import json
 import os
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import SPECIAL_TOKENS, WORDS, assert_same, tiny_model
-from launching import start
+from launching import launch
 from safetensors.torch import load_file
 from texts import random_documents
 from transformers import AutoModelForMaskedLM, BertTokenizer
@@ -26,13 +24,15 @@ from transformers import AutoModelForMaskedLM, BertTokenizer
 from supershaper_hf import SearchSpace
 from supershaper_hf.data.batches import fixed_masks
 from supershaper_hf.data.sequences import tokenize
+from supershaper_hf.processes import start_accelerator
 from supershaper_hf.search.evaluation import evaluate_shapes
-from supershaper_hf.training import checkpoints
+from supershaper_hf.training import checkpoints, run_folder
 from supershaper_hf.training import loop as training
 from supershaper_hf.training import progress as progress_module
 from supershaper_hf.training.arguments import SuperPretrainingArguments
 from supershaper_hf.training.checkpoints import find_damage, list_checkpoints
 from supershaper_hf.training.loop import super_pretrain
+from supershaper_hf.training.resuming import read_state
 from supershaper_hf.training.sandwich import sandwich_step, step_shapes
 
 
@@ -47,13 +47,13 @@ COMPARED = {
     "random": {"sampling": "random", "random_shapes": 2, "drop_rate": 0.5, "gradient_accumulation_steps": 2},
     "adaptive": {"divergence": "alpha", "weight_decay": 0.1, "lr_scheduler_type": "cosine"},
 }
-STATES = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "SuperShaperLayer",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",  # Accelerate's default; checkpoints hold whole tensors all the same
 }
 
 
@@ -111,11 +111,6 @@ def no_measured_peak():
         yield
 
 
-def launch(*arguments):
-    """Start two processes of `work`."""
-    return start(2, __file__, *arguments)
-
-
 def read_metrics(folder):
     file = folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -125,27 +120,37 @@ def steps_in(folder):
     return [int(checkpoint.name.removeprefix("checkpoint-")) for checkpoint in list_checkpoints(folder)]
 
 
+DISTURBED = ("terminated", "died", "orphaned")
+
+
 @pytest.fixture(scope="module")
 def disturbed(tmp_path_factory):
-    """Two runs at once: the launcher of one gets SIGTERM, of the other a process kills itself in step 4, from 0."""
+    """Runs at once: one launcher gets SIGTERM, one SIGKILL; in another run a process kills itself in step 4, from 0."""
     folder = tmp_path_factory.mktemp("disturbed")
-    launchers = {name: launch(name, folder / name) for name in ("terminated", "died")}
-    deadline = time.monotonic() + 90
-    while len(read_metrics(folder / "terminated")) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    launchers["terminated"].terminate()
+    launchers = {name: launch(2, work, name, folder / name, log=folder / f"{name}.log") for name in DISTURBED}
+    for name, act in (("terminated", "terminate"), ("orphaned", "kill")):
+        wait_for(lambda name=name: len(read_metrics(folder / name)) >= 2)
+        getattr(launchers[name], act)()
     found = {}
     for name, launcher in launchers.items():
-        output, _ = launcher.communicate(timeout=60)
+        launcher.join(60)
+        if name != "died":
+            wait_for(lambda name=name: all((folder / name / f"end{rank}.json").exists() for rank in (0, 1)))
         file = folder / name / "killed"
         found[name] = {
             "folder": folder / name,
-            "code": launcher.returncode,
-            "output": output,
+            "code": launcher.exitcode,
+            "output": (folder / f"{name}.log").read_text(),
             "checkpoints": steps_in(folder / name),
             "seconds": time.time() - file.stat().st_mtime if file.exists() else None,
         }
     return found
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +160,9 @@ def together(disturbed, tmp_path_factory):
     train(folder / "one", max_steps=3, save_steps=3)
     for name, run in disturbed.items():
         shutil.copytree(run["folder"], folder / name)
-    launcher = launch("together", folder)
-    output, _ = launcher.communicate(timeout=110)
-    assert launcher.returncode == 0, output
+    launcher = launch(2, work, "together", folder, log=folder / "log.txt")
+    launcher.join(110)
+    assert launcher.exitcode == 0, (folder / "log.txt").read_text()
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -174,7 +179,7 @@ def ranks(together):
 @pytest.fixture
 def warnings(monkeypatch):
     messages = []
-    for module in (checkpoints, training):
+    for module in (checkpoints, run_folder):
         monkeypatch.setattr(module.logger, "warning", messages.append)
     return messages
 
@@ -220,7 +225,7 @@ def test_two_processes_compute_what_one_does_at_the_same_global_batch(ranks, nam
         assert_same(without_key_biases(rank[name]["weights"]), without_key_biases(model.state_dict()), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*COMPARED, "whole", "resumed", "stream", "resumed stream", "terminated", "died"])
+@pytest.mark.parametrize("name", [*COMPARED, "whole", "resumed", "stream", "resumed stream", *DISTURBED])
 def test_processes_end_with_the_same_weights(ranks, name):
     """And measured the same; only the main one keeps records of what was before a run went on."""
     first, second = (rank[name] for rank in ranks)
@@ -257,9 +262,7 @@ def test_only_one_process_writes(folder):
     ) | {3: 2, 6: 2, STEPS: 2}
     newest = list_checkpoints(folder / "whole")[0]
     assert find_damage(newest) is None
-    assert {path.name for path in newest.iterdir()} >= {
-        "stream_0.json", "stream_1.json", "random_states_0.pkl", "random_states_1.pkl"
-    }  # fmt: skip
+    assert len(read_state(newest).positions) == 2
 
 
 # Going on
@@ -281,8 +284,9 @@ def shown(folder):
     }
 
 
-def test_signal_to_the_launcher_stops_all_processes_after_a_checkpoint(disturbed):
-    run = disturbed["terminated"]
+@pytest.mark.parametrize("name", ["terminated", "orphaned"])
+def test_signal_to_the_launcher_or_its_death_stops_all_processes_after_a_checkpoint(disturbed, name):
+    run = disturbed[name]
     ends = [json.loads((run["folder"] / f"end{rank}.json").read_text()) for rank in (0, 1)]
     assert ends[0] == ends[1]
     assert ends[0]["status"] == "interrupted"
@@ -301,7 +305,7 @@ def test_death_of_one_process_ends_the_run_with_an_error(disturbed):
     assert [find_damage(checkpoint) for checkpoint in list_checkpoints(run["folder"])] == [None, None]
 
 
-@pytest.mark.parametrize("name", ["terminated", "died"])
+@pytest.mark.parametrize("name", DISTURBED)
 def test_disturbed_run_goes_on_as_if_nothing_had_happened(ranks, folder, name):
     for rank in ranks:
         assert_same(rank[name]["weights"], rank["whole"]["weights"], atol=0)
@@ -329,7 +333,7 @@ def test_two_processes_go_on_with_the_stored_text_of_one(ranks):
 
 def test_one_process_cannot_go_on_with_the_stream_of_two(folder, tmp_path, warnings):
     run = shutil.copytree(folder / "stream", tmp_path / "run")
-    message = r"was written by 2 process\(es\) that each read a part of the stream, this run has 1. Start as many as"
+    message = r"which cannot change within a run: processes was 2, is 1\. Start again with the old values"
     with pytest.raises(ValueError, match=message):
         train(run, stream=True)
 
@@ -337,26 +341,32 @@ def test_one_process_cannot_go_on_with_the_stream_of_two(folder, tmp_path, warni
 # FSDP, as Accelerate runs it
 
 
-@pytest.mark.parametrize("states", STATES)
-def test_fsdp_trains_as_ddp_does(ranks, folder, states):
+def test_fsdp_trains_as_ddp_does(ranks, folder):
     for rank in ranks:
-        run = rank[states]
+        run = rank["fsdp"]
         assert run["parameter"] == "DTensor"
         torch.testing.assert_close(run["losses"], rank["sandwich"]["losses"], atol=1e-4, rtol=0)
         torch.testing.assert_close(run["evaluations"], rank["sandwich"]["evaluations"], atol=1e-3, rtol=1e-3)
-    last = AutoModelForMaskedLM.from_pretrained(folder / states / "last").state_dict()
+    last = AutoModelForMaskedLM.from_pretrained(folder / "fsdp" / "last").state_dict()
     expected = ranks[0]["sandwich"]["weights"]
     assert_same(without_key_biases(last), without_key_biases(expected), atol=1e-3)
 
 
-@pytest.mark.parametrize("states", STATES)
-def test_fsdp_run_goes_on(ranks, folder, states):
-    resumed = f"resumed {states}"
-    losses = [rank["losses"] for rank in (ranks[0][resumed], ranks[0][states])]
+def test_fsdp_run_goes_on(ranks, folder):
+    losses = [rank["losses"] for rank in (ranks[0]["resumed fsdp"], ranks[0]["fsdp"])]
     assert losses[0] == losses[1]
-    weights = (load_file(folder / run / "last" / "model.safetensors") for run in (resumed, states))
+    weights = (load_file(folder / run / "last" / "model.safetensors") for run in ("resumed fsdp", "fsdp"))
     assert_same(*weights, atol=0)
-    assert find_damage(list_checkpoints(folder / resumed)[0]) is None
+    assert find_damage(list_checkpoints(folder / "resumed fsdp")[0]) is None
+
+
+def test_run_goes_on_without_fsdp_from_a_checkpoint_made_under_it(ranks, folder, tmp_path):
+    run = shutil.copytree(folder / "fsdp", tmp_path / "run", ignore=shutil.ignore_patterns("*-0000000[67]", "last"))
+    assert steps_in(run)
+    model, summary = train(run, dropout=False, batch_size=8)
+    assert (summary.status, summary.progress.step) == ("finished", STEPS)
+    expected = ranks[0]["sandwich"]["weights"]
+    assert_same(without_key_biases(model.state_dict()), without_key_biases(expected), atol=1e-3)
 
 
 # What the launcher runs
@@ -392,7 +402,7 @@ def work(mode, folder):
     signal.alarm(100)  # ends a deadlock
     progress_module.matrix_product_rate = lambda *_: 1e9
     progress_module.plot_evaluations = lambda *_: None  # slow, and drawn by one process only
-    accelerator = Accelerator()
+    accelerator = start_accelerator()
     folder, rank = Path(folder), accelerator.process_index
     if mode == "together":
         torch.save(work_together(accelerator, folder), folder / f"rank{rank}.pt")
@@ -441,14 +451,14 @@ def work_together(accelerator, folder):
     found["resumed"] = result(*interrupted_and_resumed(folder / "resumed"))
     found["stream"] = result(*train(folder / "stream", stream=True))
     found["resumed stream"] = result(*interrupted_and_resumed(folder / "resumed stream", stream=True))
-    for name in ("terminated", "died"):
+    for name in DISTURBED:
         found[name] = result(*train(folder / name))
     before_step(5, fail)
     with pytest.raises(RuntimeError, match="power cut"):
         train(folder / "to go on", dropout=False)
     training.sandwich_step = sandwich_step
     found["warnings of one"] = []
-    training.logger.warning = found["warnings of one"].append
+    run_folder.logger.warning = found["warnings of one"].append
     _, summary = train(folder / "one")
     found["from one"] = {"status": summary.status, "step": summary.progress.step}
     work_under_fsdp(folder, found)
@@ -457,19 +467,14 @@ def work_together(accelerator, folder):
 
 def work_under_fsdp(folder, found):
     """Accelerate offers FSDP on devices only, but its code runs on the CPU too."""
-    for states in STATES:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        os.environ.update(FSDP, FSDP_STATE_DICT_TYPE=states)
-        AcceleratorState._reset_state()
-        model, summary = train(folder / states, dropout=False)
-        found[states] = {
-            "parameter": type(next(model.parameters())).__name__,
-            "losses": step_losses(summary),
-            "evaluations": evaluations(summary),
-        }
-        _, summary = interrupted_and_resumed(folder / f"resumed {states}", dropout=False)
-        found[f"resumed {states}"] = {"losses": step_losses(summary)}
-
-
-if __name__ == "__main__":
-    work(*sys.argv[1:])
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    os.environ.update(FSDP)
+    AcceleratorState._reset_state()
+    model, summary = train(folder / "fsdp", dropout=False, save_total_limit=9)
+    found["fsdp"] = {
+        "parameter": type(next(model.parameters())).__name__,
+        "losses": step_losses(summary),
+        "evaluations": evaluations(summary),
+    }
+    _, summary = interrupted_and_resumed(folder / "resumed fsdp", dropout=False)
+    found["resumed fsdp"] = {"losses": step_losses(summary)}

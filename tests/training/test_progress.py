@@ -134,6 +134,15 @@ def test_description_tells_the_sampling(sampling, words):
     assert "distillation weight 0," in description
 
 
+def test_description_tells_changed_conditions():
+    done = summary()
+    done.progress.changes = [{"step": 1000, "name": "learning_rate", "before": 2e-4, "after": 1e-4}]
+    assert done.describe().endswith(
+        "seed 7. The run went on under changed conditions: after step 1,000, learning_rate was changed from 0.0002 to "
+        "0.0001."
+    )
+
+
 def evaluation(loss):
     return {"largest": {"loss": loss, "perplexity": math.exp(loss), "accuracy": 0.5}}
 
@@ -170,6 +179,7 @@ def test_dictionary_of_a_summary_is_complete_and_survives_json():
         "best_loss": 2.5,
         "best_step": 1000,
         "loss_spikes": [],
+        "changes": [],
         "processes": 2,
         "device": "cpu",
         "parameters": 4321,
@@ -326,6 +336,18 @@ def test_records_are_cut_back_to_the_step_to_go_on_from(clock, tmp_path, step, k
     assert read == monitor.records
     assert read[-1]["step"] == step + 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_damaged_line_takes_no_other_with_it(clock, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(progress_module.logger, "warning", said.append)
+    good = [{"step": step, "loss": [3.0]} for step in (1, 2, 3)]
+    damaged = [b"{", b"\xff\xfe", b"null", b'{"loss": [3.0]}', b'{"step": "1"}', b'{"step": NaN}', b"[" * 5000]
+    lines = [json.dumps(good[0]).encode(), *damaged, json.dumps(good[1]).encode(), b"", json.dumps(good[2]).encode()]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b'\n{"step": 4, "lo')
+    monitor = monitor_of(Progress(step=9), output_dir=str(tmp_path))
+    assert monitor.records == good
+    assert said == [f"{tmp_path / 'metrics.jsonl'} has damaged lines, which are left out: 2, 3, 4, 5, 6, 7, 8, 10."]
 
 
 def test_other_processes_write_and_say_nothing(clock, tmp_path, monkeypatch, capsys):

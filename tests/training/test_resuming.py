@@ -6,17 +6,30 @@ import re
 
 import pytest
 import torch
-from conftest import assert_same, randomize, tiny_model
-from training_runs import NO_DROPOUT, SPACE, assert_trained_alike, copied_weights, poison, pretrain, stream_of
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from conftest import SPECIAL_TOKENS, WORDS, assert_same, randomize, tiny_config, tiny_model
+from texts import random_documents
+from training_runs import (
+    NO_DROPOUT,
+    SPACE,
+    arguments,
+    assert_trained_alike,
+    copied_weights,
+    poison,
+    pretrain,
+    stream_of,
+)
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertTokenizer
 
 from supershaper_hf import SuperShaperForMaskedLM
 from supershaper_hf.data.batches import MicroBatches
+from supershaper_hf.data.sequences import tokenize
 from supershaper_hf.report.tables import markdown_table
 from supershaper_hf.search.evaluation import evaluate_shapes
 from supershaper_hf.training import loop as training_module
-from supershaper_hf.training.checkpoints import MANIFEST, list_checkpoints, seal
-from supershaper_hf.training.loop import evaluation_shapes
+from supershaper_hf.training import run_folder
+from supershaper_hf.training.checkpoints import list_checkpoints, seal
+from supershaper_hf.training.loop import evaluation_shapes, super_pretrain
+from supershaper_hf.training.resuming import read_state, write_state
 from supershaper_hf.training.sandwich import sandwich_step
 
 
@@ -140,11 +153,13 @@ def test_folder_holds_what_is_promised(tokenizer, dataset, eval_batches, tmp_pat
     folder = tmp_path / "new" / "run"
     pretrain(tokenizer, dataset, eval_batches=eval_batches, output_dir=str(folder))
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "best",
         "checkpoint-00000003",
         "evaluation.png",
         "last",
         "metrics.jsonl",
+        "run.json",
         "training_summary.json",
     ]
 
@@ -228,13 +243,13 @@ def test_older_checkpoints_are_removed(tokenizer, dataset, tmp_path):
 
 
 def test_every_checkpoint_is_written_once(tokenizer, dataset, tmp_path, monkeypatch):
-    written, save = [], training_module.save_checkpoint
+    written, save = [], run_folder.save_checkpoint
 
     def record(accelerator, folder, step, *args):
         written.append(step)
         return save(accelerator, folder, step, *args)
 
-    monkeypatch.setattr(training_module, "save_checkpoint", record)
+    monkeypatch.setattr(run_folder, "save_checkpoint", record)
     pretrain(tokenizer, dataset, max_steps=4, save_steps=2, output_dir=str(tmp_path))
     pretrain(tokenizer, dataset, max_steps=4, save_steps=2, output_dir=str(tmp_path))
     assert written == [2, 4]
@@ -384,17 +399,99 @@ def test_new_folder_is_fine_if_resuming_is_not_wanted(tokenizer, dataset, tmp_pa
     assert summary.status == "finished"
 
 
-def test_changed_conditions_are_named(tokenizer, dataset, tmp_path, warnings):
+def test_changes_that_take_effect_from_the_next_step_on_are_named_and_recorded(tokenizer, dataset, tmp_path, warnings):
     pretrain(tokenizer, dataset, output_dir=str(tmp_path))
-    changes = {"max_steps": 4, "learning_rate": 0.002, "sampling": "random", "distillation_weight": 0.0}
+    changes = {"max_steps": 4, "learning_rate": 0.002}
     _, summary = pretrain(tokenizer, dataset, output_dir=str(tmp_path), **changes)
-    (message,) = warnings
-    assert message == (
-        f"Going on from {tmp_path / 'checkpoint-00000003'} under other conditions, so not bit for bit: max_steps was "
-        "3, is 4; learning_rate was 0.001, is 0.002; sampling was 'sandwich', is 'random'; distillation_weight was "
-        "0.5, is 0.0."
-    )
+    assert warnings == [
+        f"Going on from {tmp_path / 'checkpoint-00000003'} under changed conditions from step 4 on: max_steps was 3, "
+        "is 4; learning_rate was 0.001, is 0.002."
+    ]
     assert summary.progress.step == 4
+    assert summary.progress.changes == [
+        {"step": 3, "name": "max_steps", "before": 3, "after": 4},
+        {"step": 3, "name": "learning_rate", "before": 0.001, "after": 0.002},
+    ]
+    words = "after step 3, learning_rate was changed from 0.001 to 0.002."
+    assert summary.describe().endswith(words)
+    assert words in (tmp_path / "last" / "README.md").read_text()
+
+
+def test_changed_optimiser_is_really_applied(tokenizer, dataset, tmp_path, monkeypatch, warnings):
+    """Learning rate, schedule and weight decay after a resume are the new ones, the moments the old ones."""
+    pretrain(tokenizer, dataset, output_dir=str(tmp_path))
+    seen, step = [], torch.optim.AdamW.step
+
+    def record(optimizer, *args, **kwargs):
+        seen.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
+        assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    changes = {"max_steps": 4, "learning_rate": 0.004, "lr_scheduler_type": "constant", "weight_decay": 0.3}
+    _, summary = pretrain(tokenizer, dataset, output_dir=str(tmp_path), **changes)
+    assert seen == [[(0.004, 0.3), (0.004, 0.0)]]
+    assert [record["learning_rate"] for record in summary.records if "loss" in record][-1] == 0.004
+
+
+REFUSED = {
+    "sampling": ({"sampling": "fixed", "distillation_weight": 0.5}, "sampling was 'sandwich', is 'fixed'"),
+    "seed": ({"seed": 1}, "seed was 0, is 1"),
+    "max_length": ({"max_length": 11}, "max_length was 12, is 11"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_arguments_that_cannot_change_within_a_run_are_refused(
+    tokenizer, dataset, eval_batches, tmp_path, monkeypatch, changes, message
+):
+    pretrain(tokenizer, dataset, output_dir=str(tmp_path))
+    args = arguments(output_dir=str(tmp_path), max_steps=5)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        super_pretrain(tiny_model(), tokenizer, dataset, args, eval_batches=eval_batches)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "relu"},
+        {"num_attention_heads": 2},
+        {"head_slicing": "per_head"},
+        {"width_choices": [8, 48]},
+        {"hidden_dropout_prob": 0.2},
+        {"attention_probs_dropout_prob": 0.0},
+        {"layer_norm_eps": 1e-5},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_configuration_of_the_model_is_refused(tokenizer, dataset, tmp_path, change):
+    pretrain(tokenizer, dataset, output_dir=str(tmp_path), max_steps=1)
+    (name, value) = next(iter(change.items()))
+    message = f"cannot change within a run: {name} was {getattr(tiny_config(), name)!r}, is {value!r}. Start again with"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pretrain(tokenizer, dataset, tiny_model(**change), output_dir=str(tmp_path), max_steps=2)
+
+
+def test_another_text_is_refused(tokenizer, dataset, tmp_path):
+    pretrain(tokenizer, dataset, output_dir=str(tmp_path), max_steps=1)
+    for text in (tokenize(random_documents(8, words=20, seed=5), tokenizer, 12), stream_of()):
+        with pytest.raises(ValueError, match=r"text was '.* stored sequences .*', is '.*'. Start again with the old"):
+            pretrain(tokenizer, text, output_dir=str(tmp_path), max_steps=2)
+
+
+def test_stored_text_after_a_stream_is_refused(tokenizer, dataset, tmp_path):
+    pretrain(tokenizer, stream_of(), output_dir=str(tmp_path), max_steps=1)
+    with pytest.raises(ValueError, match=r"text was 'stream .*', is '.* stored sequences"):
+        pretrain(tokenizer, dataset, output_dir=str(tmp_path), max_steps=2)
+
+
+def test_another_tokenizer_is_refused(tokenizer, tmp_path):
+    pretrain(tokenizer, stream_of(), output_dir=str(tmp_path), max_steps=1)
+    other = BertTokenizer(vocab={word: index for index, word in enumerate(SPECIAL_TOKENS + WORDS[::-1])})
+    with pytest.raises(ValueError, match=r"cannot change within a run: tokenizer was '.*', is '.*'"):
+        pretrain(other, stream_of(), output_dir=str(tmp_path), max_steps=2)
 
 
 def test_conditions_that_decide_nothing_may_change(tokenizer, dataset, tmp_path, warnings):
@@ -423,23 +520,22 @@ def test_run_can_go_on_in_smaller_micro_batches(tokenizer, dataset, tmp_path, mo
 def test_checkpoint_of_another_model_is_refused(tokenizer, dataset, tmp_path, changes):
     pretrain(tokenizer, dataset, output_dir=str(tmp_path))
     other = tiny_model(**changes)
-    message = (
-        f"{tmp_path / 'checkpoint-00000003'} is of a model with hidden_sizes=[48, 48, 48] and vocab_size=61, this one "
-        f"has {other.config.hidden_sizes} and {other.config.vocab_size}. Choose another output_dir."
-    )
+    old, new = tiny_config().hidden_sizes, other.config.hidden_sizes
+    message = f"{tmp_path / 'checkpoint-00000003'} was written by a run under other conditions, which cannot change"
+    message += ".*vocab_size was 61, is 60" if old == new else f".*{re.escape(f'hidden_sizes was {old}, is {new}')}"
     before = copied_weights(other)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         pretrain(tokenizer, dataset, other, output_dir=str(tmp_path))
     assert_same(other.state_dict(), before, atol=0)
 
 
 def pretend_two_processes(checkpoint):
     """Change a checkpoint into one that two processes wrote, and seal it again."""
-    file = checkpoint / training_module.PROGRESS_FILE
-    saved = json.loads(file.read_text())
-    saved["conditions"]["processes"] = 2
-    file.write_text(json.dumps(saved))
-    (checkpoint / MANIFEST).unlink()
+    state = read_state(checkpoint)
+    state.conditions["processes"] = 2
+    state.progress.sequences *= 2
+    state.positions *= 2
+    write_state(checkpoint, state)
     seal(checkpoint)
 
 
@@ -447,8 +543,8 @@ def test_stream_of_other_processes_cannot_be_gone_on_with(tokenizer, tmp_path, w
     pretrain(tokenizer, stream_of(), output_dir=str(tmp_path))
     checkpoint = tmp_path / "checkpoint-00000003"
     pretend_two_processes(checkpoint)
-    message = f"{checkpoint} was written by 2 process(es) that each read a part of the stream, this run has 1. Start"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    message = f"{checkpoint} was written by a run under other conditions, which cannot change within a run: processes "
+    with pytest.raises(ValueError, match=re.escape(message + "was 2, is 1. Start again with the old values")):
         pretrain(tokenizer, stream_of(), output_dir=str(tmp_path))
 
 

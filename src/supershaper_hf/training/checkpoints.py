@@ -1,118 +1,136 @@
-"""How a run survives: checkpoints that are complete or absent, checked before they are loaded, and signals.
+"""Checkpoints on disk: complete or absent, checked before they are loaded, and never mixed up with other folders.
 
-    output_dir/checkpoint-00000500/    model, optimiser, scheduler, scaler, random states, data position
+    output_dir/checkpoint-00000500/    model.safetensors, optimizer.safetensors, progress.json, configuration, tokenizer
                                        manifest.json: size and SHA-256 of every other file, written last
 
-A checkpoint is written to a hidden folder and renamed when all of it is on disk.
+Only a folder with such a name, of exactly eight digits, and with a manifest that we have written is a checkpoint. No
+other folder is ever listed, loaded, replaced or removed. What the files hold is decided in `resuming.py`.
 """
 
 import hashlib
-import json
-import os
+import re
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from logging import ERROR, getLogger
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers.utils import logging
+
+from ..files import force_to_disk, read_json, write_folder, write_json
+from ..processes import on_main_process
 
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
-PREFIX = "checkpoint-"
+MANIFEST_FORMAT = "supershaper-hf checkpoint 1"
+NAME = re.compile(r"checkpoint-\d{8}")
+LEFTOVER = re.compile(r"\.checkpoint-\d{8}\.(partial|old)")  # what a kill leaves of `write_folder`
+FREE_SPACE = "Solve that (is the disk full?), then start the same command again: it goes on from there."
+
+
+def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` steps."""
+    return Path(output_dir) / f"checkpoint-{step:08d}"
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Return the checkpoints in `output_dir`, newest first, damaged ones included."""
+    return [folder for folder in _folders_named_as_ours(output_dir) if _read_manifest(folder) is not None]
+
+
+def _folders_named_as_ours(output_dir: str | Path) -> list[Path]:
+    return sorted((path for path in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)), reverse=True)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the content of a manifest that we have written; `None` for any other folder, file or link."""
+    if folder.is_symlink() or (folder / MANIFEST).is_symlink():
+        return None
+    try:
+        return read_json(folder / MANIFEST, MANIFEST_FORMAT)
+    except (OSError, ValueError):
+        return None
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: str | Path, step: int, write: Callable[[Path], None], keep: int
+    accelerator: Accelerator, output_dir: str | Path, step: int, write: Callable[[Path], None], keep: int | None
 ) -> Path:
-    """Write `output_dir/checkpoint-<step>` and remove all but the newest `keep` checkpoints.
+    """Write the checkpoint of `step` and remove all but the newest `keep` checkpoints.
 
-    Called by every process. All of them write into one folder, which several machines therefore have to share.
+    Every process calls this. Only the main one writes; the others wait, and raise the same error.
 
     Args:
-        accelerator: Its `save_state` is part of the checkpoint.
+        accelerator: Connects the processes.
         output_dir: Folder of the run.
         step: Number of the last step done.
-        write: Called with the folder on every process, to write what else belongs to the checkpoint.
-        keep: How many checkpoints stay.
+        write: Called with a temporary folder on the main process, to write the files of the checkpoint.
+        keep: Number of checkpoints that stay; `None` removes none.
 
     Raises:
         OSError: If it cannot be written, for example on a full disk. Older checkpoints are still there.
     """
-    output_dir = Path(output_dir)
-    folder = output_dir / f"{PREFIX}{step:08d}"
-    partial = output_dir / f".{folder.name}.partial"
-    try:
-        if accelerator.is_main_process:
-            for leftover in output_dir.glob(f".{PREFIX}*.partial"):  # of a kill
-                shutil.rmtree(leftover)
-            partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        # It reports each tied weight that it leaves out. They are tied again on loading.
-        with muted("accelerate.utils.other"):
-            accelerator.save_state(str(partial))
+    folder = checkpoint_folder(output_dir, step)
+
+    def write_and_seal(partial: Path) -> None:
         write(partial)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            seal(partial)
-            shutil.rmtree(folder, ignore_errors=True)  # only a damaged one can be in the way
-            partial.replace(folder)
-            force_to_disk(output_dir)
-            # Later ones were passed over as damaged: they must not push out good ones.
-            found = list_checkpoints(output_dir)
-            for old in [path for path in found if path.name > folder.name] + found[found.index(folder) + keep :]:
-                shutil.rmtree(old)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of them, by who writes
-        shutil.rmtree(partial, ignore_errors=True)
-        newest = next(iter(list_checkpoints(output_dir)), None)
-        raise OSError(
-            f"{folder} could not be written: {error}. "
-            + (f"The newest checkpoint is {newest}. " if newest else "There is no older checkpoint. ")
-            + "Solve that (is the disk full?), then start the same command again: it goes on from there."
-        ) from error
-    accelerator.wait_for_everyone()
+        seal(partial)
+
+    def save() -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(".checkpoint-*"):
+            if LEFTOVER.fullmatch(leftover.name) and leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+        if (folder.exists() or folder.is_symlink()) and _read_manifest(folder) is None:
+            raise FileExistsError("something else, without a manifest.json of ours, has this name; move it away")
+        write_folder(folder, write_and_seal, replace=True)
+        # Later checkpoints were passed over because they are damaged. They must not push out good ones.
+        found = list_checkpoints(output_dir)
+        later = [path for path in found if path.name > folder.name]
+        too_many = [] if keep is None else found[found.index(folder) + keep :]
+        for old in later + too_many:
+            shutil.rmtree(old)
+
+    def save_or_explain() -> None:
+        with explained(folder, lambda: f"{_newest(output_dir)} {FREE_SPACE}"):
+            save()
+
+    on_main_process(save_or_explain, accelerator)
     return folder
 
 
 @contextmanager
-def muted(name: str) -> Iterator[None]:
-    noisy = getLogger(name)
-    level = noisy.level
-    noisy.setLevel(ERROR)
+def explained(path: Path, advice: Callable[[], str]) -> Iterator[None]:
+    """Turn an error in writing `path` into an OSError that names it and tells what to do.
+
+    Libraries report a full disk as an OSError, a RuntimeError (torch), a SafetensorError, or a bare Exception
+    (tokenizers). Other errors are mistakes in the code and pass as they are.
+    """
     try:
         yield
-    finally:
-        noisy.setLevel(level)
+    except Exception as error:
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
+            raise
+        raise OSError(f"{path} could not be written: {error}. {advice()}") from error
 
 
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Return the checkpoint folders in `output_dir`, newest first."""
-    return sorted(Path(output_dir).glob(f"{PREFIX}*"), reverse=True)
+def _newest(output_dir: str | Path) -> str:
+    newest = next(iter(list_checkpoints(output_dir)), None)
+    return f"The newest checkpoint is {newest}." if newest else "There is no older checkpoint."
 
 
 def seal(folder: Path) -> None:
     """Write the manifest of sizes and checksums, and force everything to the disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": digest(path)} for path in files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    entries = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest(path)} for path in files
+    }
+    write_json(folder / MANIFEST, MANIFEST_FORMAT, {"files": entries})
     for path in [*folder.rglob("*"), folder]:
         force_to_disk(path)
-
-
-def force_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def digest(path: Path) -> str:
@@ -122,21 +140,17 @@ def digest(path: Path) -> str:
 
 def find_damage(folder: Path) -> str | None:
     """Compare a checkpoint with its manifest; return what is wrong, or `None` if nothing is."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest.items()}
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is not readable"
-    for name, (size, checksum) in expected.items():
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        return f"it has no {MANIFEST} that we have written, or a damaged one"
+    for name, entry in manifest["files"].items():
         path = folder / name
         try:
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
-            if digest(path) != checksum:
+            if path.stat().st_size != entry["size"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {entry['size']:,}"
+            if digest(path) != entry["sha256"]:
                 return f"{name} has changed: its checksum is wrong"
         except OSError as error:
             return f"{name} is not readable: {error}"
@@ -147,43 +161,27 @@ def newest_good_checkpoint(accelerator: Accelerator, output_dir: str | Path) -> 
     """Return the newest undamaged checkpoint in `output_dir`, the same on every process; `None` if there is none.
 
     Raises:
-        ValueError: If there are checkpoints, but all are damaged: starting anew would be a surprise.
+        ValueError: If there are checkpoints, but all are damaged: to start anew would be a surprise. Also if the
+            newest folder with the name of a checkpoint has no manifest: the run would later have to replace it, and
+            may not, because somebody else may have made it.
     """
-    answer: list[str | None] = [None, None]
-    if accelerator.is_main_process:
-        damage = {}
-        for folder in list_checkpoints(output_dir):
-            reason = find_damage(folder)
-            if reason is None:
-                answer[0] = str(folder)
-                break
-            damage[folder] = reason
-            logger.warning(f"{folder} is damaged ({reason}): falling back to the checkpoint before it.")
-        if damage and answer[0] is None:
-            answer[1] = "; ".join(f"{folder}: {reason}" for folder, reason in damage.items())
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise ValueError(f"No checkpoint can be used. {answer[1]}. Remove these folders to start from the beginning.")
-    return None if answer[0] is None else Path(answer[0])
+    return on_main_process(lambda: _search(output_dir), accelerator)
 
 
-@contextmanager
-def caught_signals() -> Iterator[list[str]]:
-    """Collect the names of SIGTERM and SIGINT instead of dying at once; a second one acts as it always does."""
-    caught: list[str] = []
-    previous: dict[signal.Signals, Any] = {}
-
-    def catch(number: int, frame: FrameType | None) -> None:
-        caught.append(signal.Signals(number).name)
-        signal.signal(number, previous[signal.Signals(number)])
-
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, catch)
-    except ValueError:
-        pass  # not the main thread, where Python allows no handlers: signals act as they always do
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _search(output_dir: str | Path) -> Path | None:
+    damage = {}
+    for folder in _folders_named_as_ours(output_dir):
+        reason = find_damage(folder)
+        if reason is None:
+            return folder
+        if _read_manifest(folder) is None:
+            raise ValueError(
+                f"{folder} has the name of a checkpoint, but {reason}. Move it to another place, or remove it, then "
+                "start again."
+            )
+        damage[folder] = reason
+        logger.warning(f"{folder} is damaged ({reason}): falling back to the checkpoint before it.")
+    if damage:
+        reasons = "; ".join(f"{folder}: {reason}" for folder, reason in damage.items())
+        raise ValueError(f"No checkpoint can be used. {reasons}. Remove these folders to start from the beginning.")
+    return None

@@ -1,7 +1,7 @@
-"""What a run knows and tells of itself: counters, records, speed, loss spikes, and the summary at the end.
+"""What a run counts and reports: counters, records, speed, loss spikes, and the summary at the end.
 
-`Progress` is all that a checkpoint keeps of it. `Monitor` shows it: a progress bar, `metrics.jsonl`, trackers of
-Accelerate, and after each evaluation a table and `evaluation.png`.
+`Progress` holds the counters that are part of each checkpoint. `Monitor` shows them in a progress bar, writes
+`metrics.jsonl`, tells the trackers of Accelerate, and after each evaluation prints a table and draws `evaluation.png`.
 """
 
 import json
@@ -16,13 +16,18 @@ from typing import Any
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..devices import matrix_product_rate
-from ..files import to_json
+from ..files import parse_json, to_json, write_file
+from ..processes import on_main_process
 from ..report.plots import plot_evaluations
 from ..report.tables import text_table
 from .arguments import SuperPretrainingArguments
+from .checkpoints import FREE_SPACE, explained
 
+
+logger = logging.get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "training_summary.json"
@@ -38,21 +43,22 @@ class Progress:
 
     step: int = 0
     sequences: int = 0
-    tokens: int = 0  # padding left out
-    padded_tokens: int = 0  # padding included
+    tokens: int = 0  # without padding
+    padded_tokens: int = 0  # with padding
     labelled: int = 0
-    flops: float = 0.0  # of the model's matrix products, forward and backward
+    flops: float = 0.0  # operations of the model's matrix products, forward and backward
     seconds: float = 0.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     best_loss: float | None = None
     best_step: int | None = None
-    perplexity: float | None = None  # of the first shape, when last evaluated
+    perplexity: float | None = None  # of the first shape at the last evaluation, if it was finite
     loss_spikes: list[dict[str, float]] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)  # `step`, `name`, `before`, `after` of each condition
 
     def watch(self, loss: float) -> bool:
-        """Take note of a step's loss in nats; return whether it stands out from the last ones, and remember if so."""
+        """Remember a step's loss in nats; return whether it is a spike: far above the losses before it."""
         recent = self.recent_losses
         spike = False
         if math.isfinite(loss):
@@ -115,16 +121,23 @@ class TrainingSummary:
             f"tokens, {progress.flops:.2e} FLOPs, {progress.seconds / 3600:.2f} hours on {self.processes} x "
             f"{self.device}. AdamW, peak learning rate {args['learning_rate']:g} ({args['lr_scheduler_type']}), "
             f"masking {args['mlm_probability']:.0%}, distillation weight {args['distillation_weight']:g}, "
-            f"precision {args['mixed_precision']}, seed {args['seed']}."
+            f"precision {args['mixed_precision']}, seed {args['seed']}.{self._describe_changes()}"
         )
+
+    def _describe_changes(self) -> str:
+        changes = "; ".join(
+            f"after step {change['step']:,}, {change['name']} was changed from {change['before']} to {change['after']}"
+            for change in self.progress.changes
+        )
+        return f" The run went on under changed conditions: {changes}." if changes else ""
 
 
 class Monitor:
-    """Shows a run on the main process; the other processes only count.
+    """Shows a run on the main process. On the other processes it only keeps the same records.
 
     Args:
-        accelerator: Tells the process and holds the trackers.
-        args: `output_dir`, `logging_steps` and `report_to` are used.
+        accelerator: Connects the processes, and holds the trackers.
+        args: `output_dir`, `logging_steps`, `max_steps` and `report_to` are used.
         progress: The counters, fresh or from a checkpoint.
         description: Label of the progress bar.
     """
@@ -134,7 +147,7 @@ class Monitor:
     ) -> None:
         self.accelerator, self.args, self.progress = accelerator, args, progress
         self.folder = None if args.output_dir is None else Path(args.output_dir)
-        self.records = self._records_so_far()
+        self.records = on_main_process(self._records_so_far, accelerator) or []
         self.peak = matrix_product_rate(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
         self.bar = tqdm(
             total=args.max_steps,
@@ -176,43 +189,49 @@ class Monitor:
         self._track({"loss": losses[0], **{f"loss_{i}": loss for i, loss in enumerate(losses)}}, record)
 
     def evaluated(self, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """Show an evaluation: `loss`, `perplexity` and `accuracy` by name of shape."""
+        """Show an evaluation: for each shape by name its `loss`, `perplexity` and `accuracy`."""
         self._record({"step": self.progress.step, "evaluation": results})
         rows = [{"shape": name, **{key: row[key] for key in MEASURES}} for name, row in results.items()]
         self._say(f"Evaluation after step {self.progress.step}:\n{text_table(rows)}")
-        if self.folder is not None and self.accelerator.is_main_process:
-            plot_evaluations(self.folder / PLOT_FILE, self.records)
+        if self.folder is not None:
+            file = self.folder / PLOT_FILE
+            on_main_process(lambda: draw_evaluations(file, self.records), self.accelerator)
         self._track({f"eval/{name}/{key}": row[key] for name, row in results.items() for key in MEASURES}, {})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out of the training speed what happens here: evaluating and saving."""
+        """Do not count the time spent here, for evaluating and saving, in the training speed."""
         start = time.perf_counter()
         yield
         self.last_time += time.perf_counter() - start
 
     def close(self) -> None:
-        """End the bar and the trackers. `end_training` would also disconnect the processes, which go on to save."""
+        """End the bar and the trackers.
+
+        `Accelerator.end_training` is not called: it would also disconnect the processes, which still have to save.
+        """
         self.bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
     def _records_so_far(self) -> list[dict[str, Any]]:
-        """Read back the records up to the step to go on from; a crash may have left later ones, or half a line."""
-        if self.folder is None or not self.accelerator.is_main_process:
+        """Read back the records up to the step to go on from, and remove later ones from the file.
+
+        A crash may have left records of later steps, and half a line at the end. Any other damaged line is left out
+        with a warning.
+        """
+        if self.folder is None:
             return []
         file = self.folder / METRICS_FILE
-        records = []
-        for line in file.read_text().splitlines() if file.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        records = [record for record in records if record["step"] <= self.progress.step]
+        *lines, _ = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else [""]
+        read = [read_record(line) for line in lines]
+        damaged = [number for number, record in enumerate(read, start=1) if record is None]
+        if damaged:
+            logger.warning(f"{file} has damaged lines, which are left out: {', '.join(map(str, damaged))}.")
+        records = [record for record in read if record is not None and record["step"] <= self.progress.step]
         self.folder.mkdir(parents=True, exist_ok=True)
-        rewritten = file.with_suffix(".partial")
-        rewritten.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-        rewritten.replace(file)
+        with explained(file, lambda: FREE_SPACE):
+            write_file(file, "".join(f"{json.dumps(record)}\n" for record in records))
         return records
 
     def _say(self, text: str) -> None:
@@ -221,11 +240,42 @@ class Monitor:
 
     def _record(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        if self.folder is not None and self.accelerator.is_main_process:
-            with (self.folder / METRICS_FILE).open("a") as file:
-                file.write(f"{to_json(record)}\n")
+        if self.folder is not None:
+            file = self.folder / METRICS_FILE
+            on_main_process(lambda: append_record(file, record), self.accelerator)
 
     def _track(self, values: Mapping[str, float], record: Mapping[str, Any]) -> None:
         if self.args.report_to:
             numbers = {key: value for key, value in record.items() if isinstance(value, float)}
             self.accelerator.log({**values, **numbers}, step=self.progress.step)
+
+
+def append_record(file: Path, record: Mapping[str, Any]) -> None:
+    with explained(file, lambda: FREE_SPACE), file.open("a", encoding="utf-8", newline="\n") as stream:
+        stream.write(f"{to_json(record)}\n")
+
+
+def draw_evaluations(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    with explained(file, lambda: FREE_SPACE):
+        plot_evaluations(file, records)
+
+
+def read_record(line: str) -> dict[str, Any] | None:
+    """Return the record in a line of `metrics.jsonl`, or `None` if the line is damaged."""
+    try:
+        record = parse_json(line, METRICS_FILE)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+@contextmanager
+def hidden_progress_bars() -> Iterator[None]:
+    """Turn off the progress bars of transformers, and turn them on again only if they were on."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

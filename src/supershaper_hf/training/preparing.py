@@ -1,0 +1,139 @@
+"""What a run needs before its first step: processes, text, optimizer, learning rates, losses, teacher."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
+from datasets import Dataset, IterableDataset
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from ..checks import check_choice
+from ..data.batches import MicroBatches
+from ..data.sequences import check_vocabulary
+from ..model.configuration_supershaper import SuperShaperConfig
+from ..model.modeling_supershaper import SuperShaperForMaskedLM
+from ..processes import start_accelerator
+from .arguments import PRECISIONS, SuperPretrainingArguments
+from .distillation import Objective, OutsideTeacher
+from .sandwich import decay_groups
+
+
+def make_accelerator(args: SuperPretrainingArguments) -> Accelerator:
+    """Return the `Accelerator` of a run.
+
+    Raises:
+        ValueError: If `accelerate launch` was told a precision or a kind of distribution that is not supported.
+        RuntimeError: If Accelerate and the launcher disagree on the number of processes.
+    """
+    drops_layers = args.drop_rate > 0 or (args.shape is not None and 0 in args.shape)
+    # DDP must be told that a layer may have no part in the pass that exchanges the gradients.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=drops_layers, gradient_as_bucket_view=True)
+    accelerator = start_accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=list(args.report_to) or None,
+        project_dir=args.output_dir,
+        kwargs_handlers=[ddp],
+    )
+    check_choice("mixed_precision", accelerator.mixed_precision, PRECISIONS)
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise ValueError(
+            f"Super pre-training does not run under {kind.value}{' 1' * (kind == DistributedType.FSDP)}. Use DDP, or "
+            "FSDP with `fsdp_version: 2` in the configuration of Accelerate."
+        )
+    return accelerator
+
+
+def make_stream(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SuperPretrainingArguments,
+    accelerator: Accelerator,
+) -> MicroBatches:
+    """Return the text as the endless masked micro-batches of this process."""
+    return MicroBatches(
+        dataset,
+        tokenizer,
+        args.per_device_train_batch_size,
+        args.mlm_probability,
+        args.seed,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=args.dataloader_num_workers,
+        max_length=args.max_length,
+        cross_documents=args.cross_documents,
+        pad_to_multiple_of=args.max_length if args.torch_compile else None,  # another length would need another graph
+    )
+
+
+def make_optimizer(model: torch.nn.Module, args: SuperPretrainingArguments) -> torch.optim.AdamW:
+    """Return AdamW for `model`. The fused kernel exists on CPU, CUDA and MPS."""
+    return torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+
+
+def learning_rate_schedule(args: SuperPretrainingArguments) -> Callable[[int], float]:
+    """Return the function from the number of updates done so far to the learning rate of the next one.
+
+    Raises:
+        ValueError: If the scheduler is unknown, or its rates do not follow from the number of updates alone.
+    """
+    # The schedulers of transformers are written for an optimizer; this one stands for it.
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    scheduler = get_scheduler(args.lr_scheduler_type, stand_in, args.get_warmup_steps(), args.max_steps)
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"lr_scheduler_type={args.lr_scheduler_type!r} needs more than the number of the step to compute a "
+            "learning rate. Use linear, cosine, constant, constant_with_warmup, or another one of this kind."
+        )
+    factor = scheduler.lr_lambdas[0]
+    return lambda updates: args.learning_rate * factor(updates)
+
+
+def make_objective(args: SuperPretrainingArguments, teacher: OutsideTeacher | None) -> Objective:
+    return Objective(
+        distillation_weight=args.distillation_weight or 0.0,
+        temperature=args.temperature,
+        divergence=args.divergence,
+        hidden_weight=args.hidden_weight,
+        attention_weight=args.attention_weight,
+        teacher=teacher,
+        teacher_weight=args.teacher_weight,
+        relation_heads=args.relation_heads,
+    )
+
+
+def check_teacher(
+    args: SuperPretrainingArguments,
+    config: SuperShaperConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: OutsideTeacher | None,
+) -> None:
+    """Raise a ValueError unless an outside teacher can read the text and can be compared with every width."""
+    if teacher is None:
+        return
+    theirs: Any = teacher.model.config
+    check_vocabulary(tokenizer, theirs)
+    longest = getattr(theirs, "max_position_embeddings", args.max_length)
+    if longest < args.max_length:
+        raise ValueError(f"max_length={args.max_length} is more than the teacher's {longest} positions. Lower it.")
+    heads = args.relation_heads or config.num_attention_heads
+    widths = [*(config.width_choices or config.hidden_sizes or []), theirs.hidden_size]
+    misfits = sorted({width for width in widths if width % heads})
+    if misfits:
+        raise ValueError(
+            f"relation_heads={heads} does not divide {misfits}, widths of the student or the teacher. Use a number "
+            f"that divides all of {sorted(set(widths))}: at most {math.gcd(*widths)}."
+        )
+
+
+def checkpoint_layers(model: SuperShaperForMaskedLM, on: bool) -> None:
+    """Turn gradient checkpointing on or off. From version 5.23 on, transformers calls it activation checkpointing."""
+    verb = "enable" if on else "disable"
+    newest = getattr(model, f"activation_checkpointing_{verb}", None)
+    (newest or getattr(model, f"gradient_checkpointing_{verb}"))()
