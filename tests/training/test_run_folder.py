@@ -253,11 +253,6 @@ def test_progress_bars_of_transformers_are_left_as_they_were(tokenizer, dataset,
         (logging.enable_progress_bar if before else logging.disable_progress_bar)()
 
 
-def test_scheduler_that_needs_more_than_the_step_is_refused(tokenizer, dataset):
-    with pytest.raises(ValueError, match="lr_scheduler_type='reduce_lr_on_plateau' needs more than the number of the"):
-        pretrain(tokenizer, dataset, lr_scheduler_type="reduce_lr_on_plateau")
-
-
 def test_first_evaluation_and_checkpoint_leave_no_trace_in_the_weights(tokenizer, dataset, tmp_path):
     plain, _ = pretrain(tokenizer, dataset)
     saved, _ = pretrain(tokenizer, dataset, save_steps=1, output_dir=str(tmp_path))

@@ -389,7 +389,7 @@ class ShapePredictor:
         return predictor
 
     def _index(self, shapes: Any) -> tuple[np.ndarray, bool]:
-        """Return the positions (n, layers) of widths in `width_choices`, and whether it is one shape. Raise if unknown."""
+        """Return the positions (n, layers) of widths in `width_choices`, and whether it is one shape, or raise."""
         rows, single = shape_rows(shapes)
         layers, choices = len(self.effects), np.array(self.width_choices)
         index = np.minimum(np.searchsorted(choices, rows), len(choices) - 1)
