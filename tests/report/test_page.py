@@ -30,6 +30,7 @@ from supershaper_hf.report.page import (
     write_csv,
     write_report,
 )
+from supershaper_hf.search.records import append_record
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Shapes left out")  # random weights: no width is better
@@ -151,8 +152,8 @@ def test_page_says_whether_new_shapes_are_predicted_as_well_as_promised(folder, 
 
 
 def test_dropped_layers_that_the_predictor_does_not_know_are_no_test_of_it(folder):
-    with (folder / RECORDS_FILE).open("a") as stream:
-        stream.write('{"shape": [0, 48, 48], "loss": 1.0, "perplexity": 2.718281828459045, "accuracy": 0.5}\n')
+    dropping = {"shape": [0, 48, 48], "loss": 1.0, "perplexity": 2.718281828459045, "accuracy": 0.5}
+    append_record(folder / RECORDS_FILE, dropping)
     assert "4 shapes were measured that the predictor was not fitted on" in write_report(folder).read_text()
 
 
