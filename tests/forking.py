@@ -18,22 +18,25 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["conftest", "texts", "supershaper_hf.search.evaluation", "supershaper_hf.data.sequences"]
 )
-SECONDS = 100  # after which a process that waits for another one is ended
+SECONDS = 100  # after this time a process ends, also if it waits for another one for ever
 
 
 def fork(processes, act, *arguments):
-    """Start `act(*arguments)` on several processes of one run, or on a single one without a run for 0."""
-    environment = {"OMP_NUM_THREADS": "1"}
-    if processes:
-        environment |= {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": str(free_port())}  # fmt: skip
-        environment |= dict.fromkeys(["WORLD_SIZE", "LOCAL_WORLD_SIZE"], str(processes))
-    ranks = [environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes else {}) for rank in
-             range(processes or 1)]  # fmt: skip
+    """Start `act(*arguments)` on several processes of one run, or for 0 on one process without a launcher."""
+    alone = {"OMP_NUM_THREADS": "1"}
+    together = alone | {
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    environments = [together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)] or [alone]
     # The server imports the modules when it starts, and looks for them where this process does.
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
         forkserver.ensure_running()
-    started = [CONTEXT.Process(target=_run, args=(rank, act, arguments), daemon=True) for rank in ranks]
+    started = [CONTEXT.Process(target=_run, args=(each, act, arguments), daemon=True) for each in environments]
     for process in started:
         process.start()
     return started

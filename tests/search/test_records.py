@@ -1,6 +1,7 @@
 """Records on disk: real files, kills and full disks, and several processes."""
 
 import copy
+import doctest
 import io
 import json
 import math
@@ -27,6 +28,7 @@ from supershaper_hf.data.batches import fixed_masks
 from supershaper_hf.data.sequences import tokenize
 from supershaper_hf.files import checksum, lock
 from supershaper_hf.search import evaluation
+from supershaper_hf.search import records as records_module
 from supershaper_hf.search.evaluation import (
     evaluate_shapes,
     fingerprint_data,
@@ -39,6 +41,7 @@ from supershaper_hf.search.records import (
     KEYS,
     append_record,
     open_records,
+    parse_line,
     perplexity,
     read_records,
     to_dataset,
@@ -357,7 +360,6 @@ DAMAGE = {
     "zeros": (lambda line: bytes(len(line)), "not JSON"),
     "not text": (lambda line: b"\xff\xfe" + line, "not JSON"),
     "too deep": (lambda line: b"[" * 100_000, "not JSON"),
-    "deep": (lambda line: b"[" * 900 + b"]" * 900, "not a JSON object"),
     "no number": (lambda line: line.replace(b'"loss": ', b'"loss": NaN, "old": '), "not JSON"),
     "endless number": (lambda line: line.replace(b'"loss": ', b'"loss": %s, "old": ' % (b"9" * 5000)), "not JSON"),
     "a list": (lambda line: b"[" + line + b"]", "not a JSON object"),
@@ -506,6 +508,18 @@ def test_file_of_another_version_is_refused_and_named(number, written, batches):
         with pytest.raises(ValueError, match=message):
             use(written)
     assert written.read_bytes() == before
+
+
+@pytest.mark.parametrize("depth", range(800, 1200, 3))
+def test_lines_that_are_nested_deeply_raise_no_recursion_error(depth):
+    """Neither where they are parsed, nor where their checksum is computed."""
+    with pytest.raises(ValueError, match=r"^not JSON$|checksum is wrong"):
+        parse_line(b'{"a": ' * depth + b"1" + b"}" * depth)
+
+
+def test_example():
+    results = doctest.testmod(records_module)
+    assert (results.failed, results.attempted) == (0, 9)
 
 
 def outcome_of(file):

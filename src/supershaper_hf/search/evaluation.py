@@ -67,7 +67,14 @@ def evaluate_shapes(
     records_file: str | Path | None = ...,
 ) -> list[Record]: ...
 @torch.no_grad()
-def evaluate_shapes(model, batches, shapes, description="Measuring shapes", accelerator=None, records_file=None):
+def evaluate_shapes(
+    model: SuperShaperForMaskedLM,
+    batches: Sequence[Batch],
+    shapes: Sequence[Any] | np.ndarray,
+    description: str = "Measuring shapes",
+    accelerator: Accelerator | None = None,
+    records_file: str | Path | None = None,
+) -> Record | list[Record]:
     """Measure each shape on every labelled token of `batches`.
 
     With `records_file`, every record is written as soon as it is measured. After a kill the same call continues: only
@@ -82,7 +89,7 @@ def evaluate_shapes(model, batches, shapes, description="Measuring shapes", acce
             measured once.
         description: Label of the progress bar.
         accelerator: Its processes share the batches, compute in its mixed precision, and all return the same records.
-            By default one process measures alone.
+            An error on one process is raised on all of them. By default one process measures alone.
         records_file: A JSON lines file that records are added to, see `records`. By default none is written. One run
             at a time may use it, of which only the main process reads and writes it.
 
@@ -99,8 +106,6 @@ def evaluate_shapes(model, batches, shapes, description="Measuring shapes", acce
         RuntimeError: If another run is using `records_file`.
         OSError: If `records_file` cannot be read or written. The records in it are kept.
 
-    An error on one process is raised on all of them.
-
     Example:
         >>> import torch
         >>> from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
@@ -112,15 +117,15 @@ def evaluate_shapes(model, batches, shapes, description="Measuring shapes", acce
         [[8, 4], [4, 0]]
     """
     single = _is_one_shape(shapes)
-    shapes = [shapes] if single else shapes
+    many: list[Any] = [shapes] if single else list(shapes)
 
     def prepare() -> tuple[list[Key], Evaluation]:
-        return [_key(model, shape) for shape in shapes], Evaluation(model, batches, accelerator)
+        copy_mapped_weights(model)
+        return [_key(model, shape) for shape in many], Evaluation(model, batches, accelerator)
 
-    copy_mapped_weights(model)
     asked, evaluation = on_every_process(prepare, accelerator)
     evaluation.check_same_call(asked)
-    given = dict(zip(asked, shapes, strict=True))
+    given = dict(zip(asked, many, strict=True))
     known: dict[Key, Record] = {}
     with evaluation_mode(model), ExitStack() as held:
         if records_file is not None:
