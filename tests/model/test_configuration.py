@@ -261,6 +261,17 @@ def test_value_that_no_model_can_have_is_refused(field, value, message, tmp_path
         assert f"The config.json of {str(tmp_path)!r} does not describe a model" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("dtype", "float33"), ("dtype", []), ("id2label", {"a": "yes"}), ("id2label", 3)], ids=str
+)
+def test_value_that_transformers_stumbles_over_is_refused_with_the_file(field, value, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, field: value}))
+    with pytest.raises(ValueError, match=f"The config.json of '{tmp_path}' does not describe a model"):
+        SuperShaperConfig.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("loader", [SuperShaperConfig, SuperShaperForMaskedLM], ids=lambda loader: loader.__name__)
 def test_folder_without_a_configuration_is_refused(loader, tmp_path):
     with pytest.raises(OSError, match=r"has no config\.json, so it is not a saved model"):

@@ -266,7 +266,7 @@ def test_dropping_leaves_the_other_layers_as_drawn(distribution):
     whole, thinned = TINY.sample(4000, 0, distribution), TINY.sample(4000, 0, distribution, 0.3)
     assert np.array_equal(thinned, np.where(thinned > 0, whole, 0))
     dropped = thinned == 0
-    # Of three layers all are dropped with probability .3 ** 3, and then one of them is kept.
+    # All three layers are dropped with probability .3 ** 3, and then one of them is kept.
     assert np.abs(dropped.mean(axis=0) - (0.3 - 0.3**3 / 3)).max() < 0.02
     assert len({tuple(row) for row in dropped.tolist()}) == 7
 

@@ -41,10 +41,15 @@ for name, (auto_class, folder, batch, shape, save_to) in torch.load(jobs_file).i
         results[name] = (type(model).__name__, list(model(**batch).to_tuple()))
 torch.save(results, results_file)
 
-try:
-    model.from_bert("bert")
-except ImportError as error:
-    print(error)
+for call in (
+    lambda: model.from_bert("bert"),
+    lambda: model.from_original("pytorch_model.bin", model.config),
+    lambda: model.push_to_hub("user/name", tokenizer="tokenizer"),
+):
+    try:
+        call()
+    except (ImportError, TypeError) as error:
+        print(error)
 """
 
 
@@ -133,8 +138,16 @@ def test_model_saved_without_the_package_loads_with_it(without_package, model_cl
     assert_same(run(subnet, tiny_batch(model_class)), results[f"{model_class.__name__}-cut"][1])
 
 
-def test_without_the_package_from_bert_says_what_to_install(without_package):
-    assert "from_bert needs the package: pip install supershaper-hf" in without_package[2]
+@pytest.mark.parametrize(
+    "message",
+    [
+        "from_bert needs the package: pip install supershaper-hf",
+        "from_original needs the package: pip install supershaper-hf",
+        "Without the package, publish the tokenizer with tokenizer.push_to_hub.",
+    ],
+)
+def test_methods_that_need_the_package_say_so(without_package, message):
+    assert message in without_package[2].splitlines()
 
 
 # Folders that were published in 2026

@@ -154,7 +154,7 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 def _inside(folder: Path, name: str) -> Path:
     """Return the path of a file that is named from inside a folder."""
-    path = PureWindowsPath(name)  # knows the separators and drives of every system
-    if path.anchor or ".." in path.parts:
-        raise ValueError(f"The weights of {folder} are said to be in {name!r}, which is outside the folder.")
+    path = PureWindowsPath(str(name))  # knows the separators and drives of every system
+    if not isinstance(name, str) or path.anchor or ".." in path.parts:
+        raise ValueError(f"The weights of {folder} are said to be in {name!r}, which is not a file in it.")
     return folder / name

@@ -206,7 +206,13 @@ class SuperShaperConfig(PreTrainedConfig):
         source = kwargs.get("name_or_path")
         try:
             return super().from_dict(config_dict, **kwargs)
-        except StrictDataclassError as error:
+        except (
+            StrictDataclassError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            IndexError,
+        ) as error:  # also of transformers
             if source is None:
                 raise
             raise ValueError(f"The config.json of {str(source)!r} does not describe a model. {error}") from error

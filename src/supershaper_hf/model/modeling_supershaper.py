@@ -100,7 +100,10 @@ class SuperShaperPooler(nn.Module):
 
 
 class SuperShaperPreTrainedModel(PreTrainedModel):
-    """What every SuperShaper model can do: load, start from a BERT, be cut into a subnet, be published."""
+    """What every SuperShaper model can do: load, start from a BERT, be cut into a subnet, be published.
+
+    Every `forward` takes the arguments of BERT and `shape`, see `SuperShaperModel.forward`.
+    """
 
     config: SuperShaperConfig
     base_model_prefix = "bert"
@@ -367,8 +370,8 @@ class SuperShaperForSequenceClassification(SuperShaperPreTrainedModel):
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
             num_items = kwargs.get("num_items_in_batch")
             if num_items is not None and self.config.problem_type != "single_label_classification":
-                # These two losses of transformers are always means over this batch, which is a part of `num_items`.
-                loss = loss * labels.numel() / num_items
+                # These two losses of transformers are means over this batch, whatever part of `num_items` it holds.
+                loss = loss * labels.ne(IGNORE_INDEX).sum() / num_items  # counted as the Trainer counts
         return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 

@@ -152,8 +152,8 @@ class SearchSpace:
         """Draw one shape near each of `num_shapes` numbers of parameters, which are spread over the space's range.
 
         1. Draw the budgets, one in each of `num_shapes` equal slices of the range.
-        2. The width of each layer is drawn on its own, from p(w) ~ exp(tilt * parameters(w)). Of all distributions with
-           the same mean size this one has the largest entropy, so the layers of a shape stay as unlike as possible.
+        2. The width of each layer is drawn on its own, from p(w) ~ exp(tilt * parameters(w)). This distribution has the
+           largest entropy among those with the same mean size, so the widths stay as diverse as the budget allows.
         3. The mean number of parameters rises with the tilt. A table of both gives the tilt of each budget.
         4. Single shapes scatter around this mean, so `CANDIDATES` are drawn and the nearest is kept.
         """
@@ -177,9 +177,8 @@ class SearchSpace:
         """Return the tilts at which shapes have these numbers of parameters on average."""
         cost, full, layers = parameter_cost(self.config), self.config.hidden_size, self.num_layers
         choices = np.array(self.width_choices)
-        tilts = np.sinh(
-            np.linspace(-7, 7, 141)
-        )  # -548: every layer has the smallest width; 0: uniform; 548: the largest
+        # At -548 every layer has the smallest width, at 0 all widths are equally likely, at 548 it has the largest.
+        tilts = np.sinh(np.linspace(-7, 7, 141))
         odds = self._tilted_odds(tilts)
         # Terms of one width: into the first layer, all layers, out of the last one. Terms of two: between layers.
         alone = cost.enter(full, choices) + layers * cost.layer(choices) + cost.leave(choices)
