@@ -5,7 +5,7 @@
     python benchmarks/predictor.py --records records.jsonl      # of examples/search_shapes.py
 
 First comes five-fold cross-validation, then fits on a few random rows that are tested on all other rows. The numbers
-are means over repetitions, and R2 is that of perplexity. The trees are those of scikit-learn in two settings; to compare
+are means over repetitions, and R2 is that of perplexity. The trees are those of scikit-learn in two settings. Comparing
 with the better one gives them an advantage, since it is known only after the test. `--largest P` gives the measured
 perplexity of the largest shape, to see which predictor can extrapolate to it.
 """
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau, spearmanr
-from sklearn.ensemble import GradientBoostingRegressor
 
 from supershaper_hf.report.tables import text_table
 from supershaper_hf.search.predictor import ShapePredictor
@@ -30,6 +29,8 @@ Fit = Callable[[np.ndarray, np.ndarray], Any]
 
 def trees(depth: int, rate: float) -> Fit:
     def fit(shapes: np.ndarray, losses: np.ndarray) -> Any:
+        from sklearn.ensemble import GradientBoostingRegressor  # here, because `rounds.py` imports `read` without it
+
         model = GradientBoostingRegressor(
             n_estimators=600, learning_rate=rate, max_depth=depth, subsample=0.8, random_state=0
         )

@@ -673,3 +673,20 @@ def test_impossible_seconds_are_refused(wrong, where):
 def test_missing_file_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         LatencyTable.load(tmp_path / "none.json")
+
+
+def test_table_is_measured_once_and_loaded_afterwards(tmp_path):
+    file, conditions = tmp_path / "table.json", {"batch_size": 2, "sequence_length": 5}
+    first = LatencyTable.load_or_measure(file, SPACE, **conditions)
+    assert content(LatencyTable.load(file)) == content(first)
+    assert content(LatencyTable.load_or_measure(file, SPACE, **conditions)) == content(first)
+
+
+@pytest.mark.parametrize("other", [{"batch_size": 3}, {"sequence_length": 6}], ids=str)
+def test_table_of_other_conditions_is_not_taken(tmp_path, other):
+    file, conditions = tmp_path / "table.json", {"batch_size": 2, "sequence_length": 9}
+    made_table().save(file)
+    (name,) = other
+    stored = re.escape(f"{file} was measured with {{'{name}': {conditions[name]}}}, but asked for is ")
+    with pytest.raises(ValueError, match=stored):
+        LatencyTable.load_or_measure(file, SPACE, **{**conditions, **other})

@@ -876,6 +876,12 @@ def test_too_few_finite_losses_are_counted(noisy):
         ShapePredictor.fit_records(records)
 
 
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_too_few_records_are_counted(noisy, count):
+    with pytest.raises(ValueError, match=f"{count} measured shapes are too few: at least 8 are needed"):
+        ShapePredictor.fit_records(records_of(*noisy[1:])[:count])
+
+
 def test_poor_fit_on_records_warns_at_the_line_that_called():
     shapes = random_shapes(40)
     with pytest.warns(UserWarning, match="predicted poorly") as caught:

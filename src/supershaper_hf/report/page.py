@@ -94,7 +94,7 @@ def _summary(findings: Findings, front: ParetoFront, cost: str) -> str:
     text = (
         f"## Shapes for every budget\n\n"
         f"{len(findings.records):,} of {space.size:,} shapes were measured, all on the same masked text "
-        f"(`{RECORDS_FILE}`). The predictor (`{PREDICTOR_FILE}`) on shapes that were left out of its fit: "
+        f"(`{RECORDS_FILE}`). The predictor (`{PREDICTOR_FILE}`) was tested on shapes that were left out of its fit: "
         f"{findings.predictor.quality}. The exact Pareto front of {cost} against predicted perplexity has "
         f"{len(front):,} shapes (`{FRONT_FILE}`)."
     )
@@ -145,8 +145,8 @@ def _front_section(folder: Path, findings: Findings, cost: str, rows: Sequence[M
         for row in rows
     ]
     explained = (
-        f"No shape of the same {cost} or less is predicted to be better than the one in each row. `best measured` is "
-        "the lowest perplexity of all measured shapes that cost no more."
+        "Each row is a shape of this front: no shape that costs the same or less is predicted to be better. "
+        "`best measured` is the lowest perplexity of all measured shapes that cost no more."
     )
     chosen = {tuple(row["shape"]) for row in rows}
     axes = dict.fromkeys([cost, "parameters", *(["latency"] if findings.table else [])])

@@ -208,11 +208,10 @@ class ShapePredictor:
             9
         """
         finite = [record for record in records if np.isfinite(record["loss"])]
-        if len(finite) < MINIMUM_SHAPES:
+        if len(finite) < min(len(records), MINIMUM_SHAPES):
             raise ValueError(
                 f"Only {len(finite)} of {len(records)} measured losses are finite, but a predictor needs at least "
-                f"{MINIMUM_SHAPES}. Measure more shapes; if losses are not finite, check that the supernet is trained "
-                "and that it is stable in this precision."
+                f"{MINIMUM_SHAPES}. Check that the supernet is trained, and that it is stable in this precision."
             )
         if len(finite) < len(records):
             warnings.warn(
@@ -389,7 +388,7 @@ class ShapePredictor:
         return predictor
 
     def _index(self, shapes: Any) -> tuple[np.ndarray, bool]:
-        """Return the positions (n, layers) of widths in `width_choices`, and whether it is one shape, or raise."""
+        """Return the positions (n, layers) in `width_choices`, and whether `shapes` is one shape; or raise."""
         rows, single = shape_rows(shapes)
         layers, choices = len(self.effects), np.array(self.width_choices)
         index = np.minimum(np.searchsorted(choices, rows), len(choices) - 1)

@@ -71,15 +71,44 @@ def measure_in_rounds(
         >>> best_measured(space, records, "parameters", 1_500_000)
         [80, 24, 16, 96]
     """
-    check_count("rounds", rounds)
-    first = max(num_shapes // rounds, MINIMUM_SHAPES, len(space.width_choices))
-    if num_shapes < first:
-        raise ValueError(
-            f"num_shapes={num_shapes} is too small: the first round needs at least "
-            f"{max(MINIMUM_SHAPES, len(space.width_choices))} shapes."
+    budgets = None if rounds == 1 else max_cost  # without further rounds, all shapes are random
+    shapes = _first_round(space, num_shapes, rounds, seed, cost, max_cost, drop_rate, sequence_length)
+    records = measure(shapes)
+    if budgets is None:
+        return records
+    for number in range(1, rounds):
+        share = -(-(num_shapes - len(records)) // (rounds - number))  # rounded up: with many rounds the last have none
+        if share == 0:
+            break
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # only the caller's fit on all records has to warn
+            predictor = ShapePredictor.fit_records(records)
+        known = {tuple(record["shape"]) for record in records}
+        proposed = propose_shapes(
+            space, predictor, share, known, (seed, number), cost, max_cost=budgets, sequence_length=sequence_length
         )
-    in_rounds = rounds > 1 and max_cost is not None
-    shapes = _first_shapes(space, first if in_rounds else num_shapes, seed, drop_rate)
+        if proposed:
+            records = records + measure(proposed)
+    return records
+
+
+def _first_round(
+    space: SearchSpace,
+    num_shapes: int,
+    rounds: int,
+    seed: int,
+    cost: Cost | Sequence[Cost],
+    max_cost: float | Sequence[float] | None,
+    drop_rate: float,
+    sequence_length: int,
+) -> list[list[int]]:
+    """Return the shapes of the first round, after all checks that need no measurement."""
+    check_count("rounds", rounds)
+    least = max(MINIMUM_SHAPES, len(space.width_choices))
+    if num_shapes < least:
+        raise ValueError(f"num_shapes={num_shapes} is too small: the first round needs at least {least} shapes.")
+    only_round = rounds == 1 or max_cost is None
+    shapes = _random_shapes(space, num_shapes if only_round else max(num_shapes // rounds, least), seed, drop_rate)
     if len(shapes) < MINIMUM_SHAPES:
         raise ValueError(
             f"This search space has {len(shapes)} shapes only, but a predictor needs {MINIMUM_SHAPES}. Measure all of "
@@ -87,23 +116,7 @@ def measure_in_rounds(
         )
     if max_cost is not None:
         _affordable_front(space, _indifferent_predictor(space, shapes), cost, max_cost, sequence_length)
-    records = measure(shapes)
-    if not in_rounds or max_cost is None:
-        return records
-    for number in range(1, rounds):
-        share = -(-(num_shapes - len(records)) // (rounds - number))  # rounded up: with many rounds the last have none
-        if share == 0 or len(shapes) < first:  # the whole space is known
-            break
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # only the caller's fit on all records has to warn
-            predictor = ShapePredictor.fit_records(records)
-        known = {tuple(record["shape"]) for record in records}
-        proposed = propose_shapes(
-            space, predictor, share, known, (seed, number), cost, max_cost=max_cost, sequence_length=sequence_length
-        )
-        if proposed:
-            records = records + measure(proposed)
-    return records
+    return shapes
 
 
 def propose_shapes(
@@ -206,7 +219,7 @@ def _indifferent_predictor(space: SearchSpace, shapes: list[list[int]]) -> Shape
     return ShapePredictor(widths, 0.0, np.zeros((space.num_layers, len(widths))), evidence=evidence)
 
 
-def _first_shapes(space: SearchSpace, num_shapes: int, seed: int, drop_rate: float) -> list[list[int]]:
+def _random_shapes(space: SearchSpace, num_shapes: int, seed: int, drop_rate: float) -> list[list[int]]:
     """Return `num_shapes` different random shapes. The smallest and the largest are among them, and every width occurs.
 
     There are fewer if a small space has no more of them, or hardly any.
