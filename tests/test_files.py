@@ -274,6 +274,7 @@ def test_everybody_may_read_what_may_be_read(tmp_path):
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).touch(mode=0o600)
         (partial / "link").symlink_to(outside)
+        (partial / "broken").symlink_to("missing")
 
     folder = write_folder(tmp_path / "subnet", write)
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
