@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -61,6 +62,49 @@ def _is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except OverflowError:  # an integer that is larger than every float
         return False
+
+
+def check_widths(name: str, widths: Any, least: int = 1) -> None:
+    """Raise a ValueError unless `widths` are strictly increasing integers from `least` to below 2**31.
+
+    Example:
+        >>> check_widths("width_choices", [120, 240, 240])
+        Traceback (most recent call last):
+        ValueError: width_choices=[120, 240, 240] must be strictly increasing integers of at least 1.
+    """
+    integers = isinstance(widths, (list, tuple, np.ndarray)) and all(
+        isinstance(width, (int, np.integer)) and not isinstance(width, bool) for width in widths
+    )
+    if (
+        not integers
+        or len(widths) == 0
+        or widths[0] < least
+        or widths[-1] >= 2**31
+        or any(wider <= width for width, wider in pairwise(widths))
+    ):
+        raise ValueError(f"{name}={widths!r} must be strictly increasing integers of at least {least}.")
+
+
+def as_numbers(name: str, values: Any) -> np.ndarray:
+    """Return a number, or nested lists of numbers, as a float64 array.
+
+    Raises:
+        ValueError: If anything in it is text, a truth value or None, or if rows have different lengths.
+
+    Example:
+        >>> as_numbers("losses", ["2.5", "2.6"])
+        Traceback (most recent call last):
+        ValueError: losses must be numbers, got <U3.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise ValueError(f"{name} must be numbers in rows of equal length.") from None
+    if array.size == 0:
+        return array.astype(np.float64)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must be numbers, got {array.dtype}.")
+    return array.astype(np.float64)
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:

@@ -142,3 +142,19 @@ def matrix_product_rate(device: torch.device, mixed_precision: str = "no", secon
         clock.synchronize()
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
+
+
+def copy_mapped_weights(model: torch.nn.Module) -> None:
+    """Copy every weight on the CPU that is still mapped to its file into memory, in place.
+
+    `from_pretrained` maps `model.safetensors` into memory instead of reading it. While it is mapped, a change of the
+    file changes the model, and a process that reads beyond the end of a shortened file is killed (SIGBUS). A mapped
+    weight also begins at any byte, and the rounding of a matrix product depends on that.
+
+    The copies take as much memory as the weights. Weights in memory that torch has allocated are not copied.
+    """
+    for weight in itertools.chain(model.parameters(), model.buffers()):
+        if weight.device.type != "cpu" or hasattr(weight, "full_tensor"):  # FSDP has copied its shards already
+            continue
+        if not weight.untyped_storage().resizable():  # torch resizes only memory that it has allocated
+            weight.data = weight.data.clone()

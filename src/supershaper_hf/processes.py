@@ -103,6 +103,25 @@ def on_every_process(act: Callable[[], Result], accelerator: Accelerator | None)
     return result
 
 
+def main_process_first(act: Callable[[], Result], accelerator: Accelerator) -> Result:
+    """Call `act` on the main process, then on the others, which then find in a cache what the main one has computed.
+
+    Returns:
+        On each process what `act` has returned there.
+
+    Raises:
+        Exception: On every process, the error of the first process where `act` has raised one.
+    """
+    results: list[Result] = []
+    if accelerator.num_processes > 1:
+
+        def act_once() -> None:  # its result stays here: it may be too large to send
+            results.append(act())
+
+        on_main_process(act_once, accelerator)
+    return on_every_process(lambda: results[0] if results else act(), accelerator)
+
+
 def _outcome(act: Callable[[], Any]) -> tuple[Any, Exception | None]:
     """Return the result of `act` and the error that it has raised. Ctrl-C is no error: it reaches every process."""
     try:
