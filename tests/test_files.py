@@ -235,6 +235,21 @@ def test_folder_of_somebody_else_in_its_place_does_not_push_out_the_only_copy(tm
     assert contents(folder.with_name(".best.old")) == OLD
 
 
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_write_folder_has_not_left_is_neither_removed_nor_put_back(kind, tmp_path):
+    mine = tmp_path / ".best.old"
+    writer({"notes.txt": "mine"})(tmp_path / "elsewhere")
+    mine.write_text("mine") if kind == "file" else mine.symlink_to("elsewhere")
+    recover_folder(tmp_path / "best")
+    assert not (tmp_path / "best").exists()
+    write_folder(tmp_path / "best", writer(OLD))
+    assert mine.is_symlink() if kind == "link" else mine.read_text() == "mine"
+    with pytest.raises(OSError, match=r"\.best\.old"):
+        write_folder(tmp_path / "best", writer(NEW), replace=True)
+    assert contents(tmp_path / "best") == OLD
+    assert contents(tmp_path / "elsewhere") == {"notes.txt": "mine"}
+
+
 def test_half_removed_old_folder_is_never_put_back(tmp_path):
     """After a kill while the old folder is removed, somebody may remove the new one: nothing is better than half."""
     for breaking in every_break(for_good=True):
@@ -274,6 +289,7 @@ def test_everybody_may_read_what_may_be_read(tmp_path):
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).touch(mode=0o600)
         (partial / "link").symlink_to(outside)
+        (partial / "broken").symlink_to("missing")
 
     folder = write_folder(tmp_path / "subnet", write)
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}

@@ -110,7 +110,7 @@ def recover_folder(folder: str | Path) -> None:
     """
     folder = Path(folder).resolve()
     partial, old = _temporary_names(folder)
-    if old.exists():
+    if old.is_dir() and not old.is_symlink():
         vacant = not any(folder.iterdir()) if folder.is_dir() else not folder.exists()
         if vacant:
             if folder.exists():

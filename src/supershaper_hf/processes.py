@@ -104,13 +104,13 @@ def on_every_process(act: Callable[[], Result], accelerator: Accelerator | None)
 
 
 def main_process_first(act: Callable[[], Result], accelerator: Accelerator) -> Result:
-    """Let the main process `act` before the others, which then find in a cache what it has computed.
+    """Call `act` on the main process, then on the others, which then find in a cache what the main one has computed.
 
     Returns:
-        The result of each process's own act.
+        On each process what `act` has returned there.
 
     Raises:
-        Exception: On every process, what `act` has raised on the first process where it has.
+        Exception: On every process, the error of the first process where `act` has raised one.
     """
     results: list[Result] = []
     if accelerator.num_processes > 1:
