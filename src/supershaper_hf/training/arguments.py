@@ -243,6 +243,7 @@ class SuperPretrainingArguments:
         if self.distillation_weight is None:
             self.distillation_weight = 0.5 if self.sampling == "sandwich" else 0.0
         Objective(**{name: getattr(self, name) for name in OBJECTIVE})  # refuses values that are out of range
+        self.relation_heads = None if self.relation_heads is None else int(self.relation_heads)
         for name in ("distillation_weight", "hidden_weight", "attention_weight"):
             if getattr(self, name) > 0 and self.sampling != "sandwich":
                 raise ValueError(
