@@ -98,9 +98,8 @@ def train(
     **options: Any,
 ) -> None:
     """Train `model` in place. If the user interrupts the training, the program ends."""
-    common: dict[str, Any] = {"per_device_train_batch_size": 16, "mlm_probability": 0.3, "seed": args.seed}
-    options_of_run = SuperPretrainingArguments(**common, **options)
-    summary = super_pretrain(model, tokenizer, dataset, options_of_run, description=description)
+    options |= {"per_device_train_batch_size": 16, "mlm_probability": 0.3, "seed": args.seed}
+    summary = super_pretrain(model, tokenizer, dataset, SuperPretrainingArguments(**options), description=description)
     if summary.status == "interrupted":
         sys.exit(
             f"Interrupted during {description!r}. The quickstart cannot continue from here: remove {args.output_dir}, "
@@ -122,11 +121,11 @@ def make_supernet(
     else:
         learning_rate, pretrained = 1e-3, False
         supernet = SuperShaperForMaskedLM.from_bert(make_bert(tokenizer), head_slicing="per_head")
-    common = {"learning_rate": learning_rate}
-    if not pretrained:  # with one fixed shape, its largest, a new supernet is a plain BERT
-        train(supernet, tokenizer, dataset, args, "1 BERT", max_steps=args.bert_steps, sampling="fixed", **common)
+    options: dict[str, Any] = {"learning_rate": learning_rate}
+    if not pretrained:  # at its largest shape alone, a new supernet is trained like a plain BERT
+        train(supernet, tokenizer, dataset, args, "1 BERT", max_steps=args.bert_steps, sampling="fixed", **options)
     supernet.requires_grad_(True)
-    train(supernet, tokenizer, dataset, args, "2 Supernet", max_steps=args.super_steps, **common)
+    train(supernet, tokenizer, dataset, args, "2 Supernet", max_steps=args.super_steps, **options)
     return supernet
 
 
