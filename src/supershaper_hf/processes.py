@@ -74,6 +74,25 @@ def on_every_process(act: Callable[[], Result], accelerator: Accelerator | None)
     return result
 
 
+def main_process_first(act: Callable[[], Result], accelerator: Accelerator) -> Result:
+    """Let the main process `act` before the others, which then find in a cache what it has computed.
+
+    Returns:
+        The result of each process's own act.
+
+    Raises:
+        Exception: On every process, what `act` has raised on the first process where it has.
+    """
+    results: list[Result] = []
+    if accelerator.num_processes > 1:
+
+        def act_once() -> None:  # its result stays here: it may be too large to send
+            results.append(act())
+
+        on_main_process(act_once, accelerator)
+    return on_every_process(lambda: results[0] if results else act(), accelerator)
+
+
 def _outcome_of(act: Callable[[], Result]) -> list[Any]:
     try:
         return [act(), None]

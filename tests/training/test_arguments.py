@@ -1,10 +1,19 @@
+"""Options of a training run: which values are allowed, and the command line that is made of them."""
+
 import dataclasses
+import doctest
+import json
 import re
+from pathlib import Path
+from typing import get_type_hints
 
+import numpy as np
 import pytest
-from transformers import HfArgumentParser
+import torch
+from transformers import HfArgumentParser, get_scheduler
 
-from supershaper_hf.training.arguments import SuperPretrainingArguments
+from supershaper_hf.training import arguments as arguments_module
+from supershaper_hf.training.arguments import CHOICES, HelpFormatter, SuperPretrainingArguments
 
 
 def parse(*words):
@@ -12,34 +21,38 @@ def parse(*words):
     return arguments
 
 
+NAN, INFINITY = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_steps": 0}, "max_steps=0 must be at least 1."),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1."),
-        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps=-1 must be at least 1."),
-        ({"logging_steps": 0}, "logging_steps=0 must be at least 1."),
-        ({"eval_steps": 0}, "eval_steps=0 must be at least 1."),
-        ({"save_steps": 0}, "save_steps=0 must be at least 1."),
-        ({"save_total_limit": 0}, "save_total_limit=0 must be at least 1."),
-        ({"max_skipped_steps": 0}, "max_skipped_steps=0 must be at least 1."),
-        ({"seed": -1}, "seed=-1 must be at least 0."),
-        ({"random_shapes": -1}, "random_shapes=-1 must be at least 0."),
-        ({"dataloader_num_workers": -1}, "dataloader_num_workers=-1 must be at least 0."),
-        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0."),
-        ({"mlm_probability": 1.5}, "mlm_probability=1.5 must be between 0 and 1."),
-        ({"mlm_probability": -0.5}, "mlm_probability=-0.5 must be between 0 and 1."),
-        ({"mlm_probability": 0}, "mlm_probability=0 must be above 0."),
-        ({"drop_rate": 1.0}, "drop_rate=1.0 must be at least 0 and below 1."),
-        ({"drop_rate": -0.1}, "drop_rate=-0.1 must be at least 0 and below 1."),
-        ({"distillation_weight": 1.1}, "distillation_weight=1.1 must be between 0 and 1."),
-        ({"temperature": 0.0}, "temperature=0.0 must be positive and finite."),
-        ({"divergence": "kl"}, "divergence='kl' must be one of cross_entropy, alpha."),
-        ({"warmup_ratio": 2}, "warmup_ratio=2 must be between 0 and 1."),
-        ({"warmup_ratio": -0.01}, "warmup_ratio=-0.01 must be between 0 and 1."),
-        ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0."),
-        ({"learning_rate": float("nan")}, "learning_rate=nan must be above 0."),
-        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0."),
+        ({"max_steps": 0}, "max_steps=0 must be an integer of at least 1."),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be an integer of at least 1."),
+        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps=-1 must be an integer of at least 1."),
+        ({"max_length": 0}, "max_length=0 must be an integer of at least 1."),
+        ({"logging_steps": 0}, "logging_steps=0 must be an integer of at least 1."),
+        ({"eval_steps": 0}, "eval_steps=0 must be an integer of at least 1."),
+        ({"save_steps": 0}, "save_steps=0 must be an integer of at least 1."),
+        ({"save_total_limit": 0}, "save_total_limit=0 must be an integer of at least 1."),
+        ({"max_skipped_steps": 0}, "max_skipped_steps=0 must be an integer of at least 1."),
+        ({"seed": -1}, "seed=-1 must be an integer of at least 0."),
+        ({"random_shapes": -1}, "random_shapes=-1 must be an integer of at least 0."),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers=-1 must be an integer of at least 0."),
+        ({"relation_heads": 0}, "relation_heads=0 must be an integer of at least 1."),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be a finite number at least 0."),
+        ({"mlm_probability": 1.5}, "mlm_probability=1.5 must be a finite number above 0 and at most 1."),
+        ({"mlm_probability": -0.5}, "mlm_probability=-0.5 must be a finite number above 0 and at most 1."),
+        ({"mlm_probability": 0}, "mlm_probability=0 must be a finite number above 0 and at most 1."),
+        ({"drop_rate": 1.0}, "drop_rate=1.0 must be a finite number at least 0 and below 1."),
+        ({"drop_rate": -0.1}, "drop_rate=-0.1 must be a finite number at least 0 and below 1."),
+        ({"distillation_weight": 1.1}, "distillation_weight=1.1 must be a finite number at least 0 and at most 1."),
+        ({"temperature": 0.0}, "temperature=0.0 must be a finite number above 0."),
+        ({"divergence": "kl"}, "divergence='kl' is unknown. Allowed: 'cross_entropy', 'alpha'."),
+        ({"warmup_steps": -0.01}, "warmup_steps=-0.01 must be a finite number at least 0."),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be a finite number above 0."),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be a finite number above 0."),
+        ({"target_perplexity": 0.5, "eval_steps": 1}, "target_perplexity=0.5 must be a finite number at least 1."),
     ],
     ids=str,
 )
@@ -48,19 +61,110 @@ def test_number_out_of_range_is_refused(changes, message):
         SuperPretrainingArguments(**changes)
 
 
+FIELDS = {field.name: field for field in dataclasses.fields(SuperPretrainingArguments)}
+TYPES = get_type_hints(SuperPretrainingArguments)
+WHOLE = [name for name, kind in TYPES.items() if kind in (int, int | None)]
+DECIMAL = [name for name, kind in TYPES.items() if kind in (float, float | None)]
+FLAGS = [name for name, kind in TYPES.items() if kind is bool]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_number_that_is_not_whole_is_refused(name):
+    for value in (5.5, "5", True, INFINITY, NAN):
+        with pytest.raises(ValueError, match=f"^{name}={re.escape(repr(value))} must be an integer of at least "):
+            SuperPretrainingArguments(**{name: value})
+
+
+@pytest.mark.parametrize("name", DECIMAL)
+def test_number_that_is_not_finite_is_refused(name):
+    for value in (NAN, INFINITY, -INFINITY, "0.5", True):
+        with pytest.raises(ValueError, match=f"^{name}={re.escape(repr(value))} must be a finite number"):
+            SuperPretrainingArguments(**{name: value})
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_only_true_and_false_switch_an_option(name):
+    with pytest.raises(ValueError, match=f"{name}='no' is unknown. Allowed: True, False."):
+        SuperPretrainingArguments(**{name: "no"})
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.default not in (None, "")])
+def test_nothing_is_not_a_value(name):
+    """Only an option whose default is None may be None."""
+    with pytest.raises((ValueError, TypeError), match=f"{name}"):
+        SuperPretrainingArguments(**{name: None})
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    """The options are written to JSON."""
+    values = {"max_steps": np.int64(7), "shape": [np.int64(8)], "learning_rate": np.float64(1e-3), "sampling": "fixed"}
+    arguments = SuperPretrainingArguments(**values)
+    assert json.loads(json.dumps(vars(arguments))) == vars(arguments)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampling": "all"}, "sampling='all'. Allowed: 'sandwich', 'random', 'fixed'."),
-        ({"mixed_precision": "fp8"}, "mixed_precision='fp8'. Allowed: 'no', 'bf16', 'fp16'."),
-        ({"distribution": "normal"}, "distribution='normal'. Allowed: 'uniform', 'parameters', 'budget'."),
-        ({"resume": "always"}, "resume='always'. Allowed: 'auto', 'never'."),
+        ({"sampling": "all"}, "sampling='all' is unknown. Allowed: 'sandwich', 'random', 'fixed'."),
+        ({"mixed_precision": "fp8"}, "mixed_precision='fp8' is unknown. Allowed: 'no', 'bf16', 'fp16'."),
+        ({"distribution": "normal"}, "distribution='normal' is unknown. Allowed: 'uniform', 'parameters', 'budget'."),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type='reduce_lr_on_plateau' is unknown. Allowed"),
+        ({"report_to": ["paper"]}, "report_to='paper' is unknown. Allowed: "),
     ],
     ids=str,
 )
 def test_unknown_choice_is_refused_with_those_allowed(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         SuperPretrainingArguments(**changes)
+
+
+def test_one_tracker_needs_no_list():
+    assert SuperPretrainingArguments(report_to="wandb").report_to == ["wandb"]
+
+
+@pytest.mark.parametrize("scheduler", CHOICES["lr_scheduler_type"])
+def test_every_schedule_can_be_made(scheduler):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    schedule = get_scheduler(scheduler, optimizer, 1, 3)
+    optimizer.step()
+    schedule.step()
+    assert schedule.get_last_lr() == [1e-3]
+
+
+def test_precision_of_the_launcher_is_checked_too(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    message = "`accelerate launch` was told mixed_precision='fp8'. Allowed for super pre-training: no, bf16, fp16."
+    with pytest.raises(ValueError, match=message):
+        SuperPretrainingArguments()
+    assert SuperPretrainingArguments(mixed_precision="bf16").mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(0, 0), (0.0, 0), (0.05, 1), (0.5, 5), (0.99, 10), (1, 1), (3, 3), (30, 30)]
+)
+def test_warmup_is_a_number_of_steps_or_a_share(steps, expected):
+    """As in the TrainingArguments of transformers."""
+    assert SuperPretrainingArguments(max_steps=10, warmup_steps=steps).get_warmup_steps() == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("8 8", "shape='8 8' must be a list of widths, such as [480, 240], one per layer."),
+        ([], "shape=[] must be a list of widths"),
+        ([8, -1], "a width of shape=-1 must be an integer of at least 0."),
+        ([8, 8.5], "a width of shape=8.5 must be an integer of at least 0."),
+        (["8"], "a width of shape='8' must be an integer of at least 0."),
+    ],
+    ids=str,
+)
+def test_shape_is_a_list_of_widths(shape, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SuperPretrainingArguments(shape=shape, sampling="fixed")
+
+
+def test_folder_may_be_a_path():
+    assert SuperPretrainingArguments(output_dir=Path("runs") / "first").output_dir == "runs/first"
 
 
 @pytest.mark.parametrize("sampling", ["sandwich", "random"])
@@ -78,9 +182,9 @@ def test_random_sampling_needs_a_random_shape():
 
 @pytest.mark.parametrize("sampling", ["random", "fixed"])
 @pytest.mark.parametrize("name", ["distillation_weight", "hidden_weight", "attention_weight"])
-def test_only_the_sandwich_has_a_largest_net_to_learn_from(name, sampling):
+def test_only_the_sandwich_has_a_largest_shape_to_learn_from(name, sampling):
     message = (
-        f"{name}=0.5 needs the largest net of each step as a teacher, which sampling='{sampling}' does not train. "
+        f"{name}=0.5 needs the largest shape of each step as a teacher, which sampling='{sampling}' does not train. "
         "Use sampling='sandwich' or an outside teacher."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -89,9 +193,9 @@ def test_only_the_sandwich_has_a_largest_net_to_learn_from(name, sampling):
 
 @pytest.mark.parametrize("name", ["hidden_weight", "attention_weight", "teacher_weight"])
 def test_compiled_layers_cannot_be_looked_into(name):
-    message = "compile=True does not go with hidden_weight, attention_weight or teacher_weight"
+    message = "torch_compile=True does not go with hidden_weight, attention_weight or teacher_weight"
     with pytest.raises(ValueError, match=message):
-        SuperPretrainingArguments(compile=True, **{name: 0.5})
+        SuperPretrainingArguments(torch_compile=True, **{name: 0.5})
 
 
 def test_target_perplexity_needs_evaluations():
@@ -110,15 +214,15 @@ LIMITS = [
     },
     {"save_steps": 1, "save_total_limit": 1, "max_skipped_steps": 1},
     {"seed": 0, "random_shapes": 0, "dataloader_num_workers": 0, "weight_decay": 0.0},
-    {"mlm_probability": 1.0, "warmup_ratio": 1.0, "distillation_weight": 1.0},
-    {"warmup_ratio": 0.0, "distillation_weight": 0.0},
+    {"mlm_probability": 1.0, "warmup_steps": 1.0, "distillation_weight": 1.0},
+    {"warmup_steps": 0.0, "distillation_weight": 0.0},
     {"sampling": "random", "random_shapes": 1},
     {"sampling": "fixed", "random_shapes": 0, "shape": [8, 8]},
     {"sampling": "fixed", "shape": None, "distillation_weight": 0.0, "hidden_weight": 0.0, "attention_weight": 0.0},
     {"sampling": "random", "teacher_weight": 1.0},
-    {"sampling": "fixed", "compile": True},
-    {"compile": True, "distillation_weight": 0.5},
-    {"target_perplexity": 20.0, "eval_steps": 1},
+    {"sampling": "fixed", "torch_compile": True},
+    {"torch_compile": True, "distillation_weight": 0.5},
+    {"target_perplexity": 1.0, "eval_steps": 1},
 ]
 
 
@@ -166,8 +270,14 @@ def test_command_line_sets_every_kind_of_field():
 
 
 def test_command_line_refuses_what_the_arguments_refuse():
-    with pytest.raises(ValueError, match="per_device_train_batch_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="per_device_train_batch_size=0 must be an integer of at least 1"):
         parse("--per_device_train_batch_size", "0")
+
+
+def test_examples_run():
+    results = doctest.testmod(arguments_module)
+    assert results.failed == 0
+    assert results.attempted > 0
 
 
 def test_every_option_has_help():
@@ -180,6 +290,16 @@ def test_help_of_the_command_line_prints(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     assert "--target_perplexity" in capsys.readouterr().out
+
+
+def test_help_shows_defaults_that_are_values(capsys):
+    parser = HfArgumentParser(SuperPretrainingArguments, formatter_class=HelpFormatter)
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--help"])
+    printed = capsys.readouterr().out
+    assert "(default: 0.15)" in printed
+    assert "(default: None)" not in printed
+    assert "(default: [])" not in printed
 
 
 def test_lists_are_not_shared_between_arguments():

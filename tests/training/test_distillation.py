@@ -27,14 +27,14 @@ from transformers.modeling_outputs import MaskedLMOutput
 from supershaper_hf.training import distillation
 from supershaper_hf.training.distillation import (
     Largest,
-    LayerRecord,
+    LayerActivations,
     Objective,
     OutsideTeacher,
     alpha_divergence,
     attention_loss,
-    record_layers,
     relation_loss,
     soft_cross_entropy,
+    watch_layers,
 )
 
 
@@ -65,9 +65,9 @@ def all_hooks(model):
     return [key for module in model.modules() for key in (*module._forward_hooks, *module._forward_pre_hooks)]
 
 
-class TestRecordLayers:
+class TestWatchLayers:
     @pytest.mark.parametrize("shape", [FULL, NARROW, DROPPED])
-    def test_records_what_the_subnet_computes(self, head_slicing, shape):
+    def test_keeps_what_the_subnet_computes(self, head_slicing, shape):
         """In a subnet the projections run as modules of their own, so hooks on them see the real thing."""
         supernet, batch = tiny_model(head_slicing=head_slicing), tiny_batch()
         subnet = supernet.extract_subnet(shape)
@@ -77,29 +77,29 @@ class TestRecordLayers:
             for module in (attention.query, attention.key, attention.value, layer):
                 module.register_forward_hook(lambda module, inputs, output: seen.append(output))
         subnet(**batch)
-        with record_layers(supernet, range(3)) as records:
+        with watch_layers(supernet, range(3)) as activations:
             supernet(**batch, shape=shape)
-        assert list(records) == [layer for layer, width in enumerate(shape) if width]
-        actual = [x for record in records.values() for x in (record.query, record.key, record.value, record.state)]
+        assert list(activations) == [layer for layer, width in enumerate(shape) if width]
+        actual = [x for layer in activations.values() for x in (layer.query, layer.key, layer.value, layer.state)]
         assert_same(actual, seen)
 
     def test_subnet(self):
         supernet, batch = tiny_model(), tiny_batch()
         subnet = supernet.extract_subnet(DROPPED)
-        with record_layers(supernet, [2]) as expected:
+        with watch_layers(supernet, [2]) as expected:
             supernet(**batch, shape=DROPPED)
-        with record_layers(subnet, [1]) as records:
+        with watch_layers(subnet, [1]) as activations:
             subnet(**batch)
-        assert_same(vars(records[1]), vars(expected[2]))
-        assert records[1].num_heads == 4
+        assert_same(vars(activations[1]), vars(expected[2]))
+        assert activations[1].num_heads == 4
 
     @pytest.mark.parametrize("shape", [FULL, NARROW, DROPPED])
     def test_attention_views_give_the_models_attention(self, head_slicing, shape):
         model, batch = tiny_model(head_slicing=head_slicing, attn_implementation="eager"), tiny_batch()
-        with record_layers(model, [0, 1, 2]) as records:
+        with watch_layers(model, [0, 1, 2]) as activations:
             attentions = model(**batch, shape=shape, output_attentions=True).attentions
-        for record, expected in zip(records.values(), attentions, strict=True):
-            query, key = record.attention()
+        for layer, expected in zip(activations.values(), attentions, strict=True):
+            query, key = layer.attention()
             scores = query @ key.mT / math.sqrt(query.shape[-1])
             scores = scores.masked_fill(batch["attention_mask"][:, None, None] == 0, -math.inf)
             assert_same(scores.softmax(-1), expected)
@@ -107,43 +107,43 @@ class TestRecordLayers:
     @pytest.mark.parametrize("layers", [None, []])
     def test_nothing_asked_for_costs_nothing(self, layers):
         model = tiny_model()
-        with record_layers(model, layers) as records:
+        with watch_layers(model, layers) as activations:
             assert all_hooks(model) == []
             model(**tiny_batch())
-        assert records == {}
+        assert activations == {}
 
     def test_only_the_layers_asked_for(self):
         model = tiny_model()
-        with record_layers(model, [1]) as records:
+        with watch_layers(model, [1]) as activations:
             model(**tiny_batch())
-        assert list(records) == [1]
+        assert list(activations) == [1]
 
     def test_hooks_are_removed(self):
         model = tiny_model()
         before = all_hooks(model)
-        with record_layers(model, [0, 1, 2]):
+        with watch_layers(model, [0, 1, 2]):
             assert len(all_hooks(model)) == len(before) + 6
         assert all_hooks(model) == before
-        with pytest.raises(KeyboardInterrupt), record_layers(model, [0, 1, 2]):
+        with pytest.raises(KeyboardInterrupt), watch_layers(model, [0, 1, 2]):
             raise KeyboardInterrupt
         assert all_hooks(model) == before
 
     def test_wrapped_model(self):
         model, batch = tiny_model(), tiny_batch()
-        with record_layers(nn.ModuleDict({"module": model}), [2]) as records:
+        with watch_layers(nn.ModuleDict({"module": model}), [2]) as activations:
             model(**batch)
-        assert list(records) == [2]
+        assert list(activations) == [2]
 
     def test_other_models_are_refused(self):
         with pytest.raises(ValueError, match=r"Linear has no SuperShaperEncoder\. Give a SuperShaper model\."):
-            record_layers(nn.Linear(2, 2), [0]).__enter__()
+            watch_layers(nn.Linear(2, 2), [0]).__enter__()
 
-    def test_recording_changes_neither_outputs_nor_dropout(self):
+    def test_watching_changes_neither_outputs_nor_dropout(self):
         model, batch = tiny_model().train(), labelled_batch()
         losses = []
         for layers in ([], [0, 1, 2]):
             torch.manual_seed(1)
-            with record_layers(model, layers):
+            with watch_layers(model, layers):
                 losses.append(model(**batch, shape=NARROW).loss)
         assert_same(*losses, atol=0)
 
@@ -152,16 +152,16 @@ class TestRecordLayers:
         model = tiny_model(head_slicing=head_slicing, attn_implementation="eager")
         batch = tiny_batch()
         teacher = model(**batch, output_attentions=True).attentions[0].detach()
-        with record_layers(model, [0]) as largest:
+        with watch_layers(model, [0]) as largest:
             model(**batch)
         model.zero_grad()
         student = model(**batch, shape=NARROW, output_attentions=True).attentions[0]
         real = batch["attention_mask"].bool()
         terms = (torch.xlogy(teacher, teacher) - torch.xlogy(teacher, student.clamp(min=1e-30))).sum(-1).mean(1)
         expected = gradients(model, terms[real].mean())
-        with record_layers(model, [0]) as records:
+        with watch_layers(model, [0]) as activations:
             model(**batch, shape=NARROW)
-        loss = attention_loss([records[0].attention()], [largest[0].attention()], batch["attention_mask"])
+        loss = attention_loss([activations[0].attention()], [largest[0].attention()], batch["attention_mask"])
         assert_same(gradients(model, loss), expected, atol=1e-6)
 
     def test_gradients_flow_through_states(self):
@@ -169,9 +169,9 @@ class TestRecordLayers:
         expected = gradients(
             model, model(**batch, shape=NARROW, output_hidden_states=True).hidden_states[2].square().sum()
         )
-        with record_layers(model, [1]) as records:
+        with watch_layers(model, [1]) as activations:
             model(**batch, shape=NARROW)
-        assert_same(gradients(model, records[1].state.square().sum()), expected, atol=1e-5)
+        assert_same(gradients(model, activations[1].state.square().sum()), expected, atol=1e-5)
 
 
 def gradients(model, loss):
@@ -229,10 +229,10 @@ class TestOutsideTeacher:
     def test_supershaper_teacher(self):
         model, batch = tiny_model(), tiny_batch()
         del batch["token_type_ids"]
-        with record_layers(model, [2]) as records:
+        with watch_layers(model, [2]) as activations:
             model(**batch)
-        record = records[2].detach()
-        assert_same(list(OutsideTeacher(model)(batch)), [record.query, record.key, record.value])
+        last = activations[2].detach()
+        assert_same(list(OutsideTeacher(model)(batch)), [last.query, last.key, last.value])
 
     def test_frozen_and_without_traces(self):
         model = outside_model()
@@ -282,16 +282,20 @@ class TestOutsideTeacher:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"distillation_weight": -0.1}, "distillation_weight=-0.1 must be between 0 and 1."),
-        ({"distillation_weight": 1.1}, "distillation_weight=1.1 must be between 0 and 1."),
-        ({"distillation_weight": math.nan}, "distillation_weight=nan must be between 0 and 1."),
-        ({"temperature": 0.0}, "temperature=0.0 must be positive and finite."),
-        ({"temperature": math.inf}, "temperature=inf must be positive and finite."),
-        ({"divergence": "kl"}, "divergence='kl' must be one of cross_entropy, alpha."),
-        ({"hidden_weight": -1.0}, "hidden_weight=-1.0 must be 0 or more, and finite."),
-        ({"attention_weight": math.nan}, "attention_weight=nan must be 0 or more, and finite."),
-        ({"teacher_weight": -1.0}, "teacher_weight=-1.0 must be 0 or more, and finite."),
-        ({"relation_heads": 0}, "relation_heads=0 must be at least 1, or None."),
+        ({"distillation_weight": -0.1}, "distillation_weight=-0.1 must be a finite number at least 0 and at most 1."),
+        ({"distillation_weight": 1.1}, "distillation_weight=1.1 must be a finite number at least 0 and at most 1."),
+        (
+            {"distillation_weight": math.nan},
+            "distillation_weight=nan must be a finite number at least 0 and at most 1.",
+        ),
+        ({"temperature": 0.0}, "temperature=0.0 must be a finite number above 0."),
+        ({"temperature": math.inf}, "temperature=inf must be a finite number above 0."),
+        ({"divergence": "kl"}, "divergence='kl' is unknown. Allowed: 'cross_entropy', 'alpha'."),
+        ({"hidden_weight": -1.0}, "hidden_weight=-1.0 must be a finite number at least 0."),
+        ({"attention_weight": math.nan}, "attention_weight=nan must be a finite number at least 0."),
+        ({"teacher_weight": -1.0}, "teacher_weight=-1.0 must be a finite number at least 0."),
+        ({"hidden_weight": "0.5"}, "hidden_weight='0.5' must be a finite number at least 0."),
+        ({"relation_heads": 0}, "relation_heads=0 must be an integer of at least 1."),
         ({"divergence": "alpha", "temperature": 2.0}, "temperature=2.0 does not go with divergence='alpha'"),
         ({"teacher_weight": 1.0}, "teacher_weight=1.0 needs a teacher."),
         ({"teacher": object()}, "A teacher is given, but teacher_weight=0."),
@@ -312,14 +316,20 @@ def teacher():
     return OutsideTeacher(outside_model())
 
 
+def losses_of(objective, output, activations, batch, largest, outside):
+    """Return both parts of the loss of a shape."""
+    layer_loss = objective.layer_loss(activations, batch["attention_mask"], largest, outside)
+    return objective.label_loss(output, largest), layer_loss
+
+
 def step(model, objective, batch, shapes, outside=None):
-    """Run the shapes of a step, the largest first; return the losses (label, token) of each, with their graphs."""
+    """Run the shapes of a step, the largest first; return both parts of the loss of each, with their graphs."""
     largest, losses = None, []
     for shape in shapes:
-        with record_layers(model, objective.layers(shape or model.config.hidden_sizes)) as records:
+        with watch_layers(model, objective.layers(shape or model.config.hidden_sizes)) as activations:
             output = model(**batch, shape=shape, sparse_prediction=True)
-        losses.append(objective(output, records, batch, largest, outside))
-        largest = Largest.of(output, records) if largest is None and objective.in_place else largest
+        losses.append(losses_of(objective, output, activations, batch, largest, outside))
+        largest = Largest.of(output, activations) if largest is None and objective.in_place else largest
     return losses
 
 
@@ -349,10 +359,10 @@ class TestObjective:
         model, batch = tiny_model(), labelled_batch()
         with torch.no_grad():
             expected = model(**batch, shape=NARROW).loss
-        for label_loss, token_loss in step(model, Objective(), batch, [NARROW, NARROW]):
+        for label_loss, layer_loss in step(model, Objective(), batch, [NARROW, NARROW]):
             assert_same(label_loss, expected, atol=1e-6)
-            assert token_loss.item() == 0
-            assert token_loss.dtype == torch.float32
+            assert layer_loss.item() == 0
+            assert layer_loss.dtype == torch.float32
 
     @pytest.mark.parametrize("weight", [0.3, 1.0])
     @pytest.mark.parametrize("divergence", ["cross_entropy", "alpha"])
@@ -360,7 +370,7 @@ class TestObjective:
         model, batch = tiny_model(), labelled_batch()
         temperature = 2.0 if divergence == "cross_entropy" else 1.0
         objective = Objective(distillation_weight=weight, divergence=divergence, temperature=temperature)
-        (first, _), (second, token_loss) = step(model, objective, batch, [FULL, NARROW])
+        (first, _), (second, layer_loss) = step(model, objective, batch, [FULL, NARROW])
         full, narrow = (model(**batch, shape=shape) for shape in (FULL, NARROW))
         labelled = batch["labels"] != -100
         student, teacher = narrow.logits[labelled], full.logits[labelled]
@@ -370,7 +380,7 @@ class TestObjective:
             soft = soft_cross_entropy(student, teacher, 2.0)
         assert_same(first, full.loss)
         assert_same(second, (1 - weight) * narrow.loss + weight * soft)
-        assert token_loss.item() == 0
+        assert layer_loss.item() == 0
 
     def test_states_of_the_largest(self, head_slicing):
         """A dropped layer is left out, the others are compared on their own channels."""
@@ -381,9 +391,9 @@ class TestObjective:
             # hidden_states: embeddings, the layers that ran, the last of them replaced by the encoder's output.
             states, real = {}, batch["attention_mask"].bool()
             for name, shape in (("full", FULL), ("dropped", DROPPED)):
-                with record_layers(model, [2]) as records:
+                with watch_layers(model, [2]) as activations:
                     output = model(**batch, shape=shape, output_hidden_states=True)
-                states[name] = [output.hidden_states[1][real], records[2].state[real]]
+                states[name] = [output.hidden_states[1][real], activations[2].state[real]]
         pairs = zip(states["dropped"], states["full"], (8, 36))
         expected = [(student - teacher[:, :width]).square().mean() for student, teacher, width in pairs]
         assert first.item() == 0
@@ -414,14 +424,13 @@ class TestObjective:
         model, batch = tiny_model(), labelled_batch()
         qkv = outside_teacher(batch)
         losses = step(model, objective, batch, [FULL, [8, 20, 0]], qkv)
-        for (_, token_loss), shape, last in zip(losses, [FULL, [8, 20, 0]], [2, 1]):
-            with torch.no_grad(), record_layers(model, [0, 1, 2]) as records:
+        for (_, layer_loss), shape, last in zip(losses, [FULL, [8, 20, 0]], [2, 1]):
+            with torch.no_grad(), watch_layers(model, [0, 1, 2]) as activations:
                 model(**batch, shape=shape)
-            record = records[last]
-            student = [record.query, record.key, record.value]
+            student = [activations[last].query, activations[last].key, activations[last].value]
             # the tiny student has 4 attention heads
             expected = relation_loss(student, qkv, relation_heads or 4, batch["attention_mask"])
-            assert_same(token_loss, 3 * expected)
+            assert_same(layer_loss, 3 * expected)
 
     def test_subnet_learns_as_the_supernet_at_its_shape(self, teacher):
         objective = Objective(teacher=teacher, teacher_weight=2.0)
@@ -449,31 +458,29 @@ class TestObjective:
         objective = Objective(distillation_weight=0.5, divergence=divergence)
         logits = torch.zeros(0, 7, requires_grad=True)
         output = MaskedLMOutput(loss=logits.sum(), logits=logits)
-        label_loss, _ = objective(output, {}, tiny_batch(), Largest.of(output, {}), None)
+        label_loss = objective.label_loss(output, Largest.of(output, {}))
         assert label_loss.item() == 0
         label_loss.backward()
 
     def test_largest_is_detached(self):
         tensor = torch.zeros(1, 1, 4, requires_grad=True) * 1
-        records = {0: LayerRecord(tensor, tensor, tensor, tensor, num_heads=2)}
-        largest = Largest.of(MaskedLMOutput(logits=tensor), records)
-        record = largest.records[0]
-        tensors = [largest.logits, record.query, record.key, record.value, record.state]
+        activations = {0: LayerActivations(tensor, tensor, tensor, tensor, num_heads=2)}
+        largest = Largest.of(MaskedLMOutput(logits=tensor), activations)
+        layer = largest.activations[0]
+        tensors = [largest.logits, layer.query, layer.key, layer.value, layer.state]
         assert not any(tensor.requires_grad for tensor in tensors)
-        assert record.num_heads == 2
+        assert layer.num_heads == 2
 
-    def test_missing_records(self):
-        model, batch = tiny_model(), labelled_batch()
-        output = model(**batch, sparse_prediction=True)
-        with pytest.raises(ValueError, match=r"No layer was recorded\. Run the pass inside record_layers"):
-            Objective(hidden_weight=1.0)(output, {}, batch, None, None)
+    def test_missing_activations(self):
+        with pytest.raises(ValueError, match=r"No layer was watched\. Run the forward pass inside watch_layers"):
+            Objective(hidden_weight=1.0).layer_loss({}, tiny_batch()["attention_mask"], None, None)
 
     def test_missing_outside(self, teacher):
         with pytest.raises(ValueError, match=r"The outside teacher's output is missing\. Pass outside="):
             step(tiny_model(), Objective(teacher=teacher, teacher_weight=1.0), labelled_batch(), [FULL])
 
     def test_checkpointing_gives_the_same_gradients(self, teacher):
-        """Layers run again in backward, by when the recorder is gone."""
+        """Layers run again in backward, when the hooks are gone."""
         objective = Objective(
             distillation_weight=0.5, hidden_weight=1.0, attention_weight=1.0, teacher=teacher, teacher_weight=1.0
         )
@@ -503,10 +510,10 @@ class TestObjective:
             fully_shard(sharded, mesh=mesh)
             largest = None
             for shape in (FULL, DROPPED):  # each backpropagated before the next one runs, as in training
-                with record_layers(sharded, objective.layers(shape)) as records:
+                with watch_layers(sharded, objective.layers(shape)) as activations:
                     output = sharded(**batch, shape=shape, sparse_prediction=True)
-                sum(objective(output, records, batch, largest, None)).backward()
-                largest = largest or Largest.of(output, records)
+                sum(losses_of(objective, output, activations, batch, largest, None)).backward()
+                largest = largest or Largest.of(output, activations)
             actual = {name: p.grad.full_tensor() for name, p in sharded.named_parameters()}
         finally:
             distributed.destroy_process_group()

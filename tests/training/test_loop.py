@@ -76,7 +76,7 @@ def test_recorded_losses_are_those_of_the_step(tokenizer, dataset, steps):
 def test_learning_rate_follows_the_schedule(tokenizer, dataset, scheduler, rates):
     changes = {
         "lr_scheduler_type": scheduler,
-        "warmup_ratio": 0.15,
+        "warmup_steps": 0.15,
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2,
     }
@@ -92,7 +92,7 @@ def test_recorded_learning_rate_is_the_one_applied(tokenizer, dataset, monkeypat
         return step(optimizer, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
-    _, summary = pretrain(tokenizer, dataset, max_steps=4, warmup_ratio=0.5)
+    _, summary = pretrain(tokenizer, dataset, max_steps=4, warmup_steps=0.5)
     assert applied == [[record["learning_rate"]] * 2 for record in step_records(summary)]
 
 
@@ -311,8 +311,8 @@ def test_gradients_are_clipped(tokenizer, dataset, monkeypatch):
 
 
 def test_weight_decay_shrinks_matrices_only(tokenizer, dataset):
-    plain, _ = pretrain(tokenizer, dataset, max_steps=1, warmup_ratio=0.0)
-    decayed, _ = pretrain(tokenizer, dataset, max_steps=1, warmup_ratio=0.0, weight_decay=10.0)
+    plain, _ = pretrain(tokenizer, dataset, max_steps=1, warmup_steps=0.0)
+    decayed, _ = pretrain(tokenizer, dataset, max_steps=1, warmup_steps=0.0, weight_decay=10.0)
     start = tiny_model().state_dict()
     for name, weight in decayed.state_dict().items():
         lost = plain.state_dict()[name] - weight
@@ -388,8 +388,8 @@ def compiled(monkeypatch):
 
 
 def test_layers_are_compiled_for_the_widths_they_will_meet(tokenizer, dataset, compiled):
-    pretrain(tokenizer, dataset, compile=True)
-    pretrain(tokenizer, dataset, tiny_model().extract_subnet([8, 0, 36]), sampling="fixed", compile=True)
+    pretrain(tokenizer, dataset, torch_compile=True)
+    pretrain(tokenizer, dataset, tiny_model().extract_subnet([8, 0, 36]), sampling="fixed", torch_compile=True)
     assert compiled == [(4, 3, torch.device("cpu")), (1, 3, torch.device("cpu"))]
 
 
@@ -400,13 +400,17 @@ def test_layers_are_not_compiled_unless_asked_for(tokenizer, dataset, compiled):
 
 def test_compiled_layers_meet_one_length_only(tokenizer, dataset, compiled, steps):
     pretrain(
-        tokenizer, dataset.select([0, len(dataset) - 1]), compile=True, per_device_train_batch_size=1, max_length=14
+        tokenizer,
+        dataset.select([0, len(dataset) - 1]),
+        torch_compile=True,
+        per_device_train_batch_size=1,
+        max_length=14,
     )
     assert {step["batches"][0]["input_ids"].shape for step in steps} == {(1, 14)}
 
 
 def test_layers_are_not_left_compiled(tokenizer, dataset, compiled):
-    model, _ = pretrain(tokenizer, dataset, compile=True)
+    model, _ = pretrain(tokenizer, dataset, torch_compile=True)
     assert all(module._compiled_call_impl is None for module in model.modules())
 
 
@@ -417,7 +421,7 @@ def test_model_is_released_when_training_fails(tokenizer, dataset, compiled, mon
     monkeypatch.setattr(training_module, "sandwich_step", fail)
     model = tiny_model()
     with pytest.raises(RuntimeError, match="power cut"):
-        pretrain(tokenizer, dataset, model, compile=True, gradient_checkpointing=True)
+        pretrain(tokenizer, dataset, model, torch_compile=True, gradient_checkpointing=True)
     assert all(module._compiled_call_impl is None for module in model.modules())
     assert not any(module.training for module in model.modules())
     assert not any(layer.gradient_checkpointing for layer in model.bert.encoder.layer)
@@ -474,7 +478,7 @@ def test_stream_is_packed_over_the_ends_of_documents_if_asked_for(tokenizer, ste
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_step_with_gradients_that_are_not_finite_is_skipped(tokenizer, dataset, monkeypatch, value):
     seen = poison(monkeypatch, {2}, value)
-    model, summary = pretrain(tokenizer, dataset, max_steps=5, warmup_ratio=0.0, weight_decay=0.1)
+    model, summary = pretrain(tokenizer, dataset, max_steps=5, warmup_steps=0.0, weight_decay=0.1)
     assert_same(seen[3], seen[2], atol=0)
     moved = [not torch.equal(next(iter(a.values())), next(iter(b.values()))) for a, b in pairwise(seen)]
     assert moved == [True, True, False, True]
@@ -498,7 +502,7 @@ def test_many_skipped_steps_in_a_row_end_the_run(tokenizer, dataset, monkeypatch
     seen = poison(monkeypatch, {3, 4, 5, 6})
     message = (
         "The gradients were not finite in 3 steps in a row (the last: step 6). Lower learning_rate=0.001, look at "
-        "weight_decay=0.0, raise warmup_ratio=0.05, or train with bf16 instead of fp16, and start again: the new "
+        "weight_decay=0.0, raise warmup_steps=0.05, or train with bf16 instead of fp16, and start again: the new "
         "values are applied from the newest checkpoint on. If the run fails again soon, remove that checkpoint to go "
         f"on from the one before it. Newest checkpoint: {tmp_path / 'checkpoint-00000002'}."
     )

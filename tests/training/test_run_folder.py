@@ -17,6 +17,7 @@ from transformers.utils import logging
 from supershaper_hf.files import lock
 from supershaper_hf.training import loop as training_module
 from supershaper_hf.training import preparing, progress, run_folder
+from supershaper_hf.training.arguments import CHOICES
 from supershaper_hf.training.checkpoints import find_damage, list_checkpoints
 from supershaper_hf.training.loop import super_pretrain
 
@@ -124,7 +125,7 @@ def test_folder_is_free_after_a_run_also_after_one_that_fails(tokenizer, dataset
 )
 def test_weights_that_are_not_finite_are_no_result(tokenizer, dataset, eval_batches, tmp_path, changes, folder):
     """The arguments refuse such values. They stand for any other way to weights that are not finite."""
-    args = arguments(max_steps=6, eval_steps=2, warmup_ratio=0.0, output_dir=str(tmp_path) if folder else None)
+    args = arguments(max_steps=6, eval_steps=2, warmup_steps=0.0, output_dir=str(tmp_path) if folder else None)
     for name, value in changes.items():
         setattr(args, name, value)
     message = r"After step \d, weights are not finite \(the first: .*\), so the model of this step is of no use"
@@ -253,9 +254,10 @@ def test_progress_bars_of_transformers_are_left_as_they_were(tokenizer, dataset,
         (logging.enable_progress_bar if before else logging.disable_progress_bar)()
 
 
-def test_scheduler_that_needs_more_than_the_step_is_refused(tokenizer, dataset):
-    with pytest.raises(ValueError, match="lr_scheduler_type='reduce_lr_on_plateau' needs more than the number of the"):
-        pretrain(tokenizer, dataset, lr_scheduler_type="reduce_lr_on_plateau")
+@pytest.mark.parametrize("name", CHOICES["lr_scheduler_type"])
+def test_every_scheduler_that_the_arguments_allow_is_a_function_of_the_step(tokenizer, dataset, name):
+    _, summary = pretrain(tokenizer, dataset, lr_scheduler_type=name, max_steps=2)
+    assert all(0 <= record["learning_rate"] <= 1e-3 for record in step_records(summary))
 
 
 def test_first_evaluation_and_checkpoint_leave_no_trace_in_the_weights(tokenizer, dataset, tmp_path):

@@ -11,7 +11,7 @@ from transformers import BertModel
 from supershaper_hf import SearchSpace
 from supershaper_hf.model.modeling_supershaper import IGNORE_INDEX
 from supershaper_hf.training.arguments import SuperPretrainingArguments
-from supershaper_hf.training.distillation import Largest, Objective, OutsideTeacher, record_layers
+from supershaper_hf.training.distillation import Largest, Objective, OutsideTeacher, watch_layers
 from supershaper_hf.training.loop import checkpoint_layers
 from supershaper_hf.training.sandwich import count_positions, decay_groups, sandwich_step, step_shapes
 
@@ -203,10 +203,11 @@ def test_layer_losses_enter_with_their_gradients(accelerator, batch):
     model, objective = undropped_model(), OBJECTIVES["all"]()
     outside, largest = objective.teacher(batch), None
     for shape in SHAPES:
-        with record_layers(model, objective.layers(shape)) as records:
+        with watch_layers(model, objective.layers(shape)) as activations:
             output = model(**batch, shape=shape, sparse_prediction=True)
-        sum(objective(output, records, batch, largest, outside)).backward()
-        largest = largest or Largest.of(output, records)
+        layer_loss = objective.layer_loss(activations, batch["attention_mask"], largest, outside)
+        (objective.label_loss(output, largest) + layer_loss).backward()
+        largest = largest or Largest.of(output, activations)
     expected = gradients(model)
     actual, _ = step(accelerator, model, [batch], objective)
     assert_same(actual, expected, atol=1e-6)

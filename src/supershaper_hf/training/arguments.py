@@ -1,155 +1,254 @@
-"""What a training run is told: every option with its help, checked before anything is loaded.
+"""The options of a training run, each with its help text. They are checked before anything is loaded.
 
-`HfArgumentParser` makes the command line of `examples/run_super_pretraining.py` from these fields.
+`HfArgumentParser` makes the command line of `examples/run_super_pretraining.py` from these fields. An option that
+transformers' `TrainingArguments` also has bears the same name here.
 """
 
 import argparse
-from dataclasses import dataclass, field
+import math
+import os
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from accelerate.utils import LoggerType
+
+from ..checks import check_choice, check_count, check_number
 from ..model.shapes import DISTRIBUTIONS
 from .distillation import Objective
 
 
-SAMPLINGS = ("sandwich", "random", "fixed")
 PRECISIONS = ("no", "bf16", "fp16")
+COUNTS = {  # option -> its smallest value
+    "max_steps": 1,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_length": 1,
+    "seed": 0,
+    "random_shapes": 0,
+    "dataloader_num_workers": 0,
+    "logging_steps": 1,
+    "eval_steps": 1,
+    "save_steps": 1,
+    "save_total_limit": 1,
+    "max_skipped_steps": 1,
+}
+NUMBERS: dict[str, dict[str, float]] = {  # option -> its bounds
+    "learning_rate": {"above": 0},
+    "weight_decay": {"least": 0},
+    "warmup_steps": {"least": 0},
+    "max_grad_norm": {"above": 0},
+    "mlm_probability": {"above": 0, "most": 1},
+    "drop_rate": {"least": 0, "below": 1},
+    "teacher_weight": {"least": 0},
+    "target_perplexity": {"least": 1},
+}
+CHOICES = {  # option -> its values
+    # The other schedulers of transformers need arguments of their own, or the loss of an evaluation.
+    "lr_scheduler_type": (
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ),
+    "sampling": ("sandwich", "random", "fixed"),
+    "distribution": DISTRIBUTIONS,
+    "mixed_precision": PRECISIONS,
+}
+OBJECTIVE = (  # options that `Objective` checks
+    "distillation_weight",
+    "temperature",
+    "divergence",
+    "hidden_weight",
+    "attention_weight",
+    "relation_heads",
+)
+TRACKERS = sorted({tracker.value for tracker in LoggerType} - {"all"})
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Of a script's `--help`: defaults are shown, the description keeps its lines."""
+    """Formats the `--help` of a script: it keeps the line breaks of the description, and shows the default values.
+
+    A default of None or an empty list is left out, because the help text says what it means.
+    """
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def option(default: Any, help: str) -> Any:
+    """Return a dataclass field with a help text for the command line."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class SuperPretrainingArguments:
-    """What to train for how long. Validated at construction.
+    """The options of `super_pretrain`. They are checked at construction.
 
     Raises:
-        ValueError: If a value is out of its range, or two options do not fit together.
+        ValueError: If a value is of the wrong type or out of its range, or if two options do not go together.
+
+    Example:
+        >>> args = SuperPretrainingArguments(max_steps=2000, learning_rate=5e-4, output_dir="outputs/supernet")
+        >>> args.get_warmup_steps()  # by default 5 % of the steps
+        100
     """
 
     # Length and optimiser
-    max_steps: int = option(1000, "Optimiser steps.")
-    per_device_train_batch_size: int = option(32, "Sequences per process and micro-batch.")
-    gradient_accumulation_steps: int = option(1, "Micro-batches per optimiser step.")
-    learning_rate: float = option(5e-5, "Peak learning rate of AdamW.")
-    weight_decay: float = option(0.0, "Decay of weight matrices; none on biases and LayerNorms.")
-    warmup_ratio: float = option(0.05, "Share of the steps with rising learning rate.")
-    lr_scheduler_type: str = option("linear", "A scheduler of transformers by name: linear, cosine, constant, ...")
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
-    max_length: int = option(128, "Tokens of a sequence, [CLS] and [SEP] included.")
-    cross_documents: bool = option(False, "Let a sequence go on over the end of a document.")
-    mlm_probability: float = option(0.15, "Share of tokens to predict.")
-    seed: int = option(0, "Of masks, order, dropout and shapes.")
+    max_steps: int = option(1000, "Number of optimiser steps.")
+    per_device_train_batch_size: int = option(32, "Sequences in a micro-batch of each process.")
+    gradient_accumulation_steps: int = option(1, "Micro-batches of each optimiser step.")
+    learning_rate: float = option(5e-5, "Highest learning rate of AdamW.")
+    weight_decay: float = option(0.0, "Weight decay of the matrices. Biases and LayerNorms have none.")
+    warmup_steps: float = option(
+        0.05, "Steps in which the learning rate rises: a number of steps, or below 1 a share of all steps."
+    )
+    lr_scheduler_type: str = option("linear", f"Learning rate schedule: {', '.join(CHOICES['lr_scheduler_type'])}.")
+    max_grad_norm: float = option(1.0, "Largest norm of the gradient. A longer gradient is scaled down to it.")
+    max_length: int = option(128, "Tokens of the longest sequence, [CLS] and [SEP] included.")
+    cross_documents: bool = option(False, "Whether a sequence may continue with the next document.")
+    mlm_probability: float = option(0.15, "Share of the tokens that the model has to predict.")
+    seed: int = option(0, "Random seed of the masks, the order of the text, dropout and the shapes.")
 
     # Shapes
-    sampling: str = option("sandwich", "sandwich: largest, smallest, random ones; random: no ends; fixed: one shape.")
-    random_shapes: int = option(1, "Random shapes per step.")
-    distribution: str = option(
-        "uniform", "Of random shapes: uniform, parameters (biased to wide), budget (even sizes)."
+    sampling: str = option(
+        "sandwich",
+        "Shapes of each step: sandwich (the largest, the smallest and random ones), random (only random ones) or fixed "
+        "(always the same one).",
     )
-    drop_rate: float = option(0.0, "Chance of each layer of a random shape to be dropped.")
-    shape: list[int] | None = option(None, "The one shape of fixed sampling; by default the model's own full shape.")
+    random_shapes: int = option(1, "Number of random shapes in each step.")
+    distribution: str = option(
+        "uniform",
+        "How random shapes are drawn: uniform (every width is equally likely), parameters (wide layers are more "
+        "likely) or budget (every model size is equally likely).",
+    )
+    drop_rate: float = option(0.0, "Probability that a layer of a random shape is dropped.")
+    shape: list[int] | None = option(
+        None, "The shape that --sampling fixed trains: one width for each layer. By default the model's own full shape."
+    )
 
-    # Losses, beside the one on the labels
-    distillation_weight: float | None = option(None, "0: labels only, 1: largest net only. Default .5 in a sandwich.")
-    temperature: float = option(1.0, "Softens teacher and student in distillation.")
-    divergence: str = option("cross_entropy", "Of distillation: cross_entropy or alpha (adaptive, AlphaNet).")
-    hidden_weight: float = option(0.0, "Weight of matching the hidden states of the largest net.")
-    attention_weight: float = option(0.0, "Weight of matching the attention of the largest net.")
-    teacher_weight: float = option(0.0, "Weight of matching an outside teacher's attention relations (MiniLMv2).")
-    relation_heads: int | None = option(None, "Heads of these relations; by default the model's attention heads.")
+    # Losses beside the one on the labels
+    distillation_weight: float | None = option(
+        None,
+        "Share of the largest shape's predictions in the targets of the other shapes: 0 trains on the labels only, 1 "
+        "on the predictions only. The default is 0.5 for --sampling sandwich and 0 otherwise.",
+    )
+    temperature: float = option(1.0, "Temperature of the distillation. A higher one softens both predictions.")
+    divergence: str = option(
+        "cross_entropy", "Distillation loss: cross_entropy, or alpha for AlphaNet's adaptive alpha-divergence."
+    )
+    hidden_weight: float = option(0.0, "Weight of the loss that matches the hidden states of the largest shape.")
+    attention_weight: float = option(0.0, "Weight of the loss that matches the attention of the largest shape.")
+    teacher_weight: float = option(
+        0.0, "Weight of the loss that matches the attention relations of an outside teacher (MiniLMv2)."
+    )
+    relation_heads: int | None = option(
+        None, "Number of heads of these relations. By default the number of the model's attention heads."
+    )
 
     # Machine
-    mixed_precision: str | None = option(None, "no, bf16 or fp16; by default what accelerate launch was told.")
-    gradient_checkpointing: bool = option(False, "Compute layers again in the backward pass to save memory.")
-    compile: bool = option(False, "Compile one encoder layer per width.")
-    dataloader_num_workers: int = option(0, "Processes that prepare batches, for each training process.")
+    mixed_precision: str | None = option(
+        None, "Precision: no, bf16 or fp16. By default the one that was given to `accelerate launch`."
+    )
+    gradient_checkpointing: bool = option(
+        False, "Whether the backward pass computes each layer again, which takes more time and less memory."
+    )
+    torch_compile: bool = option(False, "Whether to compile the encoder layers, once for each width.")
+    dataloader_num_workers: int = option(0, "Number of worker processes that prepare batches for each process.")
 
     # Output
-    output_dir: str | None = option(None, "Folder of checkpoints, models and records; by default nothing is written.")
-    resume: str = option("auto", "auto: go on from the newest good checkpoint; never: refuse a folder that has one.")
-    logging_steps: int = option(10, "Steps between two records.")
-    eval_steps: int | None = option(None, "Steps between two evaluations; by default only at the end.")
-    save_steps: int = option(500, "Steps between two checkpoints.")
-    save_total_limit: int = option(2, "Checkpoints kept; older ones are removed.")
-    report_to: list[str] = field(
-        default_factory=list, metadata={"help": "Trackers beside metrics.jsonl: tensorboard, trackio, wandb."}
+    output_dir: str | None = option(
+        None, "Folder for checkpoints, models and metrics. In Python, nothing is written to the disk without it."
     )
-    target_perplexity: float | None = option(None, "Stop when the evaluation of the first shape reaches this.")
-    max_skipped_steps: int = option(10, "Stop after this many steps in a row with gradients that are not finite.")
+    resume_from_checkpoint: bool = option(
+        True,
+        "Continue from the newest good checkpoint in --output_dir. With --no_resume_from_checkpoint, a folder that has "
+        "checkpoints is refused.",
+    )
+    logging_steps: int = option(10, "Number of steps between two lines of metrics.jsonl.")
+    eval_steps: int | None = option(None, "Number of steps between two evaluations. By default only the end has one.")
+    save_steps: int = option(500, "Number of steps between two checkpoints.")
+    save_total_limit: int = option(2, "Number of checkpoints that are kept. Older ones are removed.")
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Trackers that get the metrics beside metrics.jsonl: {', '.join(TRACKERS)}."},
+    )
+    target_perplexity: float | None = option(
+        None, "Training ends early when the first shape of an evaluation has this perplexity or a lower one."
+    )
+    max_skipped_steps: int = option(
+        10, "Training fails after this many steps in a row whose gradients are not finite numbers."
+    )
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_steps",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "eval_steps",
-        ):
-            self._at_least(name, 1)
-        for name in ("save_steps", "save_total_limit", "max_skipped_steps"):
-            self._at_least(name, 1)
-        for name in ("seed", "random_shapes", "dataloader_num_workers", "weight_decay"):
-            self._at_least(name, 0)
-        for name in ("mlm_probability", "warmup_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1.")
-        if not 0 <= self.drop_rate < 1:
-            raise ValueError(f"drop_rate={self.drop_rate} must be at least 0 and below 1.")
-        for name in ("mlm_probability", "learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
-        self._one_of("sampling", SAMPLINGS)
-        if self.mixed_precision is not None:
-            self._one_of("mixed_precision", PRECISIONS)
-        self._one_of("distribution", DISTRIBUTIONS)
-        self._one_of("resume", ("auto", "never"))
+        self._check_values()
         self._check_shapes()
         self._check_losses()
         if self.target_perplexity is not None and self.eval_steps is None:
             raise ValueError(f"target_perplexity={self.target_perplexity} needs eval_steps: how often to evaluate.")
 
+    def get_warmup_steps(self) -> int:
+        """Return the number of steps in which the learning rate rises."""
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        return math.ceil(self.warmup_steps * self.max_steps)
+
+    def _check_values(self) -> None:
+        """Check each option by itself, and store plain Python numbers, which JSON can write."""
+        optional = {entry.name for entry in fields(self) if entry.default is None}
+        given = {name: value for name, value in vars(self).items() if value is not None or name not in optional}
+        for name in COUNTS.keys() & given:
+            check_count(name, given[name], COUNTS[name])
+            setattr(self, name, int(given[name]))
+        for name in NUMBERS.keys() & given:
+            check_number(name, given[name], **NUMBERS[name])
+            setattr(self, name, float(given[name]))
+        for name in CHOICES.keys() & given:
+            check_choice(name, given[name], CHOICES[name])
+        for name in (entry.name for entry in fields(self) if entry.type is bool):
+            check_choice(name, given[name], (True, False))
+        if isinstance(self.report_to, str):
+            self.report_to = [self.report_to]
+        if not isinstance(self.report_to, (list, tuple)):
+            raise ValueError(f"report_to={self.report_to!r} must be a list of trackers.")
+        for tracker in self.report_to:
+            check_choice("report_to", tracker, TRACKERS)
+        if self.output_dir is not None:
+            self.output_dir = os.fspath(self.output_dir)
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.mixed_precision is None and launched not in PRECISIONS:
+            raise ValueError(
+                f"`accelerate launch` was told mixed_precision={launched!r}. Allowed for super pre-training: "
+                f"{', '.join(PRECISIONS)}."
+            )
+
     def _check_shapes(self) -> None:
-        if self.shape is not None and self.sampling != "fixed":
-            raise ValueError(f"shape={self.shape} is for sampling='fixed', not {self.sampling!r}.")
+        if self.shape is not None:
+            if isinstance(self.shape, str) or len(self.shape) == 0:
+                raise ValueError(f"shape={self.shape!r} must be a list of widths, such as [480, 240], one per layer.")
+            for width in self.shape:
+                check_count("a width of shape", width, 0)
+            self.shape = [int(width) for width in self.shape]
+            if self.sampling != "fixed":
+                raise ValueError(f"shape={self.shape} is for sampling='fixed', not {self.sampling!r}.")
         if self.sampling == "random" and self.random_shapes == 0:
             raise ValueError("random_shapes=0 leaves sampling='random' nothing to train. Use at least 1.")
 
     def _check_losses(self) -> None:
-        """Only the sandwich has a largest net for the others to learn from."""
+        """Check the options of `Objective`. Only the sandwich has a largest shape that the others can learn from."""
         if self.distillation_weight is None:
             self.distillation_weight = 0.5 if self.sampling == "sandwich" else 0.0
-        in_place = [
-            name for name in ("distillation_weight", "hidden_weight", "attention_weight") if getattr(self, name)
-        ]
-        if in_place and self.sampling != "sandwich":
+        Objective(**{name: getattr(self, name) for name in OBJECTIVE})  # refuses values that are out of range
+        for name in ("distillation_weight", "hidden_weight", "attention_weight"):
+            if getattr(self, name) > 0 and self.sampling != "sandwich":
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs the largest shape of each step as a teacher, which "
+                    f"sampling={self.sampling!r} does not train. Use sampling='sandwich' or an outside teacher."
+                )
+        if self.torch_compile and (self.hidden_weight or self.attention_weight or self.teacher_weight):
             raise ValueError(
-                f"{in_place[0]}={getattr(self, in_place[0])} needs the largest net of each step as a teacher, which "
-                f"sampling={self.sampling!r} does not train. Use sampling='sandwich' or an outside teacher."
+                "torch_compile=True does not go with hidden_weight, attention_weight or teacher_weight, which look "
+                "into the layers. Leave one of them out."
             )
-        Objective(  # refuses what is out of range
-            distillation_weight=self.distillation_weight,
-            temperature=self.temperature,
-            divergence=self.divergence,
-            hidden_weight=self.hidden_weight,
-            attention_weight=self.attention_weight,
-            relation_heads=self.relation_heads,
-        )
-        if self.compile and (self.hidden_weight or self.attention_weight or self.teacher_weight):
-            raise ValueError(
-                "compile=True does not go with hidden_weight, attention_weight or teacher_weight, which look into the "
-                "layers. Leave one of them out."
-            )
-
-    def _at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value} must be at least {least}.")
-
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ValueError(f"{name}={getattr(self, name)!r}. Allowed: {', '.join(map(repr, allowed))}.")

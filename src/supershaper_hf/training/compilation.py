@@ -32,11 +32,11 @@ def compile_layers(model: torch.nn.Module, widths: int, steps: int, device: torc
     """
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         raise RuntimeError(
-            "compile=True needs a C++ compiler on the CPU, and there is none. Install g++, or leave compile=True out."
+            "torch_compile=True needs a C++ compiler on the CPU, and there is none. Install g++, or leave it out."
         )
     if steps < STEPS_THAT_PAY:
         logger.warning(
-            f"compile=True will take longer than it saves: {steps} steps are too few to compile {widths} widths for."
+            f"torch_compile=True will take longer than it saves: {steps} steps are too few to compile {widths} widths."
         )
     # There is one graph for each width in training, and one in evaluation. By default torch gives up after 8.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * widths)

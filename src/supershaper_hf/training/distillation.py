@@ -1,11 +1,10 @@
 """What a shape learns from: the labels, the largest shape of its step, and an outside teacher.
 
-In-place distillation (Yu and Huang, "Universally Slimmable Networks", 2019, section 3.2): the largest shape of a step
-is the teacher of the others. In reading order: the recorder that looks into the layers during a forward pass, the
-outside teacher, and `Objective`, which adds up the terms of `losses.py`.
+In each step the largest shape teaches the others, which is called in-place distillation (Yu and Huang, "Universally
+Slimmable Networks", 2019, section 3.2). In reading order: `watch_layers` keeps what the layers compute in a forward
+pass, `OutsideTeacher` is a second model that teaches, and `Objective` adds up the losses of `losses.py`.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +15,15 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from ..checks import check_choice, check_count, check_number
 from ..model.elastic import SuperShaperEncoder, SuperShaperSelfAttention, elastic_linear
 from .losses import alpha_divergence, attention_loss, hidden_state_loss, relation_loss, soft_cross_entropy, split_heads
 
 
 DIVERGENCES = ("cross_entropy", "alpha")
 
-# Names of a layer's projections: BERT, RoBERTa, ELECTRA, SuperShaper; DistilBERT; MPNet. The dot before `attention`
-# keeps the cross-attention of decoders out.
+# What a layer's query, key and value projections are called in BERT, RoBERTa, ELECTRA and SuperShaper; in DistilBERT;
+# and in MPNet. The dot before `attention` leaves out `crossattention`, which decoders have.
 PROJECTIONS = (
     (".attention.self.query", ".attention.self.key", ".attention.self.value"),
     (".attention.q_lin", ".attention.k_lin", ".attention.v_lin"),
@@ -32,10 +32,10 @@ PROJECTIONS = (
 
 
 @dataclass(frozen=True)
-class LayerRecord:
+class LayerActivations:
     """What one layer computed at width w: `query`, `key`, `value` and its output `state`, (batch, length, w) each.
 
-    Head h of `num_heads` owns the h-th w / num_heads channels of query, key and value, in either head slicing.
+    In both head slicings, head h of the `num_heads` heads owns the h-th w / num_heads channels of query, key and value.
     """
 
     query: Tensor
@@ -44,9 +44,10 @@ class LayerRecord:
     state: Tensor
     num_heads: int
 
-    def detach(self) -> "LayerRecord":
+    def detach(self) -> "LayerActivations":
+        """Return the same tensors without their gradients."""
         query, key, value, state = (t.detach() for t in (self.query, self.key, self.value, self.state))
-        return LayerRecord(query, key, value, state, self.num_heads)
+        return LayerActivations(query, key, value, state, self.num_heads)
 
     def attention(self) -> tuple[Tensor, Tensor]:
         """Return query and key as (batch, num_heads, length, head_size)."""
@@ -54,16 +55,20 @@ class LayerRecord:
 
 
 @contextmanager
-def record_layers(model: nn.Module, layers: Sequence[int] | None) -> Iterator[dict[int, LayerRecord]]:
-    """Record what `layers` compute during one forward pass inside the context; gradients flow through the records.
+def watch_layers(model: nn.Module, layers: Sequence[int] | None) -> Iterator[dict[int, LayerActivations]]:
+    """Keep the activations of `layers` in one forward pass inside the context. Gradients flow through them.
 
-    A layer that the shape drops is not recorded. Query, key and value are projected a second time, in a hook that runs
-    before the layer. There FSDP2 has gathered the layer's parameters; and under gradient checkpointing the hook is
-    outside of what backward runs again, by when the hooks are gone.
+    A layer that the shape drops has no activations. Query, key and value are computed a second time, in a hook that
+    runs before the layer, for two reasons. FSDP2 has gathered the layer's parameters at that moment. And gradient
+    checkpointing runs the layer again in the backward pass, when the hooks are gone, but not what happened before it.
 
     Args:
-        model: A supernet or subnet, bare or wrapped (DDP, FSDP2).
-        layers: Indices of stored layers; `None` or none records nothing.
+        model: A supernet or a subnet, bare or wrapped (DDP, FSDP2).
+        layers: Indices of the layers to watch, among those that `model` has. With `None` or an empty list nothing is
+            watched.
+
+    Yields:
+        The activations by index of the layer. The forward pass fills them in.
 
     Raises:
         ValueError: If `model` contains no SuperShaper encoder.
@@ -72,12 +77,12 @@ def record_layers(model: nn.Module, layers: Sequence[int] | None) -> Iterator[di
         >>> from supershaper_hf import SuperShaperConfig, SuperShaperModel
         >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
         >>> model = SuperShaperModel(config)
-        >>> with record_layers(model, [0, 1]) as records:
+        >>> with watch_layers(model, [0, 1]) as activations:
         ...     output = model(torch.tensor([[1, 2, 3]]), shape=[0, 40])
-        >>> {layer: record.state.shape for layer, record in records.items()}
+        >>> {layer: layer_activations.state.shape for layer, layer_activations in activations.items()}
         {1: torch.Size([1, 3, 40])}
     """
-    records: dict[int, LayerRecord] = {}
+    activations: dict[int, LayerActivations] = {}
     projected: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     handles: list[RemovableHandle] = []
 
@@ -94,7 +99,7 @@ def record_layers(model: nn.Module, layers: Sequence[int] | None) -> Iterator[di
             projected[index] = query, key, value
 
         def after(_: nn.Module, inputs: tuple[Tensor, ...], state: Tensor) -> None:
-            records[index] = LayerRecord(*projected.pop(index), state, attention.num_heads)
+            activations[index] = LayerActivations(*projected.pop(index), state, attention.num_heads)
 
         handles.extend((layer.register_forward_pre_hook(before), layer.register_forward_hook(after)))
 
@@ -105,22 +110,23 @@ def record_layers(model: nn.Module, layers: Sequence[int] | None) -> Iterator[di
         for index in layers:
             watch(index, encoder.layer[index])
     try:
-        yield records
+        yield activations
     finally:
         for handle in handles:
             handle.remove()
 
 
 class OutsideTeacher:
-    """A model of its own, of any depth and width, that teaches the last layer of every shape by `relation_loss`.
+    """A second model, of any depth and width, that teaches the last layer of every shape through `relation_loss`.
 
-    It is used as it is in memory: frozen, in evaluation mode, in its own dtype. It reads the student's tokens, so it
-    must have been trained with the same tokenizer.
+    The model is frozen and put into evaluation mode; it keeps its dtype. It reads the student's token ids, so it must
+    have been trained with the same tokenizer.
 
     Args:
-        model: BERT, RoBERTa, ELECTRA, DistilBERT, MPNet or SuperShaper, with or without a head. It is changed in place.
-        layer: Which layer teaches, negative from the end. MiniLMv2 takes the last of base-size teachers and an
-            upper-middle one of large teachers.
+        model: A BERT, RoBERTa, ELECTRA, DistilBERT, MPNet or SuperShaper model, with or without a head. It is changed
+            in place.
+        layer: The layer that teaches; negative numbers count from the end. MiniLMv2 takes the last layer of teachers of
+            base size, and a layer of the upper middle of large ones.
 
     Raises:
         ValueError: If the projections of its layers are not found, or `layer` is out of range.
@@ -135,7 +141,7 @@ class OutsideTeacher:
     """
 
     def __init__(self, model: PreTrainedModel, layer: int = -1) -> None:
-        # The head is not run: over every position and a whole vocabulary it would cost as much as several layers.
+        # The head is left out: for a whole vocabulary at every position it would cost as much as several layers.
         self.model = model.base_model.eval().requires_grad_(False)
         modules = dict(self.model.named_modules())
         found = [
@@ -157,7 +163,7 @@ class OutsideTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, (batch, length, teacher width) each, of the layer that teaches.
+        """Return query, key and value of the layer that teaches, (batch, length, teacher width) each.
 
         Args:
             batch: `input_ids` and `attention_mask`, (batch, length). The teacher moves to their device.
@@ -180,35 +186,44 @@ class OutsideTeacher:
 
 @dataclass(frozen=True)
 class Largest:
-    """What the largest shape of a step teaches the others: logits (labelled positions, vocab_size) and records."""
+    """What the largest shape of a step teaches the others. Gradients do not flow into it.
+
+    Attributes:
+        logits: (labelled positions, vocab_size).
+        activations: By index of the layer.
+    """
 
     logits: Tensor
-    records: dict[int, LayerRecord]
+    activations: Mapping[int, LayerActivations]
 
     @classmethod
-    def of(cls, output: MaskedLMOutput, records: Mapping[int, LayerRecord]) -> "Largest":
-        """Detach the first pass of a step."""
+    def of(cls, output: MaskedLMOutput, activations: Mapping[int, LayerActivations]) -> "Largest":
+        """Detach the results of the first forward pass of a step."""
         assert output.logits is not None
-        return cls(output.logits.detach(), {layer: record.detach() for layer, record in records.items()})
+        return cls(output.logits.detach(), {layer: found.detach() for layer, found in activations.items()})
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What every shape of a step learns from.
+    """What every shape of a step learns from. Its loss has two parts, which are means over different positions.
+
+    `label_loss` is a mean over the labelled positions: the cross-entropy with the labels, mixed with that to the
+    predictions of the largest shape. `layer_loss` is a mean over all tokens: how far the layers are from those of the
+    largest shape and of an outside teacher.
 
     Args:
-        distillation_weight: Share of the largest shape's predictions in the loss on labelled positions; 0: labels only,
-            1: the largest shape only. The largest shape itself learns from the labels.
-        temperature: Of `soft_cross_entropy`.
-        divergence: "cross_entropy", or "alpha" for `alpha_divergence`.
-        hidden_weight: Factor of `hidden_state_loss` to the largest shape.
-        attention_weight: Factor of `attention_loss` to the largest shape.
-        teacher: An outside teacher, of the largest shape too.
-        teacher_weight: Factor of `relation_loss` to it.
-        relation_heads: Of `relation_loss`; `None`: as many as the student has attention heads.
+        distillation_weight: Share of the predictions of the largest shape in `label_loss`. With 0 a shape learns from
+            the labels only, with 1 from the largest shape only. The largest shape itself always learns from the labels.
+        temperature: Temperature of `soft_cross_entropy`.
+        divergence: `"cross_entropy"` for `soft_cross_entropy`, or `"alpha"` for `alpha_divergence`.
+        hidden_weight: Factor of `hidden_state_loss`, which compares a shape with the largest one.
+        attention_weight: Factor of `attention_loss`, which compares a shape with the largest one.
+        teacher: An outside teacher. The largest shape learns from it too.
+        teacher_weight: Factor of `relation_loss`, which compares a shape with the outside teacher.
+        relation_heads: Number of heads in `relation_loss`; with `None`, as many as the student has attention heads.
 
     Raises:
-        ValueError: If a value is out of range, or two do not go together.
+        ValueError: If a value is out of range, or if two values do not go together.
 
     Example:
         >>> Objective(distillation_weight=0.5).in_place
@@ -227,17 +242,13 @@ class Objective:
     relation_heads: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.distillation_weight <= 1:
-            raise ValueError(f"distillation_weight={self.distillation_weight} must be between 0 and 1.")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be positive and finite.")
-        if self.divergence not in DIVERGENCES:
-            raise ValueError(f"divergence={self.divergence!r} must be one of {', '.join(DIVERGENCES)}.")
+        check_number("distillation_weight", self.distillation_weight, least=0, most=1)
+        check_number("temperature", self.temperature, above=0)
+        check_choice("divergence", self.divergence, DIVERGENCES)
         for name in ("hidden_weight", "attention_weight", "teacher_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and finite.")
-        if self.relation_heads is not None and self.relation_heads < 1:
-            raise ValueError(f"relation_heads={self.relation_heads} must be at least 1, or None.")
+            check_number(name, getattr(self, name), least=0)
+        if self.relation_heads is not None:
+            check_count("relation_heads", self.relation_heads)
         if self.divergence == "alpha" and self.temperature != 1:
             raise ValueError(
                 f"temperature={self.temperature} does not go with divergence='alpha', which has none. Leave it at 1, "
@@ -251,75 +262,93 @@ class Objective:
     @property
     def in_place(self) -> bool:
         """Whether the largest shape of a step teaches the others."""
-        return self.distillation_weight > 0 or self._matches_layers
+        return self.distillation_weight > 0 or self._matches_largest
 
     @property
-    def _matches_layers(self) -> bool:
+    def _matches_largest(self) -> bool:
+        """Whether the layers of a shape are compared with those of the largest one."""
         return self.hidden_weight > 0 or self.attention_weight > 0
 
     def layers(self, shape: Sequence[int]) -> list[int]:
-        """Return the layers to record in a pass at `shape` (one width per layer, 0 where dropped), as few as possible.
+        """Return the layers to watch in a forward pass at `shape`: those that `layer_loss` needs, and no others.
 
-        The largest shape keeps every layer, so it records what any other shape is compared with.
+        The largest shape drops no layer, so its activations are there for every layer that another shape keeps.
         """
         kept = [layer for layer, width in enumerate(shape) if width]
-        if self._matches_layers:
+        if self._matches_largest:
             return kept
         return [] if self.teacher is None else kept[-1:]
 
-    def __call__(
-        self,
-        output: MaskedLMOutput,
-        records: Mapping[int, LayerRecord],
-        batch: Mapping[str, Tensor],
-        largest: Largest | None,
-        outside: Sequence[Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return a mean over labelled positions and a mean over real tokens; their sum is the loss of the shape.
+    def label_loss(self, output: MaskedLMOutput, largest: Largest | None) -> Tensor:
+        """Return the mean loss over the labelled positions, in nats.
 
         Args:
-            output: Of a pass with labels and `sparse_prediction=True`: logits are (labelled positions, vocab_size).
-            records: What `record_layers(model, self.layers(shape))` recorded in that pass.
-            batch: Has the `attention_mask`, (batch, length).
-            largest: The first pass of the step; `None` in that pass itself.
-            outside: What `self.teacher` returned for the batch.
-
-        Raises:
-            ValueError: If records or the outside teacher's output are needed and missing.
+            output: Output of a forward pass with labels and `sparse_prediction=True`, so that its logits are
+                (labelled positions, vocab_size).
+            largest: Result of the first forward pass of the step; `None` in that pass itself.
         """
         assert output.loss is not None
         assert output.logits is not None
-        label_loss = output.loss
         # Without labelled positions there is nothing to compare, and a mean would be undefined.
-        if largest is not None and self.distillation_weight > 0 and len(output.logits) > 0:
-            if self.divergence == "alpha":
-                soft = alpha_divergence(output.logits, largest.logits)
-            else:
-                soft = soft_cross_entropy(output.logits, largest.logits, self.temperature)
-            label_loss = (1 - self.distillation_weight) * output.loss + self.distillation_weight * soft
+        if largest is None or self.distillation_weight == 0 or len(output.logits) == 0:
+            return output.loss
+        if self.divergence == "alpha":
+            soft_loss = alpha_divergence(output.logits, largest.logits)
+        else:
+            soft_loss = soft_cross_entropy(output.logits, largest.logits, self.temperature)
+        return (1 - self.distillation_weight) * output.loss + self.distillation_weight * soft_loss
 
-        token_loss = torch.zeros((), device=output.logits.device)
-        if (self._matches_layers or self.teacher is not None) and not records:
+    def layer_loss(
+        self,
+        activations: Mapping[int, LayerActivations],
+        attention_mask: Tensor,
+        largest: Largest | None,
+        outside: Sequence[Tensor] | None,
+    ) -> Tensor:
+        """Return the mean loss over all tokens that are not padding; 0 if no layer is compared with anything.
+
+        Args:
+            activations: What `watch_layers(model, self.layers(shape))` kept of the forward pass.
+            attention_mask: (batch, length), 0 for padding.
+            largest: Result of the first forward pass of the step; `None` in that pass itself.
+            outside: What `self.teacher` returned for the batch.
+
+        Raises:
+            ValueError: If activations, or what the outside teacher returned, are needed and missing.
+        """
+        loss = torch.zeros((), device=attention_mask.device)
+        if not self._matches_largest and self.teacher is None:
+            return loss
+        if not activations:
             raise ValueError(
-                "No layer was recorded. Run the pass inside record_layers(model, objective.layers(shape))."
+                "No layer was watched. Run the forward pass inside watch_layers(model, objective.layers(shape))."
             )
-        if largest is not None and self._matches_layers:
-            pairs = [(record, largest.records[layer]) for layer, record in records.items()]
-            if self.hidden_weight > 0:
-                students, teachers = [s.state for s, _ in pairs], [t.state for _, t in pairs]
-                token_loss = token_loss + self.hidden_weight * hidden_state_loss(
-                    students, teachers, batch["attention_mask"]
-                )
-            if self.attention_weight > 0:
-                token_loss = token_loss + self.attention_weight * attention_loss(
-                    [s.attention() for s, _ in pairs], [t.attention() for _, t in pairs], batch["attention_mask"]
-                )
+        if largest is not None and self._matches_largest:
+            loss = loss + self._loss_to_largest(activations, attention_mask, largest)
         if self.teacher is not None:
             if outside is None:
                 raise ValueError("The outside teacher's output is missing. Pass outside=objective.teacher(batch).")
-            last = records[max(records)]
-            heads = self.relation_heads or last.num_heads
-            token_loss = token_loss + self.teacher_weight * relation_loss(
-                (last.query, last.key, last.value), outside, heads, batch["attention_mask"]
-            )
-        return label_loss, token_loss
+            loss = loss + self._loss_to_outside(activations, attention_mask, outside)
+        return loss
+
+    def _loss_to_largest(
+        self, activations: Mapping[int, LayerActivations], attention_mask: Tensor, largest: Largest
+    ) -> Tensor:
+        """Compare every layer that the shape kept with the same layer of the largest shape."""
+        loss = torch.zeros((), device=attention_mask.device)
+        students, teachers = list(activations.values()), [largest.activations[layer] for layer in activations]
+        if self.hidden_weight > 0:
+            states = [s.state for s in students], [t.state for t in teachers]
+            loss = loss + self.hidden_weight * hidden_state_loss(*states, attention_mask)
+        if self.attention_weight > 0:
+            attentions = [s.attention() for s in students], [t.attention() for t in teachers]
+            loss = loss + self.attention_weight * attention_loss(*attentions, attention_mask)
+        return loss
+
+    def _loss_to_outside(
+        self, activations: Mapping[int, LayerActivations], attention_mask: Tensor, outside: Sequence[Tensor]
+    ) -> Tensor:
+        """Compare the last layer that the shape kept with the layer of the outside teacher."""
+        last = activations[max(activations)]
+        heads = self.relation_heads or last.num_heads
+        return self.teacher_weight * relation_loss((last.query, last.key, last.value), outside, heads, attention_mask)

@@ -83,8 +83,8 @@ def super_pretrain(
     Raises:
         ValueError: If tokenizer and vocabulary disagree, if `model` is a subnet and the sampling is not fixed, if
             there are checkpoints but none can be used, or if they were made under conditions that cannot change.
-        FileExistsError: If `args.output_dir` holds what no run of ours has made; also if `args.resume` is "never" and
-            there are checkpoints.
+        FileExistsError: If `args.output_dir` holds what no run of ours has made; also if
+            `args.resume_from_checkpoint` is off and there are checkpoints.
         FloatingPointError: If the gradients are not finite in `args.max_skipped_steps` steps in a row, or if the
             weights are not finite when they would be saved.
         RuntimeError: If another run is using `args.output_dir`, or if Accelerate and the launcher disagree on the
@@ -139,7 +139,7 @@ class Run:
         self.must_stop = False
         if args.gradient_checkpointing:
             checkpoint_layers(model, True)
-        if args.compile:
+        if args.torch_compile:
             compile_layers(model, len(self.config.width_choices or [1]), args.max_steps, accelerator.device)
         model.train()
         self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, args))

@@ -1,7 +1,7 @@
-"""Losses between a student and a teacher: predictions, hidden states, attention, attention relations.
+"""Losses that compare a student with a teacher: predictions, hidden states, attention, and attention relations.
 
-Each is a mean over positions, labelled ones or real tokens, computed in float32; gradients flow into the student only.
-`distillation.py` says who teaches whom.
+Each loss is a mean over positions: labelled ones for predictions, all tokens but padding for the others. It is computed
+in float32, and gradients flow into the student only. `distillation.py` says which shape or model teaches which.
 """
 
 import math
@@ -12,22 +12,24 @@ from torch import Tensor
 from torch.nn import functional
 
 
-# Score of a padded key: its probability is exactly 0. With -inf the divergence would contain 0 * (inf - inf).
+# The attention score of padding, whose probability is then exactly 0. With -inf, a divergence would be 0 * (inf - inf).
 EXCLUDED = -1e30
 
 
 def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the mean cross-entropy, in nats, of the student's distribution under the teacher's.
+    """Return the mean cross-entropy between the distributions of teacher and student, in nats.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.
 
     Args:
         student_logits: (positions, vocab_size).
         teacher_logits: (positions, vocab_size).
-        temperature: Divides both logits; the loss is multiplied by its square, so that gradients keep their size
-            (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015).
+        temperature: Both logits are divided by it. The loss is multiplied by its square, so that gradients have the
+            same size at every temperature.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0]])
-        >>> round(soft_cross_entropy(logits, logits).item(), 4)  # the entropy of softmax(2, 0)
+        >>> round(soft_cross_entropy(logits, logits).item(), 4)  # the entropy of softmax([2, 0])
         0.3653
     """
     teacher = functional.softmax(teacher_logits.detach().float() / temperature, dim=-1)
@@ -39,20 +41,21 @@ def alpha_divergence(
 ) -> Tensor:
     """Return the mean over positions of the larger of two alpha-divergences between teacher p and student q.
 
-    D_alpha(p || q) = sum_i q_i ((p_i / q_i)^alpha - 1) / (alpha (alpha - 1)), which tends to KL(q || p) at alpha 0 and
-    to KL(p || q) at alpha 1. A negative alpha punishes a student that is sure where the teacher is not, a positive one
-    the reverse. Source: AlphaNet (Wang et al., 2021, arXiv 2102.07954), section 3.
+    The divergence is D_alpha(p || q) = sum_i q_i ((p_i / q_i)^alpha - 1) / (alpha (alpha - 1)). Its limit is KL(q || p)
+    for alpha = 0, and KL(p || q) for alpha = 1. With a negative alpha it is large where the student is sure and the
+    teacher is not, with a positive alpha where the teacher is sure and the student is not. Source: AlphaNet (Wang et
+    al., 2021, arXiv 2102.07954), section 3.
 
-    The value is the divergence with importances (p_i / q_i)^alpha of at most `clip`. Its gradient is the paper's
-    estimator, -1 / alpha sum_i q_i min((p_i / q_i)^alpha, clip) d log q_i: exact where nothing is clipped. As in the
-    authors' code, the two limits are not clipped.
+    The importances (p_i / q_i)^alpha are clipped. The gradient is the estimate of the paper,
+    -1 / alpha sum_i q_i min((p_i / q_i)^alpha, clip) d log q_i, which is exact where nothing is clipped. As in the
+    authors' code, nothing is clipped for alpha = 0 and alpha = 1.
 
     Args:
         student_logits: (positions, vocab_size).
         teacher_logits: (positions, vocab_size).
-        alpha_min: One alpha.
-        alpha_max: The other alpha.
-        clip: Bound of an importance; at least 1.
+        alpha_min: The first alpha.
+        alpha_max: The second alpha.
+        clip: Largest value of an importance, at least 1.
 
     Example:
         >>> unsure, sure = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
@@ -69,11 +72,11 @@ def alpha_divergence(
 
 
 def _divergence(student: Tensor, teacher: Tensor, alpha: float, clip: float) -> tuple[Tensor, Tensor]:
-    """Return D_alpha (positions,), and weights (positions, vocab_size) whose -sum_i weight_i d log q_i is its gradient.
+    """Return D_alpha, (positions,), and weights, (positions, vocab_size), with gradient -sum_i weight_i d log q_i.
 
-    With f(r) = (r^alpha - 1) / (alpha (alpha - 1)) and r = p / q, the derivative of q f(p / q) by q is f(r) - r f'(r) =
-    -r^alpha / alpha + constant, and a constant times sum_i q_i d log q_i is 0. Takes log-probabilities: a ratio of
-    probabilities would be 0 / 0 where both underflow.
+    Let f(r) = (r^alpha - 1) / (alpha (alpha - 1)) and r = p / q. The derivative of q f(p / q) with respect to q is
+    f(r) - r f'(r) = -r^alpha / alpha + constant. The constant does not matter, because sum_i q_i d log q_i is 0. The
+    arguments are log-probabilities: a ratio of probabilities would be 0 / 0 where both are too small for float32.
     """
     ratio = teacher - student
     if abs(alpha) < 1e-3:
@@ -85,17 +88,18 @@ def _divergence(student: Tensor, teacher: Tensor, alpha: float, clip: float) -> 
 
 
 def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
-    """Return the mean squared error between the layers' outputs: TinyBERT (arXiv 1909.10351, section 3.1) in place.
+    """Return the mean squared error between the outputs of layers, as in TinyBERT (arXiv 1909.10351, section 3.1).
 
-    A narrowed layer works on the first channels of the full one, so they are compared without a learned projection.
+    TinyBERT learns a projection between the two widths. Here none is needed, because a narrow layer works on the first
+    channels of the full layer.
 
     Args:
-        student: For each layer the student kept, (batch, length, w).
-        teacher: For the same layers, (batch, length, W) with W >= w.
+        student: Output of each layer that the student kept, (batch, length, w).
+        teacher: Outputs of the same layers, (batch, length, W) with W >= w.
         attention_mask: (batch, length), 0 for padding.
 
     Returns:
-        The mean over channels, real tokens, and layers.
+        The mean over channels, tokens that are not padding, and layers.
 
     Example:
         >>> hidden_state_loss([torch.zeros(1, 1, 2)], [torch.tensor([[[1.0, 3.0, 9.0]]])], torch.ones(1, 1)).item()
@@ -111,17 +115,18 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], atte
 def attention_loss(
     student: Sequence[tuple[Tensor, Tensor]], teacher: Sequence[tuple[Tensor, Tensor]], attention_mask: Tensor
 ) -> Tensor:
-    """Return KL(teacher || student) of the attention distributions softmax(q k^T / sqrt(head size)), in nats.
+    """Return KL(teacher || student) between the attention distributions softmax(q k^T / sqrt(head size)), in nats.
 
-    TinyBERT compares attention scores; the distributions are comparable at any head size.
+    TinyBERT compares the scores before the softmax. Distributions can be compared whatever the sizes of the heads.
 
     Args:
-        student: For each layer the student kept, query and key: (batch, heads, length, head_size).
-        teacher: For the same layers, query and key with as many heads, of any size.
-        attention_mask: (batch, length), 0 for padding: no key, and no query that counts.
+        student: Query and key of each layer that the student kept, (batch, heads, length, head_size) each.
+        teacher: Query and key of the same layers, with as many heads. Their size may differ.
+        attention_mask: (batch, length), 0 for padding. Tokens do not attend to padding, and queries of padding do not
+            count.
 
     Returns:
-        The mean over heads, real query tokens, and layers.
+        The mean over heads, query tokens that are not padding, and layers.
 
     Example:
         >>> sure, unsure = torch.tensor([[[[1e3], [0.0]]]]), torch.zeros(1, 1, 2, 1)
@@ -139,19 +144,20 @@ def attention_loss(
 def relation_loss(
     student_qkv: Sequence[Tensor], teacher_qkv: Sequence[Tensor], relation_heads: int, attention_mask: Tensor
 ) -> Tensor:
-    """Return MiniLMv2's loss (arXiv 2012.15828, section 3.1): KL(teacher || student) of self-attention relations.
+    """Return KL(teacher || student) between self-attention relations, in nats.
 
-    Queries are split into `relation_heads` heads and compared with each other, softmax(q q^T / sqrt(head size));
-    likewise keys and values.
+    This is the loss of MiniLMv2 (arXiv 2012.15828, section 3.1). The relations of the queries are
+    softmax(q q^T / sqrt(head size)), after a split into `relation_heads` heads. Those of the keys and of the values
+    are defined in the same way.
 
     Args:
-        student_qkv: Query, key, value of one layer, (batch, length, width) each.
-        teacher_qkv: The same of the teacher, whose width may differ.
-        relation_heads: Must divide both widths.
+        student_qkv: Query, key and value of one layer of the student, (batch, length, width) each.
+        teacher_qkv: Query, key and value of one layer of the teacher. Their width may differ.
+        relation_heads: Number of heads. It must divide both widths.
         attention_mask: (batch, length), 0 for padding.
 
     Returns:
-        The sum over query, key and value, as in the paper, of means over heads and real tokens.
+        The mean over heads and tokens that are not padding, added up over query, key and value as in the paper.
 
     Raises:
         ValueError: If `relation_heads` does not divide a width.
@@ -180,13 +186,13 @@ def split_heads(tensor: Tensor, heads: int) -> Tensor:
 
 
 def _token_mean(values: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the mean of `values` (batch, length) over real tokens, 0 where there are none."""
+    """Return the mean of `values`, (batch, length), over the tokens that are not padding; 0 if there are none."""
     real = attention_mask != 0
     return values.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
 
 
 def _relation_divergence(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-    """Return the mean over heads and real tokens of KL(teacher || student) of softmax(x y^T / sqrt(head size))."""
+    """Return the mean over heads and tokens of KL(teacher || student) between softmax(x y^T / sqrt(head size))."""
 
     def log_probabilities(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

@@ -68,7 +68,7 @@ def make_stream(
         num_workers=args.dataloader_num_workers,
         max_length=args.max_length,
         cross_documents=args.cross_documents,
-        pad_to_multiple_of=args.max_length if args.compile else None,  # another length would need another graph
+        pad_to_multiple_of=args.max_length if args.torch_compile else None,  # another length would need another graph
     )
 
 
@@ -78,20 +78,11 @@ def make_optimizer(model: torch.nn.Module, args: SuperPretrainingArguments) -> t
 
 
 def learning_rate_schedule(args: SuperPretrainingArguments) -> Callable[[int], float]:
-    """Return the function from the number of updates done so far to the learning rate of the next one.
-
-    Raises:
-        ValueError: If the scheduler is unknown, or its rates do not follow from the number of updates alone.
-    """
+    """Return the function from the number of updates done so far to the learning rate of the next one."""
     # The schedulers of transformers are written for an optimizer; this one stands for it.
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-    warmup = math.ceil(args.warmup_ratio * args.max_steps)
-    scheduler = get_scheduler(args.lr_scheduler_type, stand_in, warmup, args.max_steps)
-    if not isinstance(scheduler, LambdaLR):
-        raise ValueError(
-            f"lr_scheduler_type={args.lr_scheduler_type!r} needs more than the number of the step to compute a "
-            "learning rate. Use linear, cosine, constant, constant_with_warmup, or another one of this kind."
-        )
+    warmup = args.get_warmup_steps()
+    scheduler: LambdaLR = get_scheduler(args.lr_scheduler_type, stand_in, warmup, args.max_steps)
     factor = scheduler.lr_lambdas[0]
     return lambda updates: args.learning_rate * factor(updates)
 

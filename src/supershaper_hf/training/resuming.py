@@ -23,16 +23,16 @@ STATE_FILE = "progress.json"
 STATE_FORMAT = "supershaper-hf training state 1"
 
 FREE = (  # These decide nothing of the result.
-    "output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "report_to", "dataloader_num_workers",
-    "max_skipped_steps",
+    "output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit", "report_to",
+    "dataloader_num_workers", "max_skipped_steps",
 )  # fmt: skip
 FROM_NEXT_STEP = (  # Each step reads these anew, so a new value is really applied.
-    "max_steps", "learning_rate", "weight_decay", "warmup_ratio", "lr_scheduler_type", "max_grad_norm",
+    "max_steps", "learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type", "max_grad_norm",
     "per_device_train_batch_size", "gradient_accumulation_steps", "processes", "mlm_probability",
     "random_shapes", "distribution", "drop_rate",
     "distillation_weight", "temperature", "divergence", "hidden_weight", "attention_weight", "teacher_weight",
     "relation_heads",
-    "mixed_precision", "gradient_checkpointing", "compile", "eval_steps", "target_perplexity",
+    "mixed_precision", "gradient_checkpointing", "torch_compile", "eval_steps", "target_perplexity",
 )  # fmt: skip
 MODEL_CONDITIONS = (
     "vocab_size", "hidden_size", "hidden_sizes", "num_attention_heads", "intermediate_size", "hidden_act",

@@ -47,7 +47,7 @@ class RunFolder:
         model: The model from `Accelerator.prepare`.
         optimizer: The optimizer from `Accelerator.prepare`.
         tokenizer: Saved with every checkpoint and model.
-        args: `output_dir`, `resume` and `save_total_limit` are used.
+        args: `output_dir`, `resume_from_checkpoint` and `save_total_limit` are used.
         conditions: See `resuming.run_conditions`.
         card: Sections and metadata of the model cards, as in `hub.model_card`.
     """
@@ -80,7 +80,7 @@ class RunFolder:
             def begin() -> None:
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock(self.path))
-                claim(self.path, self.args.resume)
+                claim(self.path, self.args.resume_from_checkpoint)
 
             on_main_process(begin, self.accelerator)
             yield
@@ -200,24 +200,24 @@ def advice_when_diverged(args: SuperPretrainingArguments) -> str:
     """Return what to do when weights or gradients are not finite, with the newest checkpoint."""
     newest = None if args.output_dir is None else next(iter(list_checkpoints(args.output_dir)), None)
     return (
-        f"Lower learning_rate={args.learning_rate}, look at weight_decay={args.weight_decay}, raise warmup_ratio="
-        f"{args.warmup_ratio}, or train with bf16 instead of fp16, and start again: the new values are applied from "
+        f"Lower learning_rate={args.learning_rate}, look at weight_decay={args.weight_decay}, raise warmup_steps="
+        f"{args.warmup_steps}, or train with bf16 instead of fp16, and start again: the new values are applied from "
         "the newest checkpoint on. If the run fails again soon, remove that checkpoint to go on from the one before "
         f"it. Newest checkpoint: {newest}."
     )
 
 
-def claim(folder: Path, resume: str) -> None:
+def claim(folder: Path, may_resume: bool) -> None:
     """Make sure that a run of ours may write to `folder`. The caller has to hold its lock.
 
     Raises:
         FileExistsError: If the folder holds files with the names of ours, but no run of ours began there. Also if
-            there are checkpoints, and `resume` is "never".
+            there are checkpoints, and the run may not resume.
     """
     checkpoints = list_checkpoints(folder)
-    if resume == "never" and checkpoints:
+    if checkpoints and not may_resume:
         raise FileExistsError(
-            f"{folder} holds checkpoints, and resume='never'. Choose another output_dir, or resume='auto'."
+            f"{folder} holds checkpoints, and resume_from_checkpoint=False. Choose another output_dir, or go on."
         )
     names = [RUN_FILE, *MODELS, METRICS_FILE, SUMMARY_FILE, PLOT_FILE]
     found = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
