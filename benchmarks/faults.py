@@ -1,12 +1,13 @@
-"""What faults do to a training run: a small real one is killed, starved and damaged, and has to end as if undisturbed.
+"""What faults do to a training run: a small real run is killed, starved and damaged, and then started again.
 
-    python benchmarks/faults.py                     # 20 kills on one and on two processes: about 15 minutes on a CPU
+    python benchmarks/faults.py                     # 10 kills on one and on two processes: about 10 minutes on 2 cores
     python benchmarks/faults.py --kills 3 --seed 1
 
-The run: a tiny model on the bundled text, with dropout, dropped layers, evaluations, and a checkpoint after every step.
-Kills are SIGKILL to all processes at once, uniform over the time that the undisturbed run takes from its first record
-to its end, so also while it saves. After each fault the same command is started again, and the final weights are
-compared bit for bit with those of the undisturbed run. A full tmpfs needs root.
+The run trains a tiny model on the bundled text, with dropout, dropped layers, evaluations, and a checkpoint after every
+step. A kill is SIGKILL to all processes at once. Its moment is drawn uniformly from the time that the undisturbed run
+takes from its first record to its end, so some kills fall into the writing of a file. After each fault the same command
+is started again, and the final weights are compared bit for bit with those of the undisturbed run. The row with a full
+tmpfs needs root.
 """
 
 import argparse
@@ -30,11 +31,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM, training
+from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
 from supershaper_hf.data.batches import MicroBatches, fixed_masks
 from supershaper_hf.data.documents import load_text, split_text
 from supershaper_hf.data.sequences import tokenize, train_tokenizer
 from supershaper_hf.report.tables import markdown_table
+from supershaper_hf.training import loop, preparing
 from supershaper_hf.training.arguments import SuperPretrainingArguments
 from supershaper_hf.training.checkpoints import list_checkpoints
 from supershaper_hf.training.loop import super_pretrain
@@ -46,13 +48,13 @@ STEPS, SAVE_STEPS, FAULT_STEP, LENGTH = 24, 1, 10, 64
 
 
 def train(folder: Path, fault: str) -> None:
-    """Train to the end; `fault` strikes when the step `FAULT_STEP`, from 0, begins."""
+    """Train to the end. The fault happens when the step of number `FAULT_STEP`, counted from 0, begins."""
     signal.alarm(300)
     sources = folder.parent / "sources"
     tokenizer = AutoTokenizer.from_pretrained(sources)
     if "stream" in folder.name:
         text, evaluation = load_text(sources / "parts", streaming=True), []
-        training.MicroBatches = lambda *args, **options: MicroBatches(*args, documents_per_chunk=16, **options)
+        preparing.MicroBatches = lambda *args, **options: MicroBatches(*args, documents_per_chunk=16, **options)
     else:
         documents, held_out = split_text(load_text(sources / "parts"), 0.02, seed=0)
         text = tokenize(documents, tokenizer, LENGTH)
@@ -63,10 +65,10 @@ def train(folder: Path, fault: str) -> None:
         max_position_embeddings=LENGTH, width_choices=[24, 48, 96],
     )  # fmt: skip
     args = SuperPretrainingArguments(
-        max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-3, max_length=LENGTH, drop_rate=0.2, output_dir=str(folder),
-        logging_steps=1, eval_steps=8, save_steps=SAVE_STEPS,
+        max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-3, max_length=LENGTH, drop_rate=0.2,
+        output_dir=str(folder), logging_steps=1, eval_steps=8, save_steps=SAVE_STEPS,
     )  # fmt: skip
-    training.sandwich_step = disturbed_step(fault, sources / "parts")
+    loop.sandwich_step = disturbed_step(fault, sources / "parts")
     super_pretrain(SuperShaperForMaskedLM(config), tokenizer, text, args, eval_batches=evaluation)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -100,21 +102,21 @@ def start(folder: Path, processes: int, fault: str = "") -> subprocess.Popen:
         command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
         command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
     command += [__file__, "--train", str(folder), "--fault", fault]
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder.parent / "cache")}
     errors = (folder.parent / "errors.txt").open("w")
     return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=errors)
 
 
 def began(run: subprocess.Popen, folder: Path) -> float:
-    """Wait for the first file of the run; return the time."""
+    """Wait for the first record of the run; return the time."""
     while not (folder / "metrics.jsonl").exists() and run.poll() is None:
         time.sleep(0.01)
     return time.monotonic()
 
 
 def finish(folder: Path, processes: int, fault: str = "") -> str:
-    """Run to the end; return the error it ended with, if any."""
+    """Run to the end; return the error that it ended with, or an empty text."""
     run = start(folder, processes, fault)
     begin = began(run, folder)
     if run.wait(timeout=400) == 0:
@@ -134,17 +136,36 @@ def kill(folder: Path, processes: int, moment: float) -> None:
     run = start(folder, processes)
     began(run, folder)
     time.sleep(moment)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split() if run.poll() is None else []
+    children = children_of(run)
     run.kill()
     for process in children:
         with suppress(ProcessLookupError):
-            os.kill(int(process), signal.SIGKILL)
+            os.kill(process, signal.SIGKILL)
     run.wait()
+
+
+def children_of(run: subprocess.Popen) -> list[int]:
+    file = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    return [int(process) for process in file.read_text().split()] if run.poll() is None else []
+
+
+def kill_launcher(folder: Path) -> str:
+    """Kill the launcher alone; return how long its two processes went on and what they left."""
+    run = start(folder, 2)
+    began(run, folder)
+    children = children_of(run)
+    run.kill()
+    run.wait()
+    begin = time.monotonic()
+    while any(Path(f"/proc/{process}").exists() for process in children) and time.monotonic() < begin + 120:
+        time.sleep(0.05)
+    return f"both ended after {time.monotonic() - begin:.1f} s, {left_behind(folder)}"
 
 
 def left_behind(folder: Path) -> str:
     step = next((int(checkpoint.name[-8:]) for checkpoint in list_checkpoints(folder)), 0)
-    return f"{'while writing, ' if any(folder.glob('.*')) else ''}after step {step}"
+    unfinished = [*folder.glob(".*.partial"), *folder.glob(".*.old")]
+    return f"{'while writing, ' if unfinished else ''}after step {step}"
 
 
 def equal(folder: Path, expected: Path) -> str:
@@ -161,42 +182,66 @@ def damage(file: Path, how: str) -> None:
         file.write_bytes(content if how == "flipped bit" else content[: len(content) // 2])
 
 
-def study(work: Path, kills: int, seed: int) -> Iterator[tuple[str, int, str, str]]:
-    """Yield fault, how many times, what happened, and whether the run ended equal to the undisturbed one."""
+Row = tuple[str, int, str, str]  # fault, how many times, what happened, whether the run ended as the undisturbed one
+
+
+def study(work: Path, kills: int, seed: int) -> Iterator[Row]:
     prepare(work / "sources")
     generator = random.Random(seed)
     for processes in (1, 2):
-        whole = work / f"whole-{processes}"
-        begin = began(run := start(whole, processes), whole)
-        assert run.wait() == 0, (work / "errors.txt").read_text()
-        duration = time.monotonic() - begin
-        struck, ends = Counter(), Counter()
-        for _ in range(kills):
-            folder = work / "killed"
-            kill(folder, processes, generator.uniform(0, duration))
-            struck["while writing" if "writing" in left_behind(folder) else "otherwise"] += 1
-            ends[finish(folder, processes) or equal(folder, whole)] += 1
-            shutil.rmtree(folder)
-        where, same = (", ".join(f"{n} {what}" for what, n in sorted(found.items())) for found in (struck, ends))
-        yield f"SIGKILL within {duration:.1f} s, {processes} process(es)", kills, where, same
+        yield killed(work, processes, kills, generator)
+    yield from starved(work)
+    yield from damaged(work)
+    yield from disturbed_text(work)
 
-    whole = work / "whole-1"
+
+def killed(work: Path, processes: int, kills: int, generator: random.Random) -> Row:
+    """Kill the run at random moments. The undisturbed run stays in `whole-<processes>`."""
+    whole = work / f"whole-{processes}"
+    begin = began(run := start(whole, processes), whole)
+    if run.wait() != 0:
+        raise RuntimeError((work / "errors.txt").read_text())
+    duration = time.monotonic() - begin
+    struck, ends = Counter(), Counter()
+    for _ in range(kills):
+        folder = work / "killed"
+        kill(folder, processes, generator.uniform(0, duration))
+        struck["while writing" if "writing" in left_behind(folder) else "otherwise"] += 1
+        ends[finish(folder, processes) or equal(folder, whole)] += 1
+        shutil.rmtree(folder)
+    where, same = (", ".join(f"{n} {what}" for what, n in sorted(found.items())) for found in (struck, ends))
+    return f"SIGKILL within {duration:.1f} s, {processes} process(es)", kills, where, same
+
+
+def starved(work: Path) -> Iterator[Row]:
+    """Take a process, the launcher, or the room on the disk away."""
     for fault, processes, name in (("die", 2, "One of two processes dies"), ("limit", 1, "Full disk (RLIMIT_FSIZE)")):
         folder = work / fault
         happened = finish(folder, processes, fault)
         yield name, 1, happened, finish(folder, processes) or equal(folder, work / f"whole-{processes}")
+    happened = kill_launcher(folder := work / "orphaned")
+    yield "Launcher killed alone", 1, happened, finish(folder, 2) or equal(folder, work / "whole-2")
     if os.geteuid() == 0:
-        yield "Full disk (tmpfs), then made larger", 1, *full_tmpfs(work / "tmpfs", whole)
+        yield "Full disk (tmpfs), then made larger", 1, *full_tmpfs(work / "tmpfs", work / "whole-1")
+
+
+def damaged(work: Path) -> Iterator[Row]:
+    """Damage a file of the newest checkpoint, and the gradients of a step."""
+    whole = work / "whole-1"
     for how in ("truncated", "flipped bit", "missing"):
         folder = shutil.copytree(whole, work / how.replace(" ", "-"))
         shutil.rmtree(folder / "last")
-        damage(list_checkpoints(folder)[0] / "optimizer.bin", how)
+        damage(list_checkpoints(folder)[0] / "optimizer.safetensors", how)
         error = finish(folder, 1)
         warning = next(line for line in (work / "errors.txt").read_text().splitlines() if "is damaged" in line)
         yield f"File of a checkpoint: {how}", 1, shorten(warning, folder), error or equal(folder, whole)
     finish(folder := work / "nan", 1, "nan")
     skipped = json.loads((folder / "training_summary.json").read_text())["skipped_steps"]
     yield "NaN in the gradients of a step", 1, f"{skipped} step skipped, run finished", "no: one update less"
+
+
+def disturbed_text(work: Path) -> Iterator[Row]:
+    """Remove a text file while it is streamed."""
     finish(stream := work / "stream-whole", 1)
     folder = work / "stream-removed"
     happened = f"{finish(folder, 1, 'remove')} Stopped {left_behind(folder)}"
@@ -229,8 +274,8 @@ def prepare(sources: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="on one process, and again on two")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--kills", type=int, default=10, help="Number of kills on one process, and again on two.")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed of the moments of the kills.")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)  # the script starts itself with these two
     parser.add_argument("--fault", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -4,20 +4,12 @@
 same environment as the launcher's and talk to each other on loopback.
 """
 
-import multiprocessing
 import os
 import signal
-import sys
-from multiprocessing import forkserver
-from unittest import mock
 
-from launching import free_port
+from launching import fork_server, free_port
 
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["conftest", "texts", "supershaper_hf.search.evaluation", "supershaper_hf.data.sequences"]
-)
 SECONDS = 100  # after this time a process ends, also if it waits for another one for ever
 
 
@@ -33,10 +25,7 @@ def fork(processes, act, *arguments):
         "LOCAL_WORLD_SIZE": str(processes),
     }
     environments = [together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)] or [alone]
-    # The server imports the modules when it starts, and looks for them where this process does.
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
-        forkserver.ensure_running()
-    started = [CONTEXT.Process(target=_run, args=(each, act, arguments), daemon=True) for each in environments]
+    started = [fork_server().Process(target=_run, args=(each, act, arguments), daemon=True) for each in environments]
     for process in started:
         process.start()
     return started

@@ -41,11 +41,14 @@ def start(processes, script, *arguments):
 # Processes without the seconds that a script needs to import everything
 
 
+PRELOADED = ["conftest", "texts", "supershaper_hf.training.loop", "torch.distributed.launcher.api"]
+
+
 @functools.cache
 def fork_server():
     """Return a context of `multiprocessing` whose processes start in no time: a server has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "supershaper_hf.training.loop", "torch.distributed.launcher.api"])
+    context.set_forkserver_preload(PRELOADED)
     with environment({"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}):
         forkserver.ensure_running()
     return context

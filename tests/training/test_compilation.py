@@ -142,9 +142,9 @@ def test_subnet_can_be_compiled(graphs):
 
 def test_few_steps_are_warned_of(graphs, warnings):
     compile_layers(model_of(), 2, STEPS_THAT_PAY - 1, torch.device("cpu"))
+    few = STEPS_THAT_PAY - 1
     assert warnings == [
-        f"torch_compile=True takes longer than it saves: {STEPS_THAT_PAY - 1} steps are too few to compile 2 widths "
-        "for."
+        f"torch_compile=True will take longer than it saves: {few} steps are too few to compile 2 widths."
     ]
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from supershaper_hf.files import lock
 from supershaper_hf.training import loop as training_module
 from supershaper_hf.training import preparing, progress, run_folder
+from supershaper_hf.training.arguments import CHOICES
 from supershaper_hf.training.checkpoints import find_damage, list_checkpoints
 from supershaper_hf.training.loop import super_pretrain
 
@@ -251,6 +252,12 @@ def test_progress_bars_of_transformers_are_left_as_they_were(tokenizer, dataset,
         assert logging.is_progress_bar_enabled() == shown
     finally:
         (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+
+
+@pytest.mark.parametrize("name", CHOICES["lr_scheduler_type"])
+def test_every_scheduler_that_the_arguments_allow_is_a_function_of_the_step(tokenizer, dataset, name):
+    _, summary = pretrain(tokenizer, dataset, lr_scheduler_type=name, max_steps=2)
+    assert all(0 <= record["learning_rate"] <= 1e-3 for record in step_records(summary))
 
 
 def test_first_evaluation_and_checkpoint_leave_no_trace_in_the_weights(tokenizer, dataset, tmp_path):

@@ -36,7 +36,7 @@ def compile_layers(model: torch.nn.Module, widths: int, steps: int, device: torc
         )
     if steps < STEPS_THAT_PAY:
         logger.warning(
-            f"torch_compile=True takes longer than it saves: {steps} steps are too few to compile {widths} widths for."
+            f"torch_compile=True will take longer than it saves: {steps} steps are too few to compile {widths} widths."
         )
     # There is one graph for each width in training, and one in evaluation. By default torch gives up after 8.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * widths)

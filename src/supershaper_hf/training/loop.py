@@ -84,7 +84,7 @@ def super_pretrain(
         ValueError: If tokenizer and vocabulary disagree, if `model` is a subnet and the sampling is not fixed, if
             there are checkpoints but none can be used, or if they were made under conditions that cannot change.
         FileExistsError: If `args.output_dir` holds what no run of ours has made; also if
-            `args.resume_from_checkpoint` is not set and there are checkpoints.
+            `args.resume_from_checkpoint` is off and there are checkpoints.
         FloatingPointError: If the gradients are not finite in `args.max_skipped_steps` steps in a row, or if the
             weights are not finite when they would be saved.
         RuntimeError: If another run is using `args.output_dir`, or if Accelerate and the launcher disagree on the

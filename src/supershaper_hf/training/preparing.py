@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from ..checks import check_choice
@@ -81,7 +82,8 @@ def learning_rate_schedule(args: SuperPretrainingArguments) -> Callable[[int], f
     # The schedulers of transformers are written for an optimizer; this one stands for it. All that the arguments
     # allow compute the rate from the number of updates alone.
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-    scheduler: Any = get_scheduler(args.lr_scheduler_type, stand_in, args.get_warmup_steps(), args.max_steps)
+    warmup = args.get_warmup_steps()
+    scheduler: LambdaLR = get_scheduler(args.lr_scheduler_type, stand_in, warmup, args.max_steps)
     factor = scheduler.lr_lambdas[0]
     return lambda updates: args.learning_rate * factor(updates)
 

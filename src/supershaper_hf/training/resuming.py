@@ -24,8 +24,7 @@ STATE_FORMAT = "supershaper-hf training state 1"
 
 FREE = (  # These decide nothing of the result.
     "output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit", "report_to",
-    "dataloader_num_workers",
-    "max_skipped_steps",
+    "dataloader_num_workers", "max_skipped_steps",
 )  # fmt: skip
 FROM_NEXT_STEP = (  # Each step reads these anew, so a new value is really applied.
     "max_steps", "learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type", "max_grad_norm",

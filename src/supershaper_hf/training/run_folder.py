@@ -47,7 +47,7 @@ class RunFolder:
         model: The model from `Accelerator.prepare`.
         optimizer: The optimizer from `Accelerator.prepare`.
         tokenizer: Saved with every checkpoint and model.
-        args: `output_dir`, `resume` and `save_total_limit` are used.
+        args: `output_dir`, `resume_from_checkpoint` and `save_total_limit` are used.
         conditions: See `resuming.run_conditions`.
         card: Sections and metadata of the model cards, as in `hub.model_card`.
     """
@@ -207,18 +207,17 @@ def advice_when_diverged(args: SuperPretrainingArguments) -> str:
     )
 
 
-def claim(folder: Path, resume: bool) -> None:
+def claim(folder: Path, may_resume: bool) -> None:
     """Make sure that a run of ours may write to `folder`. The caller has to hold its lock.
 
     Raises:
         FileExistsError: If the folder holds files with the names of ours, but no run of ours began there. Also if
-            there are checkpoints, and `resume` is not set.
+            there are checkpoints, and the run may not resume.
     """
     checkpoints = list_checkpoints(folder)
-    if not resume and checkpoints:
+    if checkpoints and not may_resume:
         raise FileExistsError(
-            f"{folder} holds checkpoints, and resume_from_checkpoint=False. Choose another output_dir, or set "
-            "resume_from_checkpoint=True."
+            f"{folder} holds checkpoints, and resume_from_checkpoint=False. Choose another output_dir, or go on."
         )
     names = [RUN_FILE, *MODELS, METRICS_FILE, SUMMARY_FILE, PLOT_FILE]
     found = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
