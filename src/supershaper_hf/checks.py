@@ -111,9 +111,9 @@ def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
     """Raise a ValueError unless `value` is one of `allowed`.
 
     Example:
-        >>> check_choice("sampling", "sandwitch", ["sandwich", "random", "fixed"])
+        >>> check_choice("sampling", "everything", ["sandwich", "random", "fixed"])
         Traceback (most recent call last):
-        ValueError: sampling='sandwitch' is unknown. Allowed: 'sandwich', 'random', 'fixed'.
+        ValueError: sampling='everything' is unknown. Allowed: 'sandwich', 'random', 'fixed'.
     """
     allowed = list(allowed)
     if value not in allowed:
