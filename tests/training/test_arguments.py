@@ -98,7 +98,7 @@ def test_nothing_is_not_a_value(name):
 def test_numbers_of_numpy_become_plain_ones():
     """The options are written to JSON."""
     values = {"max_steps": np.int64(7), "shape": [np.int64(8)], "learning_rate": np.float64(1e-3), "sampling": "fixed"}
-    arguments = SuperPretrainingArguments(**values)
+    arguments = SuperPretrainingArguments(**values, relation_heads=np.int64(4))
     assert json.loads(json.dumps(vars(arguments))) == vars(arguments)
 
 

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType
 
 from ..checks import check_choice, check_count, check_number
@@ -214,7 +215,8 @@ class SuperPretrainingArguments:
         if not isinstance(self.report_to, (list, tuple)):
             raise ValueError(f"report_to={self.report_to!r} must be a list of trackers.")
         for tracker in self.report_to:
-            check_choice("report_to", tracker, TRACKERS)
+            if not isinstance(tracker, GeneralTracker):  # in Python, also a tracker of one's own
+                check_choice("report_to", tracker, TRACKERS)
         if self.output_dir is not None:
             self.output_dir = os.fspath(self.output_dir)
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -241,6 +243,7 @@ class SuperPretrainingArguments:
         if self.distillation_weight is None:
             self.distillation_weight = 0.5 if self.sampling == "sandwich" else 0.0
         Objective(**{name: getattr(self, name) for name in OBJECTIVE})  # refuses values that are out of range
+        self.relation_heads = None if self.relation_heads is None else int(self.relation_heads)
         for name in ("distillation_weight", "hidden_weight", "attention_weight"):
             if getattr(self, name) > 0 and self.sampling != "sandwich":
                 raise ValueError(

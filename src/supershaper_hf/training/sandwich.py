@@ -75,7 +75,7 @@ def sandwich_step(
         largest = None
         for index, shape in enumerate(shapes):
             last = (number, index) == (len(micro_batches) - 1, len(shapes) - 1)
-            with nullcontext() if last else accelerator.no_sync(model):
+            with nullcontext() if last else accelerator.no_sync(model):  # without it, each backward pass exchanges
                 with watch_layers(model, objective.layers(shape or full_shape)) as activations:
                     output = model(**batch, shape=shape, sparse_prediction=True)
                 if unlabelled:  # the mean over no labels is undefined; the sum over no logits is 0
