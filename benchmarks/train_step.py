@@ -1,14 +1,15 @@
-"""One step of super pre-training beside a plain one and the machine's matrix products, interleaved in one run.
+"""The time of one step of super pre-training, of a plain step, and of the machine's matrix products, in turns.
 
     python benchmarks/train_step.py                                     # CPU: BERT-base size, batch 8 x 128
     python benchmarks/train_step.py --batch_size 256 --precision bf16   # GPU
 
-A step trains the largest shape, the smallest and one random shape and updates the weights; with hard labels, and with
-in-place distillation. The plain step does what the 2021 code did: bottlenecks unmerged, the masked-LM head on every
-position, eager attention, AdamW without a fused kernel. Dropout as in the paper's recipe: hidden 0, attention .1.
+A step trains the largest shape, the smallest and one random shape, and updates the weights: once with hard labels, and
+once with in-place distillation. The plain step does what the 2021 code did: it does not merge bottlenecks, applies the
+masked-LM head to every position, uses eager attention, and has no fused kernel for AdamW. Dropout is that of the
+paper's recipe: 0 for hidden states, .1 for attention.
 
-The largest pass is one forward and backward pass of the full supernet on labels. Its matrix products, with the same
-sizes and nothing between them, are timed beside it: no pass can be faster than they are on this machine.
+The largest pass is one forward and backward pass of the full supernet on labels. Its matrix products are timed too,
+with the same sizes and nothing between them: no pass can be faster than they are on this machine.
 """
 
 import argparse
@@ -21,10 +22,10 @@ from accelerate import Accelerator
 from torch.nn import functional
 
 from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperForMaskedLM
+from supershaper_hf.devices import matrix_product_rate
 from supershaper_hf.model.costs import training_flops
 from supershaper_hf.model.elastic import SuperShaperEncoder, elastic_linear
 from supershaper_hf.training.distillation import Objective
-from supershaper_hf.training.progress import matrix_product_rate
 from supershaper_hf.training.sandwich import decay_groups, sandwich_step
 
 
@@ -38,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no")
     parser.add_argument("--attention_dropout", type=float, default=0.1)
-    parser.add_argument("--profile", action="store_true", help="print where the time of the largest pass goes")
+    parser.add_argument("--profile", action="store_true", help="Print where the time of the largest pass goes.")
     return parser.parse_args()
 
 
@@ -119,51 +120,50 @@ def matrix_products(config, batch_size: int, labelled: int, device, dtype) -> tu
     return run, sum(job[-1] for job in jobs)
 
 
-def main() -> None:
-    args = parse_arguments()
-    accelerator = Accelerator(mixed_precision=args.precision)
-    device, cuda = accelerator.device, accelerator.device.type == "cuda"
-    ours, plain = make_model("sdpa", args.attention_dropout), make_model("eager", args.attention_dropout)
-    plain.bert.encoder.__class__ = PlainEncoder
-    config, space = ours.config, SearchSpace.from_config(ours.config)
-    shapes = [space.largest, space.smallest, *space.sample(1, 0).tolist()]
-    optimizers = [
-        torch.optim.AdamW(decay_groups(ours, 0.0), lr=1e-5, fused=True),
-        torch.optim.AdamW(decay_groups(plain, 0.0), lr=1e-5, foreach=False),
-    ]
-    ours, plain, *optimizers = accelerator.prepare(ours, plain, *optimizers)
-    batch = make_batch(args.batch_size, config.vocab_size, device)
-    labelled = int((batch["labels"] != IGNORE_INDEX).sum())
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    products, product_flops = matrix_products(config, args.batch_size, labelled, device, dtype)
+class Study:
+    """Everything that is timed: the models, their optimizers, and one batch for all of them."""
 
-    def update(model, optimizer) -> None:
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.accelerator = accelerator = Accelerator(mixed_precision=args.precision)
+        self.device = accelerator.device
+        ours, plain = make_model("sdpa", args.attention_dropout), make_model("eager", args.attention_dropout)
+        plain.bert.encoder.__class__ = PlainEncoder
+        self.config = ours.config
+        space = SearchSpace.from_config(self.config)
+        self.largest = space.largest
+        self.shapes = [space.largest, space.smallest, *space.sample(1, 0).tolist()]
+        optimizers = [
+            torch.optim.AdamW(decay_groups(ours, 0.0), lr=1e-5, fused=True),
+            torch.optim.AdamW(decay_groups(plain, 0.0), lr=1e-5, foreach=False),
+        ]
+        self.ours, self.plain, *self.optimizers = accelerator.prepare(ours, plain, *optimizers)
+        self.batch = make_batch(args.batch_size, self.config.vocab_size, self.device)
+        self.labelled = int((self.batch["labels"] != IGNORE_INDEX).sum())
+
+    def update(self, model, optimizer) -> None:
+        self.accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    def our_step(weight: float) -> None:
-        sandwich_step(accelerator, ours, [batch], shapes, Objective(distillation_weight=weight))
-        update(ours, optimizers[0])
+    def our_step(self, weight: float) -> None:
+        sandwich_step(self.accelerator, self.ours, [self.batch], self.shapes, Objective(distillation_weight=weight))
+        self.update(self.ours, self.optimizers[0])
 
-    def old_step(distilled: bool) -> None:
-        plain_step(accelerator, plain, batch, shapes, distilled)
-        update(plain, optimizers[1])
+    def old_step(self, distilled: bool) -> None:
+        plain_step(self.accelerator, self.plain, self.batch, self.shapes, distilled)
+        self.update(self.plain, self.optimizers[1])
 
-    def largest_pass() -> None:
-        accelerator.backward(ours(**batch, shape=space.largest, sparse_prediction=True).loss)
+    def largest_pass(self) -> None:
+        self.accelerator.backward(self.ours(**self.batch, shape=self.largest, sparse_prediction=True).loss)
 
-    jobs: dict[str, Callable[[], None]] = {
-        "step, hard labels": lambda: our_step(0.0),
-        "plain step, hard labels": lambda: old_step(False),
-        "step, distilled": lambda: our_step(0.5),
-        "plain step, distilled": lambda: old_step(True),
-        "largest pass": largest_pass,
-        "its matrix products": products,
-    }
+
+def time_jobs(
+    jobs: dict[str, Callable[[], None]], repeats: int, cuda: bool
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Run the jobs one after the other, `repeats` times; return the seconds and the peak memory in GB of each."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     peaks: dict[str, float] = dict.fromkeys(jobs, 0.0)
-    for repeat in range(args.repeats + 1):
+    for repeat in range(repeats + 1):
         for name, job in jobs.items():
             if cuda:
                 torch.cuda.synchronize()
@@ -173,36 +173,55 @@ def main() -> None:
             if cuda:
                 torch.cuda.synchronize()
                 peaks[name] = torch.cuda.max_memory_allocated() / 1e9
-            if repeat:  # the first round warms up
+            if repeat:  # The first round warms up.
                 seconds[name].append(time.perf_counter() - start)
+    return seconds, peaks
+
+
+def main() -> None:
+    args = parse_arguments()
+    study = Study(args)
+    cuda = study.device.type == "cuda"
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    products, product_flops = matrix_products(study.config, args.batch_size, study.labelled, study.device, dtype)
+    jobs: dict[str, Callable[[], None]] = {
+        "step, hard labels": lambda: study.our_step(0.0),
+        "plain step, hard labels": lambda: study.old_step(False),
+        "step, distilled": lambda: study.our_step(0.5),
+        "plain step, distilled": lambda: study.old_step(True),
+        "largest pass": study.largest_pass,
+        "its matrix products": products,
+    }
+    seconds, peaks = time_jobs(jobs, args.repeats, cuda)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
 
     machine = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, precision {args.precision}, batch {args.batch_size} x {LENGTH}, ")
-    print(f"{labelled} labels, attention dropout {args.attention_dropout}, shapes {shapes}\n")
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"{study.labelled} labels, attention dropout {args.attention_dropout}, shapes {study.shapes}\n")
     for name, values in seconds.items():
         memory = f", peak {peaks[name]:.1f} GB" if cuda else ""
         print(f"{name:26s} median {medians[name]:7.3f} s ({min(values):.3f} to {max(values):.3f}){memory}")
     for kind in ("hard labels", "distilled"):
         ratio = statistics.median(p / o for p, o in zip(seconds[f"plain step, {kind}"], seconds[f"step, {kind}"]))
         print(f"{kind}: {ratio:.2f} times the plain step")
-    flops = training_flops(config, [space.largest], args.batch_size, LENGTH, labelled)
+    flops = training_flops(study.config, [study.largest], args.batch_size, LENGTH, study.labelled)
     share = statistics.median(m / p for m, p in zip(seconds["its matrix products"], seconds["largest pass"]))
     rate = flops / medians["largest pass"]
     print(f"largest pass: {share:.0%} of the rate of its matrix products, {rate / 1e9:,.0f} GFLOP/s")
     print(f"its matrix products: {product_flops / medians['its matrix products'] / 1e9:,.0f} GFLOP/s")
-    best = matrix_product_rate(device, args.precision)
+    best = matrix_product_rate(study.device, args.precision)
     print(f"largest square product: {best / 1e9:,.0f} GFLOP/s; the largest pass does {rate / best:.0%} of it")
     if args.profile:
-        from torch.profiler import ProfilerActivity, profile
+        print_profile(study.largest_pass, cuda)
 
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
-            largest_pass()
-        print(
-            profiler.key_averages().table(
-                sort_by="self_cuda_time_total" if cuda else "self_cpu_time_total", row_limit=20
-            )
-        )
+
+def print_profile(job: Callable[[], None], cuda: bool) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        job()
+    sort_by = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=sort_by, row_limit=20))
 
 
 if __name__ == "__main__":

@@ -54,12 +54,7 @@ def arguments(**changes):
         "logging_steps": 1,
         "max_length": 12,
     }
-    trackers = [tracker for tracker in changes.get("report_to", []) if not isinstance(tracker, str)]
-    if not trackers:
-        return SuperPretrainingArguments(**{**values, **changes})
-    args = arguments(**changes | {"report_to": []})
-    args.report_to = trackers  # Accelerate takes trackers themselves too; the command line takes names only.
-    return args
+    return SuperPretrainingArguments(**{**values, **changes})
 
 
 def pretrain(tokenizer, dataset, model=None, eval_batches=(), teacher=None, card=None, **changes):

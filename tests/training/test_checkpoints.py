@@ -649,7 +649,7 @@ def test_second_run_at_the_same_time_stops_and_does_not_disturb_the_first(whole,
     first.start()
     while not (tmp_path / "waiting").exists() and first.is_alive():
         time.sleep(0.01)
-    with pytest.raises(RuntimeError, match=re.escape(f"{tmp_path} is in use by another run. Wait until that one has")):
+    with pytest.raises(RuntimeError, match=re.escape(f"{tmp_path} is in use by another run.")):
         train(tmp_path)
     (tmp_path / "waiting").unlink()
     first.join(60)

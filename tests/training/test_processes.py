@@ -5,6 +5,7 @@ The launcher runs `work`, at the end of this file, on each process.
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -298,7 +299,8 @@ def test_signal_to_the_launcher_or_its_death_stops_all_processes_after_a_checkpo
 def test_death_of_one_process_ends_the_run_with_an_error(disturbed):
     run = disturbed["died"]
     assert run["code"] != 0
-    assert "SIGKILL" in run["output"] or "exitcode: -9" in run["output"].replace(" ", "")
+    # The launcher reports what it sees first: the dead process, or the other one, whose connection is gone.
+    assert re.search(r"SIGKILL|exitcode *: -9|Connection (reset|closed) by peer", run["output"])
     assert run["seconds"] < 60
     assert run["checkpoints"] == [4, 2]
     assert not (run["folder"] / "last").exists()
