@@ -140,7 +140,7 @@ def search(
         return evaluate_shapes(supernet, batches, shapes, description="3 Measuring shapes", records_file=file)
 
     records = measure_in_rounds(space, measure, args.num_shapes, seed=args.seed, max_cost=budget)
-    predictor = ShapePredictor.fit([record["shape"] for record in records], [record["loss"] for record in records])
+    predictor = ShapePredictor.fit_records(records)
     predictor.save(folder / "predictor.json")
     supernet.config.to_json_file(folder / "config.json")
     front = pareto_front(space, predictor)

@@ -1,7 +1,7 @@
 """Measure shapes of a supernet, predict all others, and find the best shape for every budget.
 
-    python examples/search_shapes.py --model outputs/supernet/last --eval_files held_out.txt --output_dir outputs/search
-    accelerate launch --num_processes 8 examples/search_shapes.py --model user/supernet --eval_files ... --latency cuda
+    python examples/search_shapes.py --model_name_or_path outputs/supernet/last --eval_files held_out.txt
+    accelerate launch --num_processes 8 examples/search_shapes.py --model_name_or_path user/supernet --eval_files FILE
 
 The output folder gets `records.jsonl` (every measurement, as soon as it is made), `predictor.json`, `front.csv`,
 `report.md` with its plots, and with --latency also `latency.json`. You can stop the script at any time: the same
@@ -47,15 +47,15 @@ from supershaper_hf.training.arguments import HelpFormatter, option
 class SearchArguments:
     """What to measure, on which text, and where the results go. See --help."""
 
-    model: str | None = option(None, "The supernet: a folder or Hub id.")
-    tokenizer: str | None = option(None, "A folder or Hub id. Default: the tokenizer beside the model.")
+    model_name_or_path: str | None = option(None, "The supernet: a folder or Hub id.")
+    tokenizer_name: str | None = option(None, "A folder or Hub id. Default: the tokenizer beside the model.")
     eval_files: list[str] | None = option(
         None, "Held-out text: files, globs, folders (.txt .jsonl .parquet, .gz .xz .zst) or Hub ids."
     )
     text_column: str = option("text", "Column of the text in JSON lines and Parquet.")
     output_dir: str = option("outputs/search", "Folder of the records, the predictor and the report.")
     max_length: int = option(128, "Largest number of tokens per sequence.")
-    max_eval_sequences: int = option(1000, "Largest number of sequences that each shape is measured on.")
+    max_eval_samples: int = option(1000, "Largest number of sequences that each shape is measured on.")
     per_device_eval_batch_size: int = option(64, "Sequences in a batch.")
     mlm_probability: float = option(MLM_PROBABILITY, "Share of the tokens that are masked.")
     num_shapes: int = option(60, "Shapes to measure before the front is computed.")
@@ -74,10 +74,10 @@ class SearchArguments:
     push_to_hub: str | None = option(None, "user/name: upload the results to search/ in that repository.")
 
     def __post_init__(self) -> None:
-        for name in ("model", "eval_files"):
+        for name in ("model_name_or_path", "eval_files"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing.")
-        counts = ("max_length", "max_eval_sequences", "per_device_eval_batch_size", "rounds", "num_budgets")
+        counts = ("max_length", "max_eval_samples", "per_device_eval_batch_size", "rounds", "num_budgets")
         for name in (*counts, "latency_batch_size"):
             check_count(f"--{name}", getattr(self, name))
         check_count("--num_shapes", self.num_shapes, least=MINIMUM_SHAPES)
@@ -108,15 +108,15 @@ def load_model(name: str) -> SuperShaperForMaskedLM:
         what = (
             "is a folder, but holds no model" if Path(name).is_dir() else "is no folder here, and no model on the Hub"
         )
-        raise OSError(f"--model {name} {what}: {error}") from error
+        raise OSError(f"--model_name_or_path {name} {what}: {error}") from error
 
 
 def load_batches(args: SearchArguments, model: SuperShaperForMaskedLM, length: int) -> list[dict[str, torch.Tensor]]:
     """Return the held-out text, masked once for all shapes."""
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path)
     check_vocabulary(tokenizer, model.config)
     sequences = tokenize(load_text(args.eval_files, args.text_column), tokenizer, length)
-    sequences = sequences.select(range(min(len(sequences), args.max_eval_sequences)))
+    sequences = sequences.select(range(min(len(sequences), args.max_eval_samples)))
     return fixed_masks(sequences, tokenizer, args.per_device_eval_batch_size, args.mlm_probability, args.seed)
 
 
@@ -137,7 +137,7 @@ def measure_latency(args: SearchArguments, space: SearchSpace, length: int, fold
 
 
 def search(args: SearchArguments, folder: Path, accelerator: Accelerator) -> None:
-    model = on_every_process(partial(load_model, args.model), accelerator).to(accelerator.device)
+    model = on_every_process(partial(load_model, args.model_name_or_path), accelerator).to(accelerator.device)
     copy_mapped_weights(model)  # before the text is read, which may take minutes
     space = SearchSpace.from_config(model.config)
     length = min(args.max_length, model.config.max_position_embeddings)

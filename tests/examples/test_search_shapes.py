@@ -32,7 +32,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "search_shapes.py"
 OPTIONS = [
     "--num_shapes=24",
     "--max_length=12",
-    "--max_eval_sequences=24",
+    "--max_eval_samples=24",
     "--per_device_eval_batch_size=8",
     "--mlm_probability=0.4",
     "--num_budgets=4",
@@ -68,7 +68,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     save_supernet(folder / "supernet")
     (folder / "text.txt").write_text("\n".join(random_documents(20)["text"]), encoding="utf-8")
-    return ["--model", str(folder / "supernet"), "--eval_files", str(folder / "text.txt")]
+    return ["--model_name_or_path", str(folder / "supernet"), "--eval_files", str(folder / "text.txt")]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,9 @@ def test_space_without_shapes_of_equal_size_has_no_comparison_of_them(search, in
     )
     supernet.save_pretrained(tmp_path / "supernet")  # without a tokenizer
     options = ["--num_shapes=8", "--rounds=1", "--latency=cpu", "--insensitivity"]
-    printed = search(tmp_path / "search", "--model", str(tmp_path / "supernet"), "--tokenizer", inputs[1], *options)
+    printed = search(
+        tmp_path / "search", "--model_name_or_path", str(tmp_path / "supernet"), "--tokenizer_name", inputs[1], *options
+    )
     assert "No comparison of shapes of equal size: 0 shapes have" in printed
     assert not (tmp_path / "search" / "insensitivity.json").exists()
 
@@ -195,7 +197,7 @@ def test_records_of_another_model_are_refused_and_both_names_of_the_file_are_sai
     folder = shutil.copytree(first_run[1], tmp_path / "search")
     save_supernet(tmp_path / "supernet", seed=1)
     with pytest.raises(ValueError, match="another model") as caught:
-        search(folder, "--model", str(tmp_path / "supernet"))
+        search(folder, "--model_name_or_path", str(tmp_path / "supernet"))
     assert f"records.jsonl in the folder that --output_dir names: {folder}" in caught.value.__notes__[0]
 
 
@@ -263,10 +265,10 @@ def test_second_search_in_the_same_folder_says_so(search, tmp_path):
         ("--drop_rate=1", "--drop_rate=1.0 must be a finite number at least 0 and below 1."),
         ("--mlm_probability=0", "--mlm_probability=0.0 must be a finite number above 0 and at most 1."),
         ("--max_length=0", "--max_length=0 must be an integer of at least 1."),
-        ("--max_eval_sequences=0", "--max_eval_sequences=0 must be an integer of at least 1."),
+        ("--max_eval_samples=0", "--max_eval_samples=0 must be an integer of at least 1."),
         ("--per_device_eval_batch_size=0", "--per_device_eval_batch_size=0 must be an integer of at least 1."),
         ("--seed=-1", "--seed=-1 must be an integer of at least 0."),
-        ("--model=", "--model is missing."),
+        ("--model_name_or_path=", "--model_name_or_path is missing."),
     ],
 )
 def test_options_that_make_no_sense_are_refused_before_anything_is_read(search, tmp_path, option, message, capsys):
@@ -290,15 +292,15 @@ def test_budget_that_no_shape_meets_is_refused_before_the_first_measurement(sear
 def test_model_that_is_not_there_is_named(search, tmp_path, name, what, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    with pytest.raises(OSError, match=f"--model {name} {what}: "):
-        search(tmp_path / "search", "--model", name)
+    with pytest.raises(OSError, match=f"--model_name_or_path {name} {what}: "):
+        search(tmp_path / "search", "--model_name_or_path", name)
 
 
 def test_missing_options_are_named(script, capsys):
     with pytest.raises(SystemExit) as caught:
         script.main([])
     assert caught.value.code == 2
-    assert "--model is missing." in capsys.readouterr().err
+    assert "--model_name_or_path is missing." in capsys.readouterr().err
 
 
 def test_help_names_the_cost_before_its_budget(script, capsys):

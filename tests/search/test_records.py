@@ -385,7 +385,7 @@ DAMAGE = {
     "endless loss": (changed(loss=10**400), "loss 10+ is not a number"),
     "infinite loss": (
         lambda line: signed(line, loss=math.inf).replace(b"Infinity", b"1e999"),
-        "loss inf is not a number",
+        "not JSON",
     ),
     "perplexity": (changed(perplexity=None), r"perplexity None is not the exponential of loss .*"),
     "perplexity as text": (changed(perplexity="2"), r"perplexity '2' is not the exponential of loss .*"),

@@ -351,6 +351,7 @@ def test_damaged_line_takes_no_other_with_it(clock, tmp_path, monkeypatch):
 
 
 def test_other_processes_write_and_say_nothing(clock, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress_module, "on_main_process", lambda act, accelerator: None)
     monkeypatch.setattr(Accelerator, "is_main_process", False)
     monkeypatch.setattr(Accelerator, "is_local_main_process", False)
     monitor = monitor_of(Progress(recent_losses=[2.0, 4.0] * 25), output_dir=str(tmp_path))
