@@ -192,10 +192,9 @@ def test_every_tool_and_library_is_pinned_within_its_bounds():
 
 def test_the_oldest_versions_are_the_lower_bounds():
     pinned = pins("constraints-oldest.txt")
-    exceptions = {"torch": Version("2.13.0")}  # see constraints-oldest.txt
     for requirement in requirements("test"):
         bounds = [Version(bound.version) for bound in requirement.specifier if bound.operator == ">="]
-        assert [pinned[canonical(requirement.name)]] == [exceptions.get(requirement.name, *bounds)], requirement
+        assert [pinned[canonical(requirement.name)]] == bounds, requirement
 
 
 def test_the_citation_names_the_version():

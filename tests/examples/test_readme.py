@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import tiny_bert_config
 from hub_server import HubServer
 from transformers import BertForMaskedLM
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, flags=re.DOTALL)
 
 
@@ -44,6 +46,21 @@ def test_readme_has_its_blocks():
     assert len(BLOCKS) == 3
 
 
-@pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=["ten lines", "to the Hub", "search"])
+def test_options_shown_in_the_readme_are_those_of_the_example():
+    (shown,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    example = yaml.safe_load((ROOT / "examples" / "run.yaml").read_text(encoding="utf-8"))
+    for name, value in yaml.safe_load(shown).items():
+        assert value == example[name] or (isinstance(value, list) and value == example[name][: len(value)])
+
+
+def test_every_file_has_its_line():
+    """The way through the code names every file of the package and of the examples, and none that is not there."""
+    tree = README.partition("## The way through the code")[2]
+    files = {path.name for folder in ("src", "examples") for path in (ROOT / folder).rglob("*.py")} - {"__init__.py"}
+    named = set(re.findall(r"\b\w+\.py\b", tree))
+    assert named == files - {"__main__.py"}
+
+
+@pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=["ten lines", "search", "to the Hub"])
 def test_block_runs_and_prints_what_the_readme_says(code, printed, hub_environment, tmp_path):
     assert run([sys.executable, "-c", code], hub_environment, tmp_path) == printed
