@@ -177,10 +177,12 @@ def test_single_process_is_one_process(fresh_state, monkeypatch):
     assert start_accelerator().num_processes == 1
 
 
-def test_state_that_was_made_too_early_is_named(fresh_state, monkeypatch):
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_state_that_was_made_too_early_is_named(fresh_state, monkeypatch, name):
     """Made without the launcher's settings, it would let every process believe that it is alone."""
     PartialState()
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, "2")
     message = r"started 2 processes .* sees 1\. .* no Accelerator or PartialState before .* ACCELERATE_USE_CPU=true"
     with pytest.raises(RuntimeError, match=message):
         start_accelerator()

@@ -4,6 +4,7 @@ If one process stops with an error while the others wait for it, they wait for e
 `on_every_process` raise the error of one process on all of them.
 """
 
+import functools
 import os
 import pickle
 from collections.abc import Callable
@@ -11,8 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, get_int_from_env
 
+
+# Where launchers tell a process how many there are: torchrun and `accelerate launch`; MPI in three implementations.
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 Result = TypeVar("Result")
 
@@ -20,8 +24,9 @@ Result = TypeVar("Result")
 def start_accelerator(**options: Any) -> Accelerator:
     """Return an `Accelerator` that knows all processes that the launcher has started.
 
-    On a machine without a GPU, Accelerate ignores the other processes of `torchrun` unless it is told to use the CPU.
-    Then every process would train on the same data and write to the same folder. So this function tells it.
+    On a machine without a GPU, Accelerate ignores the other processes of `torchrun` or `mpirun` unless it is told to
+    use the CPU. Then every process would train on the same data and write to the same folder. So this function tells
+    it.
 
     Args:
         **options: Arguments of `Accelerator`: `mixed_precision`, `log_with`, `kwargs_handlers`, ...
@@ -33,17 +38,27 @@ def start_accelerator(**options: Any) -> Accelerator:
         >>> start_accelerator().num_processes
         1
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    parent_at_start()
+    launched = get_int_from_env(WORLD_SIZES, 1)
     if launched > 1 and not torch.accelerator.is_available():
         options = {"cpu": True, **options}
     accelerator = Accelerator(**options)
     if accelerator.num_processes < launched:
         raise RuntimeError(
-            f"The launcher has started {launched} processes (WORLD_SIZE), but Accelerate sees "
+            f"The launcher has started {launched} processes (WORLD_SIZE, or its name in MPI), but Accelerate sees "
             f"{accelerator.num_processes}. Start them with `accelerate launch` or `torchrun`, and create no "
             "Accelerator or PartialState before this one. To train on CPUs, set ACCELERATE_USE_CPU=true."
         )
     return accelerator
+
+
+@functools.cache
+def parent_at_start() -> int:
+    """Return the id of the parent that this process had when this function was first called: its launcher, if any.
+
+    Loading a model and its text may take hours. A launcher that is killed meanwhile is not the parent any more.
+    """
+    return os.getppid()
 
 
 def on_main_process(act: Callable[[], Result], accelerator: Accelerator | None) -> Result:

@@ -7,6 +7,7 @@ import threading
 import pytest
 from training_runs import pretrain
 
+from supershaper_hf.processes import start_accelerator
 from supershaper_hf.training import loop as training_module
 from supershaper_hf.training.checkpoints import list_checkpoints
 from supershaper_hf.training.sandwich import sandwich_step
@@ -120,6 +121,15 @@ def test_launcher_that_is_gone_interrupts_the_run(tokenizer, dataset, tmp_path, 
     _, summary = pretrain(tokenizer, dataset, output_dir=str(tmp_path))
     assert (summary.status, summary.progress.step) == ("interrupted", 2)
     assert len(list_checkpoints(tmp_path)) == 1
+
+
+def test_launcher_that_died_before_the_first_step_is_missed_too(tokenizer, dataset, tmp_path, monkeypatch):
+    """It may be killed in the hours that a script needs to prepare the text."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    start_accelerator()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    _, summary = pretrain(tokenizer, dataset, output_dir=str(tmp_path))
+    assert (summary.status, summary.progress.step) == ("interrupted", 1)
 
 
 def test_without_a_launcher_another_parent_means_nothing(monkeypatch):

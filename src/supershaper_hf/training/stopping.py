@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from ..processes import parent_at_start
+
 
 @contextmanager
 def caught_signals() -> Iterator[list[signal.Signals]]:
@@ -36,11 +38,12 @@ def caught_signals() -> Iterator[list[signal.Signals]]:
 class Launcher:
     """The `torchrun` or `accelerate launch` that started this process, if there is one.
 
-    A launcher that is killed alone leaves its processes behind. The operating system then gives them another parent.
+    A launcher that is killed alone leaves its processes behind. The operating system then gives them another parent
+    than the one they had at the start, before the model and the text were loaded.
     """
 
     def __init__(self) -> None:
-        self.process = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.process = parent_at_start() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def is_gone(self) -> bool:
         return self.process is not None and os.getppid() != self.process
