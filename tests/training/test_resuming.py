@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from conftest import SPECIAL_TOKENS, WORDS, assert_same, randomize, tiny_config, tiny_model
+from accelerate.state import AcceleratorState
+from conftest import SPECIAL_TOKENS, WORDS, assert_same, randomize, tiny_bert_config, tiny_config, tiny_model
 from texts import random_documents
 from training_runs import (
     NO_DROPOUT,
@@ -18,16 +19,17 @@ from training_runs import (
     pretrain,
     stream_of,
 )
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertModel, BertTokenizer
 
 from supershaper_hf import SuperShaperForMaskedLM
-from supershaper_hf.data.batches import MicroBatches
+from supershaper_hf.data.batches import MicroBatches, fixed_masks
 from supershaper_hf.data.sequences import tokenize
 from supershaper_hf.report.tables import markdown_table
 from supershaper_hf.search.evaluation import evaluate_shapes
 from supershaper_hf.training import loop as training_module
 from supershaper_hf.training import run_folder
 from supershaper_hf.training.checkpoints import list_checkpoints, seal
+from supershaper_hf.training.distillation import OutsideTeacher
 from supershaper_hf.training.loop import evaluation_shapes, super_pretrain
 from supershaper_hf.training.resuming import read_state, write_state
 from supershaper_hf.training.sandwich import sandwich_step
@@ -327,6 +329,22 @@ def test_best_of_the_first_part_stays_the_best(tokenizer, dataset, eval_batches,
     assert_same(AutoModelForMaskedLM.from_pretrained(tmp_path / "best").state_dict(), weights[0], atol=0)
 
 
+def test_losses_on_another_text_are_not_compared(tokenizer, dataset, eval_batches, scripted, tmp_path, warnings):
+    """The best loss on the old text would keep every model of the new evaluations from being the best."""
+    script, weights = scripted
+    script += [[2.0], [3.0], [2.5]]
+    changes = {"eval_steps": 1, "output_dir": str(tmp_path)}
+    pretrain(tokenizer, dataset, eval_batches=eval_batches, max_steps=1, **changes)
+    smaller = fixed_masks(tokenize(random_documents(4, seed=1), tokenizer, 12), tokenizer, 1, mlm_probability=0.4)
+    pretrain(tokenizer, dataset, eval_batches=smaller, max_steps=2, **changes)
+    assert "evaluation_text" not in warnings.pop()  # the same sequences in other batches
+    other = fixed_masks(tokenize(random_documents(4, seed=2), tokenizer, 12), tokenizer, 8, mlm_probability=0.4)
+    _, summary = pretrain(tokenizer, dataset, eval_batches=other, max_steps=3, **changes)
+    assert "evaluation_text was " in warnings.pop()
+    assert (summary.progress.best_loss, summary.progress.best_step) == (2.5, 3)
+    assert_same(AutoModelForMaskedLM.from_pretrained(tmp_path / "best").state_dict(), weights[2], atol=0)
+
+
 def test_finished_run_is_not_trained_again(tokenizer, dataset, tmp_path, steps):
     model, first = pretrain(tokenizer, dataset, output_dir=str(tmp_path))
     again, second = pretrain(tokenizer, dataset, randomize(tiny_model(), seed=9), output_dir=str(tmp_path))
@@ -432,6 +450,34 @@ def test_changed_optimiser_is_really_applied(tokenizer, dataset, tmp_path, monke
     _, summary = pretrain(tokenizer, dataset, output_dir=str(tmp_path), **changes)
     assert seen == [[(0.004, 0.3), (0.004, 0.0)]]
     assert [record["learning_rate"] for record in summary.records if "loss" in record][-1] == 0.004
+
+
+def test_precision_that_the_launcher_changes_is_named(
+    tokenizer, dataset, tmp_path, monkeypatch, warnings, fresh_accelerator_state
+):
+    """`args.mixed_precision` is None in both runs."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    pretrain(tokenizer, dataset, max_steps=1, output_dir=str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    pretrain(tokenizer, dataset, max_steps=2, output_dir=str(tmp_path))
+    assert "mixed_precision was 'bf16', is 'no'" in warnings[-1]
+
+
+def test_another_teacher_is_named(tokenizer, dataset, tmp_path, warnings):
+    changes = {"teacher_weight": 1.0, "output_dir": str(tmp_path)}
+    for steps, seed, layer in ((1, 1, -1), (2, 1, 2), (3, 2, -1), (4, 2, 1)):
+        teacher = OutsideTeacher(randomize(BertModel(tiny_bert_config()), seed=seed), layer)
+        pretrain(tokenizer, dataset, teacher=teacher, max_steps=steps, **changes)
+    assert ["teacher was " in warning for warning in warnings] == [False, True, True]
+
+
+def test_parameters_that_are_frozen_later_are_named(tokenizer, dataset, tmp_path, warnings):
+    pretrain(tokenizer, dataset, max_steps=1, output_dir=str(tmp_path))
+    model = tiny_model()
+    model.bert.requires_grad_(False)
+    pretrain(tokenizer, dataset, model, max_steps=2, output_dir=str(tmp_path))
+    assert "trained_parameters was " in warnings[-1]
 
 
 REFUSED = {

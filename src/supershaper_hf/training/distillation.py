@@ -5,9 +5,11 @@ Slimmable Networks", 2019, section 3.2). In reading order: `watch_layers` keeps 
 pass, `OutsideTeacher` is a second model that teaches, and `Objective` adds up the losses of `losses.py`.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -160,6 +162,16 @@ class OutsideTeacher:
         if not -len(found) <= layer < len(found):
             raise ValueError(f"layer={layer}: {kind} has layers 0 to {len(found) - 1}, or -{len(found)} to -1.")
         self.projections = found[layer]
+        self.layer = layer % len(found)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A checksum of the weights and the layer, which tells whether another run has the same teacher."""
+        digest = hashlib.sha256(f"layer {self.layer}".encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

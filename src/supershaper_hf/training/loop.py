@@ -42,7 +42,7 @@ from .preparing import (
     make_stream,
 )
 from .progress import MEASURES, Monitor, Progress, TrainingSummary
-from .resuming import position_in_text, run_conditions
+from .resuming import fingerprint_evaluation, position_in_text, run_conditions
 from .run_folder import RunFolder, advice_when_diverged
 from .sandwich import Batch, Shape, count_positions, sandwich_step, step_shapes
 from .state import check_finite, collect_weights
@@ -146,7 +146,17 @@ class Run:
         self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, args))
         self.folder: RunFolder | None = None
         if args.output_dir is not None:
-            conditions = run_conditions(args, self.config, tokenizer, stream.fingerprint, accelerator.num_processes)
+            conditions = run_conditions(
+                args,
+                self.config,
+                tokenizer,
+                text=stream.fingerprint,
+                evaluation_text=fingerprint_evaluation(eval_batches),
+                teacher=None if teacher is None else teacher.fingerprint,
+                trained_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+                processes=accelerator.num_processes,
+                mixed_precision=accelerator.mixed_precision,
+            )
             self.folder = RunFolder(accelerator, self.model, self.optimizer, tokenizer, args, conditions, card)
 
     def train(self, signals: list[signal.Signals], description: str) -> TrainingSummary:

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..data.sequences import fingerprint_tokenizer
-from ..files import parse_json, read_json, to_json, write_json
+from ..files import checksum, parse_json, read_json, to_json, write_json
 from ..model.configuration_supershaper import SuperShaperConfig
 from .arguments import SuperPretrainingArguments
 from .progress import Progress
@@ -32,6 +33,7 @@ FROM_NEXT_STEP = (  # Each step reads these anew, so a new value is really appli
     "random_shapes", "distribution", "drop_rate",
     "distillation_weight", "temperature", "divergence", "hidden_weight", "attention_weight", "teacher_weight",
     "relation_heads",
+    "teacher", "trained_parameters", "evaluation_text",
     "mixed_precision", "gradient_checkpointing", "torch_compile", "eval_steps", "target_perplexity",
 )  # fmt: skip
 MODEL_CONDITIONS = (
@@ -45,8 +47,13 @@ def run_conditions(
     args: SuperPretrainingArguments,
     config: SuperShaperConfig,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     text: str,
+    evaluation_text: str | None,
+    teacher: str | None,
+    trained_parameters: int,
     processes: int,
+    mixed_precision: str,
 ) -> dict[str, Any]:
     """Return everything that decides the result of a run, as values that JSON knows.
 
@@ -55,12 +62,36 @@ def run_conditions(
         config: Configuration of the model.
         tokenizer: The tokenizer.
         text: `MicroBatches.fingerprint`.
+        evaluation_text: `fingerprint_evaluation`.
+        teacher: `OutsideTeacher.fingerprint`, or `None` without an outside teacher.
+        trained_parameters: Number of parameters that are not frozen.
         processes: Number of processes.
+        mixed_precision: The precision of the accelerator. That of `args` may be `None`, for what the launcher was told.
     """
     conditions = {name: value for name, value in vars(args).items() if name not in FREE}
     conditions |= {name: getattr(config, name) for name in MODEL_CONDITIONS}
-    conditions |= {"text": text, "tokenizer": fingerprint_tokenizer(tokenizer), "processes": processes}
+    conditions |= {
+        "text": text,
+        "evaluation_text": evaluation_text,
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "teacher": teacher,
+        "trained_parameters": trained_parameters,
+        "processes": processes,
+        "mixed_precision": mixed_precision,
+    }
     return parse_json(to_json(conditions), "The conditions")  # tuples become lists, as in a file
+
+
+def fingerprint_evaluation(batches: Sequence[Mapping[str, torch.Tensor]]) -> str | None:
+    """Return a checksum of masked sequences, or `None` if there are none. Their batches and padding do not count."""
+    if not batches:
+        return None
+    rows = []
+    for batch in batches:
+        masks = batch.get("attention_mask", torch.ones_like(batch["labels"])).bool()
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], masks):
+            rows.append((ids[mask].tolist(), labels[mask].tolist()))
+    return checksum(sorted(rows))
 
 
 def changed_conditions(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> list[dict[str, Any]]:

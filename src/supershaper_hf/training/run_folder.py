@@ -107,6 +107,8 @@ class RunFolder:
                 f"Going on from {checkpoint} under changed conditions from step {step + 1} on: "
                 f"{describe_changes(changes)}."
             )
+        if any(change["name"] == "evaluation_text" for change in changes):  # losses on two texts cannot be compared
+            state.progress.best_loss = state.progress.best_step = state.progress.perplexity = None
         state.progress.changes += [{"step": step, **change} for change in changes]
         model = unwrap(self.accelerator, self.model)
         restore_weights(model, load_file(checkpoint / WEIGHTS))
