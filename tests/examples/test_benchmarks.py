@@ -18,6 +18,7 @@ def test_benchmark_can_be_imported_and_says_what_it_measures(name, monkeypatch):
         monkeypatch.delitem(sys.modules, each, raising=False)
     script = importlib.import_module(name)
     assert Path(script.__file__) == BENCHMARKS / f"{name}.py"
-    assert script.__doc__ and callable(script.main)
+    assert script.__doc__
+    assert callable(script.main)
     for each in NAMES:
         sys.modules.pop(each, None)
