@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from predictor import read
-from search import BUDGETS, synthetic_truth
+from search import BUDGETS, invented_truth
 from transformers import AutoTokenizer
 
 from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperConfig, SuperShaperForMaskedLM, evaluate_shapes
@@ -152,7 +152,7 @@ def main() -> None:
         print(f"{len(truth.known):,} shapes measured")
         return
     space = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996))
-    fitted, noise = synthetic_truth(space), 0.01
+    fitted, noise = invented_truth(space), 0.01
     if args.records:
         fitted = ShapePredictor.fit(*read(args.records))
         noise = fitted.quality.rmse if fitted.quality else noise

@@ -27,7 +27,7 @@ import sys
 from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperConfig, pareto_front
 predictor = ShapePredictor.load(sys.argv[1])
 if sys.argv[2] == "front":
-    pareto_front(SearchSpace(SuperShaperConfig(vocab_size=28996)), predictor)
+    pareto_front(SearchSpace.from_config(SuperShaperConfig(vocab_size=28996)), predictor)
 for line in open("/proc/self/status"):
     if line.startswith("VmHWM"):
         print(line.split()[1])
@@ -104,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     check_count("--num_seeds", args.num_seeds)
     args.folder.mkdir(parents=True, exist_ok=True)
-    space = SearchSpace(SuperShaperConfig(vocab_size=28996))
+    space = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996))
     if args.records:
         from predictor import read  # it needs scikit-learn
 

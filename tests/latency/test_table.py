@@ -682,6 +682,15 @@ def test_table_is_measured_once_and_loaded_afterwards(tmp_path):
     assert content(LatencyTable.load_or_measure(file, SPACE, **conditions)) == content(first)
 
 
+def test_table_of_another_supernet_is_not_taken(tmp_path):
+    file, conditions = tmp_path / "table.json", {"batch_size": 2, "sequence_length": 9}
+    made_table().save(file)
+    for changes, name in (({"width_choices": [8, 48]}, "width_choices"), ({"vocab_size": 99}, "sizes")):
+        other = SearchSpace.from_config(tiny_config(**changes))
+        with pytest.raises(ValueError, match=re.escape(f"{file} was measured with {{'{name}': ")):
+            LatencyTable.load_or_measure(file, other, **conditions)
+
+
 @pytest.mark.parametrize("other", [{"batch_size": 3}, {"sequence_length": 6}], ids=str)
 def test_table_of_other_conditions_is_not_taken(tmp_path, other):
     file, conditions = tmp_path / "table.json", {"batch_size": 2, "sequence_length": 9}

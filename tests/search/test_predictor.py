@@ -590,6 +590,7 @@ def test_one_shape_gives_a_float_and_many_give_an_array(noisy, method):
         for many in ([one], np.array([one])):
             assert function(many).shape == (1,)
             assert function(many)[0] == function(one)
+    assert function(np.empty((0, 3), dtype=int)).shape == (0,)
 
 
 @pytest.mark.parametrize("method", ["predict", "uncertainty"])
@@ -866,6 +867,14 @@ def test_records_without_a_finite_loss_are_left_out_with_a_warning(noisy):
     assert fitted.evidence.shapes.tolist() == shapes[rest].tolist()
     assert fitted.evidence.losses.tolist() == losses[rest].tolist()
     assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("loss", ["2.5", None, [2.5]], ids=repr)
+def test_record_whose_loss_is_no_number_is_refused(noisy, loss):
+    records = records_of(*noisy[1:])
+    records[3]["loss"] = loss
+    with pytest.raises(ValueError, match="losses must be numbers"):
+        ShapePredictor.fit_records(records)
 
 
 def test_too_few_finite_losses_are_counted(noisy):

@@ -128,6 +128,28 @@ def test_too_few_shapes_or_rounds_are_refused_before_measuring(num_shapes, round
     assert measure.calls == []
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cost": "seconds", "max_cost": None}, "Unknown cost 'seconds'"),
+        ({"cost": 1e9, "max_cost": None}, "Unknown cost 1000000000.0"),
+        ({"cost": "flops", "max_cost": None, "sequence_length": 0}, "sequence_length=0 must be an integer"),
+        ({"max_cost": []}, "max_cost names no budget"),
+        ({"max_cost": "many"}, "max_cost must be numbers"),
+        ({"num_shapes": "40"}, "num_shapes='40' must be an integer"),
+        ({"num_shapes": 40.0}, "num_shapes=40.0 must be an integer"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_refused_before_measuring(options, message):
+    """A cost is checked without budgets, too: it is that of the front which follows."""
+    measure = Measure()
+    arguments = {"num_shapes": 40, "rounds": 4, "max_cost": 1e9} | options
+    with pytest.raises(ValueError, match=re.escape(message)):
+        measure_in_rounds(SPACE, measure, **arguments)
+    assert measure.calls == []
+
+
 def test_space_of_many_widths_needs_a_shape_for_each():
     space = SearchSpace.from_config(tiny_config(width_choices=list(range(4, 49, 4))))
     with pytest.raises(ValueError, match="the first round needs at least 12 shapes"):
@@ -297,6 +319,19 @@ def test_measured_cost_of_a_shape_is_a_budget_that_it_meets():
 def test_no_records_have_no_best_one():
     with pytest.raises(ValueError, match="There are no records to choose from"):
         best_measured(SPACE, [], "parameters", 1e9)
+
+
+@pytest.mark.parametrize("loss", ["2.5", None], ids=repr)
+def test_best_measured_of_a_loss_that_is_no_number_is_refused(loss):
+    records = [{"shape": SPACE.largest, "loss": 2.0}, {"shape": SPACE.smallest, "loss": loss}]
+    with pytest.raises(ValueError, match="losses must be numbers"):
+        best_measured(SPACE, records, "parameters", 1e9)
+
+
+def test_best_measured_in_the_order_of_before_is_refused():
+    records = [{"shape": SPACE.largest, "loss": 2.0}]
+    with pytest.raises(ValueError, match=r"Unknown cost 1000000000\.0\. Allowed: 'parameters', 'flops', or a Lat"):
+        best_measured(SPACE, records, 1e9, "parameters")
 
 
 def test_best_measured_passes_over_losses_that_are_not_finite():

@@ -178,7 +178,8 @@ class LatencyTable:
             seed: Random seed of a new measurement.
 
         Raises:
-            ValueError: If the table in the file was measured on another device, batch size or sequence length.
+            ValueError: If the table in the file was measured for a supernet of other sizes, or on another device, batch
+                size or sequence length.
 
         Example:
             >>> table = LatencyTable.load_or_measure("latency.json", space, device="cuda")  # doctest: +SKIP
@@ -192,6 +193,8 @@ class LatencyTable:
             "device": device_name(parse_device(device)),
             "batch_size": batch_size,
             "sequence_length": sequence_length,
+            "width_choices": space.width_choices,
+            "sizes": {name: getattr(space.config, name) for name in SIZES},
         }
         if stored := {name: getattr(table, name) for name in asked if getattr(table, name) != asked[name]}:
             raise ValueError(

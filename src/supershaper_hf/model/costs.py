@@ -54,7 +54,7 @@ def resolve_cost(cost: Cost, config: SuperShaperConfig, sequence_length: int = 1
     Raises:
         ValueError: If the cost is none of these, the table does not fit the configuration, or a number is too large.
     """
-    if not isinstance(cost, str):
+    if not isinstance(cost, str) and hasattr(cost, "chain_cost"):
         return cost.chain_cost(config)
     if cost not in ("parameters", "flops"):
         raise ValueError(f"Unknown cost {cost!r}. Allowed: 'parameters', 'flops', or a LatencyTable.")

@@ -103,7 +103,7 @@ def evolutionary_search(
     Example:
         >>> from supershaper_hf import SearchSpace, SuperShaperConfig
         >>> from supershaper_hf.search.predictor import ShapePredictor
-        >>> space = SearchSpace(SuperShaperConfig(vocab_size=28996))
+        >>> space = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996))
         >>> shapes = space.sample(100, seed=0)
         >>> predictor = ShapePredictor.fit(shapes, 5 - shapes @ range(1, 13) / 30_000)  # upper layers matter more
         >>> result = evolutionary_search(space, predictor, {"parameters": 63e6, "perplexity": 60}, iterations=50)

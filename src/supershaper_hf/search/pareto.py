@@ -115,7 +115,7 @@ def pareto_front(
         >>> import itertools
         >>> from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperConfig, pareto_front
         >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
-        >>> space = SearchSpace(config)
+        >>> space = SearchSpace.from_config(config)
         >>> shapes = list(itertools.product(space.width_choices, repeat=2))
         >>> predictor = ShapePredictor.fit(shapes, [4 - a / 90 - b / 50 for a, b in shapes])
         >>> pareto_front(space, predictor).best(max_cost=600_000)

@@ -200,14 +200,15 @@ class ShapePredictor:
             monotone: Whether a wider layer is never worse: see `fit`.
 
         Raises:
-            ValueError: If too few losses are finite, or all losses are equal.
+            ValueError: If a loss is not a number, too few losses are finite, or all losses are equal.
 
         Example:
             >>> records = [{"shape": [a, b], "loss": 3 - (a + b) / 90} for a in (8, 16, 24) for b in (8, 16, 24)]
             >>> ShapePredictor.fit_records(records).quality.num_shapes
             9
         """
-        finite = [record for record in records if np.isfinite(record["loss"])]
+        measured = as_numbers("losses", [record["loss"] for record in records])
+        finite = [record for record, loss in zip(records, measured) if np.isfinite(loss)]
         if len(finite) < min(len(records), MINIMUM_SHAPES):
             raise ValueError(
                 f"Only {len(finite)} of {len(records)} measured losses are finite, but a predictor needs at least "

@@ -6,6 +6,7 @@ the square root of the distance between the two widths, so that a long step may 
 one. The columns of a pair of neighbouring layers are products of their steps.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,11 +47,12 @@ class Basis:
     def steps(self, index: np.ndarray, pairs: bool) -> np.ndarray:
         """Return the penalised columns (n, columns): steps of each layer and, with `pairs`, products of neighbours."""
         taken = (index[:, :, None] > np.arange(len(self.choices) - 1)) * self.scale
-        columns = [taken.reshape(len(index), -1)]
+        columns = [taken.reshape(len(index), math.prod(taken.shape[1:]))]
         if pairs:
             before_index = sources(index, dropping=self.choices[0] == 0)
             before = (before_index[:, 1:, None] > np.arange(len(self.choices) - 1)) * self.scale
-            columns.append((before[..., None] * taken[:, 1:, None, :]).reshape(len(index), -1))
+            products = before[..., None] * taken[:, 1:, None, :]
+            columns.append(products.reshape(len(index), math.prod(products.shape[1:])))
         return np.hstack(columns)
 
     def tables(self, slope: np.ndarray, weights: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import check_count
+from ..checks import as_numbers, check_count
 from ..model.costs import Cost, chain_cost, resolve_cost
 from ..model.shapes import SearchSpace
 from .pareto import ParetoFront, amount, pareto_front
@@ -58,8 +58,8 @@ def measure_in_rounds(
         all shapes that the drawn predictors propose.
 
     Raises:
-        ValueError: If a number is too small, the space has too few shapes for a predictor, no shape is as cheap as a
-            budget, or too few of the measured losses are finite.
+        ValueError: If a number is too small, the space has too few shapes for a predictor, a cost is unknown, no shape
+            is as cheap as a budget, or too few of the measured losses are finite.
 
     Example:
         >>> from supershaper_hf import SearchSpace, SuperShaperConfig
@@ -103,6 +103,7 @@ def _first_round(
     sequence_length: int,
 ) -> list[list[int]]:
     """Return the shapes of the first round, after all checks that need no measurement."""
+    check_count("num_shapes", num_shapes, least=0)
     check_count("rounds", rounds)
     least = max(MINIMUM_SHAPES, len(space.width_choices))
     if num_shapes < least:
@@ -114,8 +115,9 @@ def _first_round(
             f"This search space has {len(shapes)} shapes only, but a predictor needs {MINIMUM_SHAPES}. Measure all of "
             "them with evaluate_shapes, and choose the best one with best_measured."
         )
+    front = pareto_front(space, _indifferent_predictor(space, shapes), cost, sequence_length)  # it checks the cost
     if max_cost is not None:
-        _affordable_front(space, _indifferent_predictor(space, shapes), cost, max_cost, sequence_length)
+        _check_affordable(front, max_cost)
     return shapes
 
 
@@ -141,7 +143,8 @@ def propose_shapes(
     budgets = np.atleast_1d(max_cost)
     chosen: dict[tuple[int, ...], None] = {}
     for number, drawn in enumerate(predictor.draw(num_shapes, seed)):
-        front = _affordable_front(space, drawn, cost, max_cost, sequence_length)
+        front = pareto_front(space, drawn, cost, sequence_length)
+        _check_affordable(front, max_cost)
         costs = next(iter(front.costs.values()))
         affordable = np.flatnonzero(costs <= budgets[number % len(budgets)])
         for index in affordable[np.argsort(front.losses[affordable], kind="stable")]:
@@ -159,13 +162,13 @@ def best_measured(
 
     Args:
         space: The search space.
-        records: Records of measured shapes, with `shape` and `loss`. Losses that are not numbers are passed over.
+        records: Records of measured shapes, with `shape` and `loss`. A loss of NaN is passed over.
         cost: `"parameters"`, `"flops"` or a `LatencyTable`.
         max_cost: The budget, in the unit of the cost.
         sequence_length: Tokens per sequence, for FLOPs.
 
     Raises:
-        ValueError: If no measured shape is that cheap.
+        ValueError: If no measured shape is that cheap, or a loss is not a number.
 
     Example:
         >>> from supershaper_hf import SearchSpace, SuperShaperConfig
@@ -180,7 +183,7 @@ def best_measured(
     shapes = np.array([record["shape"] for record in records])
     terms = resolve_cost(cost, space.config, sequence_length)
     costs = chain_cost(terms, space.config.hidden_size, shapes)
-    losses = np.where(costs <= max_cost, [record["loss"] for record in records], np.nan)
+    losses = np.where(costs <= max_cost, as_numbers("losses", [record["loss"] for record in records]), np.nan)
     if np.isnan(losses).all():
         raise ValueError(
             f"No measured shape with a loss costs at most {amount(max_cost, terms.name)}: the cheapest of all "
@@ -189,23 +192,18 @@ def best_measured(
     return shapes[np.nanargmin(losses)].tolist()
 
 
-def _affordable_front(
-    space: SearchSpace,
-    predictor: ShapePredictor,
-    cost: Cost | Sequence[Cost],
-    max_cost: float | Sequence[float],
-    sequence_length: int,
-) -> ParetoFront:
-    """Return the Pareto front, or raise if none of its shapes is as cheap as the lowest of the budgets `max_cost`."""
-    front = pareto_front(space, predictor, cost, sequence_length)
+def _check_affordable(front: ParetoFront, max_cost: float | Sequence[float]) -> None:
+    """Raise a ValueError unless a shape of the front is as cheap as the lowest of the budgets `max_cost`."""
+    budgets = as_numbers("max_cost", max_cost)
+    if budgets.size == 0:
+        raise ValueError("max_cost names no budget. Leave it out if every budget matters.")
     name, costs = next(iter(front.costs.items()))
-    lowest = np.min(max_cost)
+    lowest = budgets.min()
     if not costs.min() <= lowest:  # also if it is not a number
         raise ValueError(
             f"max_cost={amount(lowest, name)} cannot be met: the cheapest shape has {amount(costs.min(), name)}. "
             "Raise the budget."
         )
-    return front
 
 
 def _indifferent_predictor(space: SearchSpace, shapes: list[list[int]]) -> ShapePredictor:
