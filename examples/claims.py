@@ -1,4 +1,4 @@
-"""How the quickstart checks what it claims of its result: equal outputs, the counted size, and loading elsewhere."""
+"""How the quickstart checks what it says about its result: equal outputs, the counted size, and loading elsewhere."""
 
 import math
 import os

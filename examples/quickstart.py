@@ -150,7 +150,7 @@ def search(
         f"\nMeasured {len(records)} shapes. Predictor: {predictor.quality}.\n"
         f"The exact front over {space.size:,} shapes has {len(front)} points. Budget: {budget:,} parameters.\n"
         f"{derive_profile(space, predictor).sentence()}\n"
-        f"All of it: {write_report(folder, max_cost=[budget])}"
+        f"Report: {write_report(folder, max_cost=[budget])}"
     )
     return best_measured(space, records, "parameters", budget), records, front
 
@@ -193,7 +193,7 @@ def main() -> int:
     shape, records, front = search(supernet, search_batches, budget, args)
     named = {"searched": shape} | {name: space.named_shape(name, budget) for name in SHAPE_NAMES}
     rows = compare(supernet, report_batches, named)
-    print("\nThe best shape found beside hand-crafted ones, on text that had no part in the search:\n")
+    print("\nThe best shape found and hand-crafted ones, on text that had no part in the search:\n")
     print(text_table(rows), "\n")
     plot(args.output_dir / "pareto.png", front, records, compare(supernet, search_batches, named), space)
 
@@ -207,8 +207,8 @@ def main() -> int:
         subnet,
         args.output_dir / "subnet",
         training=f"Cut out of a supernet at {shape} and trained for {args.subnet_steps} more steps (quickstart.py).",
-        evaluation=f"Perplexity of masked tokens on held-out text: {after:.2f}. Before the continued training, beside "
-        f"hand-crafted shapes of the same budget:\n\n{markdown_table(rows)}",
+        evaluation=f"Perplexity of masked tokens on held-out text: {after:.2f}. The table compares the subnet before "
+        f"the continued training with hand-crafted shapes of the same budget:\n\n{markdown_table(rows)}",
         **card,
     )
 

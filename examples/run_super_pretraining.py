@@ -8,8 +8,8 @@ In the second form the options are in a file, and the options after it change th
 
 Stop the script with Ctrl-C or SIGTERM: it writes a checkpoint, and the same command continues from there. The exit
 status is then 0 as well, but a launcher of several processes may report the signal. Launchers kill processes that take
-longer than half a minute to save, unless they are told otherwise. The folder `last` in the output folder exists only
-when the run is complete.
+longer than half a minute to save, unless an option gives them more time. The folder `last` in the output folder exists
+only when the run is complete.
 """
 
 import sys
@@ -100,7 +100,7 @@ class ScriptArguments:
         False, "Whether to sort the channels by importance before training, so that narrow shapes start better."
     )
     match_compute: str | None = option(
-        None, "File training_summary.json of another run: training then takes as many FLOPs, instead of --max_steps."
+        None, "File training_summary.json of another run. Its FLOPs then decide the number of steps, not --max_steps."
     )
     push_to_hub: str | None = option(None, "Repository, user/name, that the last model is published to.")
 

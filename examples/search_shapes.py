@@ -5,7 +5,7 @@
 
 The output folder gets `records.jsonl` (every measurement, as soon as it is made), `predictor.json`, `front.csv`,
 `report.md` with its plots, and with --latency also `latency.json`. You can stop the script at any time: the same
-command goes on where it stopped, and when nothing is left to measure, it writes the report again.
+command continues where it stopped. When nothing is left to measure, it writes the report again.
 """
 
 import sys
@@ -47,8 +47,8 @@ from supershaper_hf.training.arguments import HelpFormatter, option
 class SearchArguments:
     """What to measure, on which text, and where the results go. See --help."""
 
-    model_name_or_path: str | None = option(None, "The supernet: a folder or Hub id.")
-    tokenizer_name: str | None = option(None, "A folder or Hub id. Default: the tokenizer beside the model.")
+    model_name_or_path: str | None = option(None, "Folder or Hub id of the supernet.")
+    tokenizer_name: str | None = option(None, "Folder or Hub id of the tokenizer. By default the one of the model.")
     eval_files: list[str] | None = option(
         None, "Held-out text: files, globs, folders (.txt .jsonl .parquet, .gz .xz .zst) or Hub ids."
     )
@@ -58,20 +58,23 @@ class SearchArguments:
     max_eval_samples: int = option(1000, "Largest number of sequences that each shape is measured on.")
     per_device_eval_batch_size: int = option(64, "Sequences in a batch.")
     mlm_probability: float = option(MLM_PROBABILITY, "Share of the tokens that are masked.")
-    num_shapes: int = option(60, "Shapes to measure before the front is computed.")
-    rounds: int = option(4, "With --max_cost: the first round is random, the others look for the best shapes.")
-    drop_rate: float = option(0.0, "Probability of each layer to be dropped in the first round. 0 keeps all layers.")
-    monotone: bool = option(False, "Predict that a wider layer is never worse.")
+    num_shapes: int = option(60, "Number of shapes to measure before the front is computed.")
+    rounds: int = option(
+        4, "Number of rounds with --max_cost. The first measures random shapes, the others look for the best ones."
+    )
+    drop_rate: float = option(0.0, "Probability that a layer of a random shape is dropped. 0 keeps all layers.")
+    monotone: bool = option(False, "Whether the predictor assumes that a wider layer is never worse.")
     cost: str = option("parameters", "The cost of a shape: parameters, flops or latency (needs --latency).")
     max_cost: list[float] | None = option(
-        None, "Budgets that matter most, if not all do: parameters, operations or seconds, as --cost says."
+        None,
+        "Budgets that matter most, in the unit of --cost: parameters, FLOPs or seconds. By default all matter equally.",
     )
-    num_budgets: int = option(8, "Budgets for which the best shape is measured and shown.")
+    num_budgets: int = option(8, "Number of evenly spaced budgets whose best shapes are measured and shown.")
     latency: str | None = option(None, "Device to measure latency on, such as cpu or cuda.")
     latency_batch_size: int = option(1, "Sequences in a batch whose latency is measured.")
-    insensitivity: bool = option(False, "With --latency: compare the latency of shapes of equal size.")
+    insensitivity: bool = option(False, "Whether to compare the latency of shapes of equal size. It needs --latency.")
     seed: int = option(0, "Random seed of masks, shapes and proposals.")
-    push_to_hub: str | None = option(None, "user/name: upload the results to search/ in that repository.")
+    push_to_hub: str | None = option(None, "Repository, user/name, whose folder search/ gets the results.")
 
     def __post_init__(self) -> None:
         for name in ("model_name_or_path", "eval_files"):
@@ -106,7 +109,9 @@ def load_model(name: str) -> SuperShaperForMaskedLM:
         return SuperShaperForMaskedLM.from_pretrained(name)
     except OSError as error:
         what = (
-            "is a folder, but holds no model" if Path(name).is_dir() else "is no folder here, and no model on the Hub"
+            "is a folder, but holds no model"
+            if Path(name).is_dir()
+            else "is neither a folder here nor a model on the Hub"
         )
         raise OSError(f"--model_name_or_path {name} {what}: {error}") from error
 

@@ -29,7 +29,7 @@ from .model.modeling_supershaper import (
 )
 
 
-if TYPE_CHECKING:  # what `LAZY` says, for type checkers and editors; a test compares the two
+if TYPE_CHECKING:  # the names of `LAZY` again, for type checkers and editors; a test compares the two
     from .convert.bert import from_bert as from_bert
     from .convert.extraction import extract_from_folder as extract_from_folder
     from .convert.original import from_original as from_original

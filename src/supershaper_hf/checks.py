@@ -36,9 +36,9 @@ def check_number(
         name: Name of the argument, for the message.
         value: Its value.
         least: Smallest allowed value.
-        above: Bound that every allowed value is above.
+        above: Exclusive lower bound.
         most: Largest allowed value.
-        below: Bound that every allowed value is below.
+        below: Exclusive upper bound.
 
     Example:
         >>> check_number("learning_rate", -1.0, above=0)
@@ -94,7 +94,7 @@ def as_numbers(name: str, values: Any) -> np.ndarray:
     Example:
         >>> as_numbers("losses", ["2.5", "2.6"])
         Traceback (most recent call last):
-        ValueError: losses must be numbers, got <U3.
+        ValueError: losses must be numbers, got an array of the NumPy type <U3.
     """
     try:
         array = np.asarray(values)
@@ -103,7 +103,7 @@ def as_numbers(name: str, values: Any) -> np.ndarray:
     if array.size == 0:
         return array.astype(np.float64)
     if array.dtype.kind not in "iuf":
-        raise ValueError(f"{name} must be numbers, got {array.dtype}.")
+        raise ValueError(f"{name} must be numbers, got an array of the NumPy type {array.dtype}.")
     return array.astype(np.float64)
 
 

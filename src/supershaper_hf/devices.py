@@ -18,7 +18,7 @@ import torch
 from .checks import check_choice
 
 
-# Devices that work while the program goes on. They have events, which record the time at which the device reaches them.
+# The program queues work for these devices and does not wait. Their events record when the device reaches them.
 ASYNCHRONOUS = ("cuda", "mps")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

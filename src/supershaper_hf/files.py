@@ -169,7 +169,7 @@ def lock(place: str | Path) -> Iterator[None]:
     """Make this process the only one that writes to `place`, an existing folder or any file.
 
     The operating system releases the lock when the process ends, even if it is killed. What remains is an empty file:
-    `.lock` in a folder, `.<name>.lock` beside a file. It does not hold anybody up.
+    `.lock` in a folder, `.<name>.lock` beside a file. This file alone does not block the next run.
 
     Args:
         place: The folder or file. A place that does not exist is taken for a file, so create a folder first.

@@ -1,4 +1,4 @@
-"""What the processes of one run have in common: their number, and an error that one of them has met.
+"""Several processes in one run: they have to agree on their number, and to stop together if one meets an error.
 
 If one process stops with an error while the others wait for it, they wait for ever. `on_main_process` and
 `on_every_process` raise the error of one process on all of them.
@@ -25,8 +25,8 @@ def start_accelerator(**options: Any) -> Accelerator:
     """Return an `Accelerator` that knows all processes that the launcher has started.
 
     On a machine without a GPU, Accelerate ignores the other processes of `torchrun` or `mpirun` unless it is told to
-    use the CPU. Then every process would train on the same data and write to the same folder. So this function tells
-    it.
+    use the CPU. Then every process would train on the same data and write to the same folder. Therefore this function
+    passes `cpu=True` where there is no GPU.
 
     Args:
         **options: Arguments of `Accelerator`: `mixed_precision`, `log_with`, `kwargs_handlers`, ...

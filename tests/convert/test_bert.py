@@ -161,7 +161,7 @@ def test_missing_head_is_reported(kind, tmp_path, caplog):
         "cls.predictions.transform.dense.weight",
     ]
     assert info["unexpected_keys"] == []
-    assert "Missing in the source, newly initialised" in warnings_of(caplog)[0]
+    assert "are missing in the source and newly initialised" in warnings_of(caplog)[0]
     assert_same(run(supernet.bert, tiny_batch()), run(bert, tiny_batch()))
 
 
@@ -180,7 +180,7 @@ def test_pretraining_checkpoint_becomes_a_masked_lm(kind, tmp_path, caplog):
             "cls.seq_relationship.weight",
         ],
     }
-    assert "Unused tensors of the source" in warnings_of(caplog)[0]
+    assert "These tensors of the source are not used" in warnings_of(caplog)[0]
     assert_same(run(supernet, tiny_batch())[0], run(bert, tiny_batch())[0])
 
 

@@ -184,7 +184,7 @@ def test_index_that_leads_out_of_the_folder_is_refused(outside, tmp_path):
     reshard(tmp_path / "supernet", lambda name: outside.format(name, folder=tmp_path))
     for shard in (tmp_path / "supernet").glob("model-*"):
         shutil.copy(shard, tmp_path)
-    with pytest.raises(ValueError, match="which is not a file in it"):
+    with pytest.raises(ValueError, match="weights have to be files in this folder"):
         extract_from_folder(tmp_path / "supernet", [8, 0, 36], tmp_path / "subnet")
     assert not (tmp_path / "subnet").exists()
 
@@ -194,7 +194,9 @@ def test_config_that_leads_out_of_the_folder_is_refused(source, tmp_path):
     config = json.loads((source / "config.json").read_text())
     for name in ("../model.safetensors", str(tmp_path / "model.safetensors"), 3, ["model.safetensors"]):
         (source / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
-        with pytest.raises(ValueError, match=re.escape(f"said to be in {name!r}, which is not a file in it")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"names {name!r} as a file of its weights, but weights have to be")
+        ):
             extract_from_folder(source, [8, 0, 36], tmp_path / "subnet")
 
 

@@ -223,9 +223,7 @@ def test_budget_in_seconds_is_searched_for_and_answered(search, inputs, tmp_path
 
 def test_latency_of_other_conditions_is_not_taken_for_this_one(first_run, search, tmp_path):
     folder = shutil.copytree(first_run[1], tmp_path / "search")
-    message = (
-        r"latency\.json was measured with {'batch_size': 1}, but asked for is {'device': .*Remove it to measure again"
-    )
+    message = r"latency\.json was measured with {'batch_size': 1}, but this call asks for {'device': .*Remove it to"
     with pytest.raises(ValueError, match=message):
         search(folder, "--latency=cpu", "--latency_batch_size=4", "--max_cost=90000")
 
@@ -287,7 +285,10 @@ def test_budget_that_no_shape_meets_is_refused_before_the_first_measurement(sear
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("nowhere/at/all", "is no folder here, and no model on the Hub"), ("empty", "is a folder, but holds no model")],
+    [
+        ("nowhere/at/all", "is neither a folder here nor a model on the Hub"),
+        ("empty", "is a folder, but holds no model"),
+    ],
 )
 def test_model_that_is_not_there_is_named(search, tmp_path, name, what, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -444,7 +444,7 @@ def test_fewer_width_choices_than_measured_will_do():
         ([[8, 96]], "but got [96]."),
         ([[-8, 48]], "but got [-8]."),
         ([10**12, 48], f"but got [{10**12}]."),
-        ([[8.0, 20.0]], "got float64 (1, 2)"),
+        ([[8.0, 20.0]], "got an array of the NumPy type float64 and the size (1, 2)"),
         ([0, 0], "A shape drops every layer: at least one layer must stay."),
         ([[8, 20], [0, 0]], "A shape drops every layer: at least one layer must stay."),
     ],
@@ -590,7 +590,10 @@ def test_every_device_of_the_machine_counts(tmp_path, monkeypatch):
             {"seconds": {"embeddings": "1", "blocks": [], "leave": [], "head": 1}},
             "embeddings='1' must be a finite number",
         ),
-        ({"seconds": {"embeddings": 1, "blocks": [["1"]], "leave": [], "head": 1}}, "blocks must be numbers, got <U1"),
+        (
+            {"seconds": {"embeddings": 1, "blocks": [["1"]], "leave": [], "head": 1}},
+            "blocks must be numbers, got an array of the NumPy type <U1",
+        ),
         ({"width_choices": [8, 20, 48]}, "seconds: 3 width choices need blocks (3, 3) and leave (3,), got (4, 4)"),
         ({"width_choices": [8, 36, 20, 48]}, "width_choices=[8, 36, 20, 48] must be strictly increasing integers"),
         ({"width_choices": [8, 20, 20, 48]}, "width_choices=[8, 20, 20, 48] must be strictly increasing integers"),
@@ -696,6 +699,6 @@ def test_table_of_other_conditions_is_not_taken(tmp_path, other):
     file, conditions = tmp_path / "table.json", {"batch_size": 2, "sequence_length": 9}
     made_table().save(file)
     (name,) = other
-    stored = re.escape(f"{file} was measured with {{'{name}': {conditions[name]}}}, but asked for is ")
+    stored = re.escape(f"{file} was measured with {{'{name}': {conditions[name]}}}, but this call asks for ")
     with pytest.raises(ValueError, match=stored):
         LatencyTable.load_or_measure(file, SPACE, **{**conditions, **other})

@@ -71,9 +71,15 @@ def test_small_integer_types_do_not_overflow():
     ("shapes", "message"),
     [
         ([[8, 20]], "shape=[8, 20] has 2 widths, but the supernet has 3 layers"),
-        ([[[8, 20, 36]]], "or an integer array (n, layers)), got int64 (1, 1, 3)"),
-        ([[8.0, 20.0, 36.0]], "or an integer array (n, layers)), got float64 (1, 3)"),
-        ([[True, True, True]], "or an integer array (n, layers)), got bool (1, 3)"),
+        (
+            [[[8, 20, 36]]],
+            "or an integer array (n, layers)), got an array of the NumPy type int64 and the size (1, 1, 3)",
+        ),
+        (
+            [[8.0, 20.0, 36.0]],
+            "or an integer array (n, layers)), got an array of the NumPy type float64 and the size (1, 3)",
+        ),
+        ([[True, True, True]], "or an integer array (n, layers)), got an array of the NumPy type bool"),
         ([[8, 20, 36], [8, 20, 40]], "width 40 of layer 2 is not one of the width choices"),
         ([[8, 20, 36], [0, 0, 0]], "drops every layer"),
     ],
@@ -88,8 +94,8 @@ def test_wrong_arrays_of_shapes_are_refused(shapes, message):
     [
         ([8, 20, 40], "width 40 of layer 2 is not one of the width choices"),
         ([8, 20.0, 36], "shapes must be one shape (a list of integers) or many"),
-        ([[8, 20, 36], [8, 20]], "shapes must be one shape (a list of integers) or many"),
-        (8, "or an integer array (n, layers)), got int64 ()"),
+        ([[8, 20, 36], [8, 20]], "got lists of different lengths"),
+        (8, "or an integer array (n, layers)), got an array of the NumPy type int64 and the size ()"),
         ("8,20,36", "shapes must be one shape (a list of integers) or many"),
     ],
     ids=str,

@@ -591,7 +591,9 @@ def test_no_changed_byte_of_a_checkpoint_gives_another_result(checkpoint):
 def test_checkpoint_of_other_types_is_refused(checkpoint, change):
     """Also where somebody has written the right checksum."""
     write_json(checkpoint, FORMAT, read_json(checkpoint, FORMAT) | change)
-    with pytest.raises(ValueError, match=re.escape(f"{checkpoint} is damaged, or no checkpoint of this search space.")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"{checkpoint} is damaged, or is not a checkpoint of this search space.")
+    ):
         search(**SHORT, checkpoint=checkpoint)
 
 

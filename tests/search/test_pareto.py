@@ -424,7 +424,7 @@ def test_front_has_one_or_two_costs(cost):
 @pytest.mark.parametrize("cost", [["flops", "flops"], [Seconds(SPACE, 0), Seconds(SPACE, 1)]], ids=["flops", "latency"])
 def test_two_costs_of_one_name_are_refused(cost):
     name = resolve_cost(cost[0], SPACE.config).name
-    with pytest.raises(ValueError, match=f"Both costs are '{name}', so budgets could not tell them apart"):
+    with pytest.raises(ValueError, match=f"Both costs are '{name}'. Give it once, or give two different costs"):
         pareto_front(SPACE, FALLING, cost)
 
 

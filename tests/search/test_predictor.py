@@ -255,9 +255,17 @@ def test_one_layer_is_enough(options):
     [
         ([[8, 20]] * 8, [1.0] * 7, "one per shape, got (8, 2) and (7,)"),
         ([[8, 20], [8]] * 4, range(8), "but the shapes have different numbers of layers"),
-        ([[8, 20], [36, 48]] * 4, [f"{i}.5" for i in range(8)], "losses must be numbers, got <U3"),
-        ([[8, 20], [36, 48]] * 4, [i < 4 for i in range(8)], "losses must be numbers, got bool"),
-        ([[8, 20], [36, 48]] * 4, [None] * 8, "losses must be numbers, got object"),
+        (
+            [[8, 20], [36, 48]] * 4,
+            [f"{i}.5" for i in range(8)],
+            "losses must be numbers, got an array of the NumPy type <U3",
+        ),
+        (
+            [[8, 20], [36, 48]] * 4,
+            [i < 4 for i in range(8)],
+            "losses must be numbers, got an array of the NumPy type bool",
+        ),
+        ([[8, 20], [36, 48]] * 4, [None] * 8, "losses must be numbers, got an array of the NumPy type object"),
         ([8, 20, 36, 48] * 2, [1.0] * 8, "one per shape, got (8,) and (8,)"),
         ([[8, 20]] * 8, [[1.0]] * 8, "one per shape, got (8, 2) and (8, 1)"),
         ([[8.0, 20.0]] * 8, [1.0] * 8, "shapes must be integers, got float64."),
@@ -819,7 +827,7 @@ def test_missing_file_is_missing(tmp_path):
     [
         ({"pair_effects": [[[0.0, 0.0]]]}, "need effects (layers, 2) and pair_effects (layers, 2, 2), got (1, 2) and"),
         ({"effects": [[0.0]]}, "got (1, 1)"),
-        ({"effects": [[0.0, None]]}, "effects must be numbers, got object."),
+        ({"effects": [[0.0, None]]}, "effects must be numbers, got an array of the NumPy type object."),
         ({"effects": [[0.0, float("inf")]]}, "must be finite"),
         ({"intercept": None}, "intercept=None must be a finite number."),
         ({"intercept": float("nan")}, "intercept=nan must be a finite number."),

@@ -573,7 +573,7 @@ def test_leftover_of_a_header_is_no_obstacle(file, batches, whole):
 
 def test_file_that_cannot_be_made_is_named(tmp_path, batches):
     (tmp_path / "search").write_text("a file")
-    with pytest.raises(OSError, match=r"search/records\.jsonl could not be read or written: .*Solve that"):
+    with pytest.raises(OSError, match=r"search/records\.jsonl could not be read or written: .*Solve the problem"):
         evaluate_shapes(MODEL, batches, SHAPES, records_file=tmp_path / "search" / "records.jsonl")
     with pytest.raises(OSError, match=f"{tmp_path} could not be read or written: .*Is a directory"):
         evaluate_shapes(MODEL, batches, SHAPES, records_file=tmp_path)

@@ -133,7 +133,7 @@ def test_every_schedule_can_be_made(scheduler):
 
 def test_precision_of_the_launcher_is_checked_too(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    message = "`accelerate launch` was told mixed_precision='fp8'. Allowed for super pre-training: no, bf16, fp16."
+    message = "`accelerate launch` was given mixed_precision='fp8'. Allowed for super pre-training: no, bf16, fp16."
     with pytest.raises(ValueError, match=message):
         SuperPretrainingArguments()
     assert SuperPretrainingArguments(mixed_precision="bf16").mixed_precision == "bf16"
@@ -199,7 +199,7 @@ def test_compiled_layers_cannot_be_looked_into(name):
 
 
 def test_target_perplexity_needs_evaluations():
-    message = "target_perplexity=20.0 needs eval_steps: how often to evaluate."
+    message = "target_perplexity=20.0 needs eval_steps, the number of steps between two evaluations."
     with pytest.raises(ValueError, match=re.escape(message)):
         SuperPretrainingArguments(target_perplexity=20.0)
 

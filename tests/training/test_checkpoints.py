@@ -207,7 +207,7 @@ def test_failed_write_leaves_no_checkpoint_and_keeps_the_older_one(accelerator, 
 
     message = (
         f"{tmp_path / 'checkpoint-00000006'} could not be written: {error}. The newest checkpoint is {older}. Solve "
-        "that (is the disk full?), then start the same command again: it goes on from there."
+        "the problem (is the disk full?), then start the same command again: it continues from there."
     )
     with pytest.raises(OSError, match=re.escape(message)) as raised:
         save(accelerator, tmp_path, 6, keep=1, write=fail)
@@ -704,8 +704,8 @@ def test_full_disk_while_saving(whole, tmp_path, limit):
     older, newer = tmp_path / "checkpoint-00000003", tmp_path / "checkpoint-00000006"
     assert message.startswith(f"{newer} could not be written: ")
     assert message.endswith(
-        f"The newest checkpoint is {older}. Solve that (is the disk full?), then start the same command again: it "
-        "goes on from there."
+        f"The newest checkpoint is {older}. Solve the problem (is the disk full?), then start the same command again: "
+        "it continues from there."
     )
     assert find_damage(older) is None
     assert steps_in(tmp_path) == [3]

@@ -406,7 +406,7 @@ def test_text_that_fails_at_once_leaves_no_checkpoint(tokenizer, dataset, tmp_pa
 
 def test_used_folder_is_refused_if_resuming_is_not_wanted(tokenizer, dataset, tmp_path, steps):
     pretrain(tokenizer, dataset, output_dir=str(tmp_path))
-    message = f"{tmp_path} holds checkpoints, and resume_from_checkpoint=False. Choose another output_dir, or go on."
+    message = f"{tmp_path} holds checkpoints, and resume_from_checkpoint=False. Choose another output_dir, or set "
     with pytest.raises(FileExistsError, match=re.escape(message)):
         pretrain(tokenizer, dataset, output_dir=str(tmp_path), resume_from_checkpoint=False)
     assert len(steps) == 3

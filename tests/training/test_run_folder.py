@@ -40,7 +40,7 @@ def test_files_of_somebody_else_are_not_replaced(tokenizer, dataset, eval_batche
     stranger.parent.mkdir(exist_ok=True)
     stranger.write_text("{}")
     before = contents(tmp_path)
-    message = f"{tmp_path} holds {name}, but no run of super pre-training that began there"
+    message = f"{tmp_path} holds {name}, but no run of super pre-training began there"
     with pytest.raises(FileExistsError, match=re.escape(message)):
         pretrain(tokenizer, dataset, eval_batches=eval_batches, output_dir=str(tmp_path))
     assert contents(tmp_path) == before

@@ -69,7 +69,7 @@ def from_bert(
         )
     else:
         if kwargs:
-            raise TypeError(f"from_bert: {sorted(kwargs)} only make sense for a checkpoint, not for a model in memory.")
+            raise TypeError(f"from_bert: {sorted(kwargs)} can be given for a checkpoint only, not for a model.")
         bert = source
         config = supernet_config(bert.config, type(bert).__name__, width_choices, head_slicing)
     tensors = bert.state_dict()
@@ -88,15 +88,16 @@ def from_bert(
 def supernet_config(
     bert_config: PreTrainedConfig, name: str, width_choices: list[int] | None, head_slicing: str
 ) -> SuperShaperConfig:
-    """Return the configuration of the supernet of a BERT. `name` is said in errors.
+    """Return the configuration of the supernet of a BERT. Error messages contain `name`.
 
-    It takes over the fields that BERT knows too. What else a config.json contains, such as fields of ours, is not BERT.
+    Only fields of `BertConfig` are copied. Other entries of a config.json, such as fields of `SuperShaperConfig`, would
+    turn the BERT into something else.
     """
     values = bert_config.to_dict()
     check_bert(values, name)
     known = {field.name for field in fields(BertConfig)} & {field.name for field in fields(SuperShaperConfig)}
     shared = {key: value for key, value in values.items() if key in known}
-    SuperShaperConfig.from_dict(dict(shared), name_or_path=name)  # a wrong value of the BERT is said to be in its file
+    SuperShaperConfig.from_dict(dict(shared), name_or_path=name)  # its errors name the BERT's file
     return SuperShaperConfig.from_dict({**shared, "width_choices": width_choices, "head_slicing": head_slicing})
 
 
@@ -164,9 +165,11 @@ def report_loading(model: Any, missing: Iterable[str], unexpected: Iterable[str]
     """
     missing, unexpected = sorted(missing), sorted(unexpected)
     if missing:
-        logger.warning(f"Missing in the source, newly initialised (train them before use): {missing}")
+        logger.warning(
+            f"These tensors are missing in the source and newly initialised, so train them before use: {missing}"
+        )
     if unexpected:
-        logger.warning(f"Unused tensors of the source: {unexpected}")
+        logger.warning(f"These tensors of the source are not used: {unexpected}")
     model.eval()
     model.config.architectures = [type(model).__name__]
     return (model, {"missing_keys": missing, "unexpected_keys": unexpected}) if output_loading_info else model

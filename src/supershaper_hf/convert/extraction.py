@@ -118,8 +118,8 @@ def weight_files(folder: Path, name: str | None = None) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: If there is no safetensors file.
-        OSError: If one is cut short.
-        ValueError: If the index is not one, or a name leads out of the folder.
+        OSError: If a file is cut short.
+        ValueError: If the index is damaged, or a name leads out of the folder.
     """
     if name is None:
         sharded = (folder / SAFE_WEIGHTS_INDEX_NAME).is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file()
@@ -156,5 +156,8 @@ def _inside(folder: Path, name: str) -> Path:
     """Return the path of a file that is named from inside a folder."""
     path = PureWindowsPath(str(name))  # knows the separators and drives of every system
     if not isinstance(name, str) or path.anchor or ".." in path.parts:
-        raise ValueError(f"The weights of {folder} are said to be in {name!r}, which is not a file in it.")
+        raise ValueError(
+            f"{folder} names {name!r} as a file of its weights, but weights have to be files in this folder. Save the "
+            "supernet again with save_pretrained."
+        )
     return folder / name

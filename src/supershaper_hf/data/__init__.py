@@ -1,4 +1,4 @@
 """From text to masked batches: `documents` reads it, `sequences` makes tokens of it, and `batches` masks them.
 
-All of it can be stored and cached, or streamed, and a training run goes on in it exactly where it stopped.
+Text can be stored and cached, or streamed. In both cases a training run resumes exactly where it stopped.
 """

@@ -2,7 +2,7 @@
 
 Nothing here keeps a random generator. The masks of a sequence are drawn from the seed and its position in the endless
 text, the order of the text from the seed and the epoch. So neither depends on the batch size, the workers or the number
-of processes, and a few numbers are enough to go on from.
+of processes, and a few numbers are enough to resume.
 """
 
 import copy
@@ -84,7 +84,7 @@ class MaskingCollator:
         size = (len(sequences), -(-max(lengths) // self.multiple) * self.multiple)
         ids = np.full(size, self.padding, dtype=np.int64)
         special = np.ones(size, dtype=bool)
-        draws = np.zeros((3, *size))  # chosen? replaced by what? by which token?
+        draws = np.zeros((3, *size))  # for each token: whether it is chosen, what replaces it, which random token
         for row, (sequence, length) in enumerate(zip(sequences, lengths)):
             ids[row, :length] = sequence["input_ids"]
             special[row, :length] = sequence["special_tokens_mask"]
@@ -140,7 +140,7 @@ def fixed_masks(
 
 
 class MicroBatches:
-    """Endless masked micro-batches of one process, which go on exactly from a state of a few numbers.
+    """Endless masked micro-batches of one process. They resume exactly from a state of a few numbers.
 
     Stored text, a tokenised `Dataset`, is read in endless epochs, each in another order. With an equal product of
     `batch_size` and `num_processes`, any number of processes together see the same sequences with the same masks.
@@ -149,7 +149,7 @@ class MicroBatches:
     the documents whose number leaves the remainder `rank` when divided by `num_processes`, and skips the others. It
     shuffles `documents_per_chunk` of its documents at a time, and starts again at the end of the text. A micro-batch
     may hold the end of one chunk and the start of the next. The number of processes changes what each of them yields.
-    To go on from a state, the current chunk is read again. Do not call `shuffle` on a stream, because `datasets` does
+    To resume from a state, the current chunk is read again. Do not call `shuffle` on a stream, because `datasets` does
     not store what its buffer held.
 
     Args:
@@ -221,7 +221,7 @@ class MicroBatches:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short description of the text, equal on all processes, which tells whether another run has the same.
+        """A short description of the text, equal on all processes, to compare with the text of another run.
 
         For stored text it holds the number of sequences and a checksum of 100 of them, evenly spaced from the first to
         the last. For a stream it holds a checksum of the first 100 documents, because more would have to be read. Paths
@@ -240,12 +240,12 @@ class MicroBatches:
         return f"{len(self.dataset)} stored sequences with {checksum(sequences)}"
 
     def iterate(self, state: State | None = None) -> Iterator[tuple[Batch, State]]:
-        """Yield micro-batches on the CPU for ever, each with the state that `iterate` goes on from after it.
+        """Yield micro-batches on the CPU for ever, each with the state to resume from after it.
 
         A state can be stored as JSON. It belongs to one dataset and the same arguments. Only `num_workers` may change.
 
         Args:
-            state: The state to go on from, or `None` to start at the beginning.
+            state: The state to resume from, or `None` to start at the beginning.
 
         Raises:
             OSError: If a stream cannot be read, for example because a file has vanished.
@@ -261,7 +261,7 @@ class MicroBatches:
             batch_size=None,  # each item of the sampler or the stream already is a micro-batch
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else it draws from torch's global one, which training draws dropout from
+            generator=torch.Generator(),  # torch's global generator must stay untouched: dropout uses it
         )
         for number, item in enumerate(loader, start=first + 1):
             if isinstance(item, Exception):

@@ -33,7 +33,7 @@ COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")  # data set, user/data-set, either with :configuration
 TEXT = Features({"text": Value("string")})
 ROWS = 1000  # number of rows that are read at a time
-READER = 1  # belongs to the key of the cache: raise it when this module makes other documents from the same file
+READER = 1  # a part of the cache key: raise it when this module makes other documents from the same file
 BYTE_ORDER_MARK = "\ufeff"  # some editors write it at the start of a file; the reader of JSON leaves it out by itself
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -101,7 +101,9 @@ def find_files(source: str | Path) -> list[str]:
     files = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
     files = [file for file in files if Path(file).is_file()]
     if not files and (isinstance(source, Path) or known_format(path) or not HUB_NAME.fullmatch(source)):
-        raise FileNotFoundError(f"Text file {path} does not exist or is not a file, and as a glob it matches none.")
+        raise FileNotFoundError(
+            f"Text file {path} does not exist or is not a file, and as a glob pattern it matches no file."
+        )
     return files
 
 
@@ -178,7 +180,7 @@ def read_batches(file: str) -> Iterator[dict[str, list]]:
         if Path(file).stat().st_size == 0:
             return
         rows = load_dataset(reader, data_files=[glob.escape(file)], split="train", streaming=True)
-        # Not `iter(rows)`, which shares rows out among the workers of a DataLoader.
+        # `iter(rows)` would divide the rows among the workers of a DataLoader.
         for number, batch in enumerate(rows.iter(batch_size=ROWS)):
             if reader == "text" and number == 0:
                 batch["text"][0] = batch["text"][0].removeprefix(BYTE_ORDER_MARK)
@@ -191,7 +193,7 @@ def read_batches(file: str) -> Iterator[dict[str, list]]:
         if not Path(file).is_file():
             raise FileNotFoundError(f"Text file {file} does not exist any more.") from error
         if isinstance(error, CastError):  # the reader of JSON takes the columns from the first 10 MB
-            raise ValueError(f"Some rows of {file} have other columns than its first: {error.details()}.") from error
+            raise ValueError(f"Some rows of {file} have other columns than the first: {error.details()}.") from error
         raise ValueError(describe_fault(file) or f"{file} cannot be read: {error}") from error
 
 
@@ -233,7 +235,7 @@ def describe_fault(file: str) -> str | None:
 
 
 def describe_parquet_fault(file: str) -> str | None:
-    """Notice a file of no rows. The errors of the Parquet reader describe all other faults."""
+    """Detect a file without rows. The errors of the Parquet reader describe all other faults."""
     try:
         empty = pyarrow.parquet.read_metadata(file).num_rows == 0
     except (OSError, pyarrow.ArrowException):

@@ -22,7 +22,7 @@ from .documents import explained_disk_errors
 SEQUENCES = Features({"input_ids": List(Value("int32")), "special_tokens_mask": List(Value("int8"))})
 SHORTEST_SEQUENCE = 8  # tokens, [CLS] and [SEP] included
 ROWS = 1000  # number of documents that are tokenised at a time
-VERSION = 1  # belongs to the key of the cache: raise it when this module makes other sequences from the same text
+VERSION = 1  # a part of the cache key: raise it when this module makes other sequences from the same text
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
@@ -141,8 +141,8 @@ def tokenize(
     folders = [Path(file["filename"]).parent for file in dataset.cache_files]
     with explained_disk_errors(folders[0] if folders else HF_DATASETS_CACHE):
         if cross_documents:
-            # Each process of `map` cuts the documents into batches of its own. Packing would show where, so one
-            # process packs.
+            # Each process of `map` makes its own batches of documents. Packed sequences would depend on where these
+            # batches begin, so a single process packs.
             documents = dataset.map(
                 encode_batch,
                 fn_kwargs=key,
@@ -223,7 +223,7 @@ def pack(
 
 
 # What `Dataset.map` runs in its processes. Each is a function of the module and gets all that it needs as arguments,
-# because the cache goes by the name of the function and its arguments. `version` is there for this purpose only.
+# because they and the function's name are the cache key. `version` is there for this purpose only.
 
 
 def tokenize_batch(batch: dict[str, list], version: int, **arguments: Any) -> dict[str, list]:

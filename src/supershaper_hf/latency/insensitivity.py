@@ -32,7 +32,7 @@ from .timing import SubnetTimer
 
 FORMAT = "supershaper-hf insensitivity 2"
 COPIES = 2  # subnets that are built of each shape: their difference is noise
-SIGNIFICANCE = 0.05  # probability to take noise for a difference between shapes
+SIGNIFICANCE = 0.05  # probability that noise is mistaken for a difference between shapes
 DRAWS, ROUNDS = 4096, 8  # shapes that are drawn over all sizes in a round, and rounds, before the search gives up
 
 
@@ -103,7 +103,7 @@ def compare_equal_sizes(
     Args:
         space: The search space.
         parameters: Numbers of parameters of the masked-LM subnets, tied weights counted once.
-        num_shapes: Number of shapes to measure for each of these. Warns where fewer are found.
+        num_shapes: Number of shapes to measure for each of these. If fewer are found, there is a warning.
         tolerance: Largest difference between a shape's number of parameters and the one asked for, as a share of it.
         device: `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`.
         batch_size: Sequences in a batch.
@@ -171,8 +171,8 @@ def shapes_near(
 ) -> np.ndarray:
     """Return up to `num_shapes` different shapes (found, layers) with about `parameters` parameters.
 
-    Shapes are drawn evenly over all sizes, and the first ones that fit are taken. Warns if there are fewer among
-    `DRAWS` times `ROUNDS` draws.
+    Shapes are drawn evenly over all sizes, and the first ones that fit are taken. If fewer are found in `DRAWS` times
+    `ROUNDS` draws, there is a warning.
 
     Args:
         space: The search space.
@@ -182,7 +182,7 @@ def shapes_near(
         seed: Random seed of the draws.
 
     Raises:
-        ValueError: If fewer than two shapes are found, or the tolerance is no share.
+        ValueError: If fewer than two shapes are found, or `tolerance` is not in [0, 1).
     """
     check_number("tolerance", tolerance, least=0, below=1)
     found: dict[tuple[int, ...], None] = {}  # keeps the order, as a set does not

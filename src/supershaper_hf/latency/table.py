@@ -68,8 +68,8 @@ class LatencyTable:
 
     Attributes:
         width_choices: The hidden sizes that were measured, strictly increasing. The last one is `hidden_size`.
-        seconds: Median over the sweeps.
-        spread: Interquartile range of the sweeps over their median: 0.1 means that half of them lie within 10 %.
+        seconds: Seconds of each part: the median over the sweeps.
+        spread: Interquartile range of the sweeps, divided by their median: 0.1 means that half of them lie within 10 %.
         device: Name of the GPU, or of the processor with the number of threads.
         dtype: Type of weights and activations, such as `"float32"`.
         batch_size: Sequences in a batch.
@@ -130,13 +130,13 @@ class LatencyTable:
         warmup: int = 3,
         seed: int = 0,
     ) -> "LatencyTable":
-        """Measure the parts of the subnets of a search space on `device`. `LatencyProbe` tells how.
+        """Measure the parts of the subnets of a search space on `device`. See `LatencyProbe` for the method.
 
         Keep the machine quiet meanwhile. For bert-base widths in float32, it takes about 1 GB of memory.
 
         Args:
-            space: The search space, or the supernet's configuration, of which the search space is made. The number of
-                layers does not matter.
+            space: The search space, or the supernet's configuration, from which the search space is made. The number
+                of layers does not matter.
             device: `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`. A CPU runs `torch.get_num_threads()` threads.
             batch_size: Sequences in a batch.
             sequence_length: Tokens in a sequence.
@@ -198,8 +198,8 @@ class LatencyTable:
         }
         if stored := {name: getattr(table, name) for name in asked if getattr(table, name) != asked[name]}:
             raise ValueError(
-                f"{file} was measured with {stored}, but asked for is {asked}. Remove it to measure again, or give "
-                "another file."
+                f"{file} was measured with {stored}, but this call asks for {asked}. Remove it to measure again, or "
+                "give another file."
             )
         return table
 
@@ -247,7 +247,7 @@ class LatencyTable:
             )
         measured = {**self.sizes, "attention": self.attention}
         given = {name: getattr(config, name) for name in SIZES}
-        given["attention"] = config._attn_implementation or self.attention  # None without a model: any will do
+        given["attention"] = config._attn_implementation or self.attention  # None if no model was built: any fits
         other = [name for name in measured if given[name] != measured[name]]
         if other:
             warnings.warn(
@@ -349,13 +349,13 @@ def _read_entries(embeddings: Any, blocks: Any, leave: Any, head: Any) -> Entrie
 class LatencyProbe:
     """Measures every part of a `LatencyTable`, one sweep at a time, so that sweeps can alternate with other runs.
 
-    It builds one subnet with random weights, in whose layers every ordered pair of widths follows each other once. A
+    It builds one subnet with random weights. Its neighbouring layers have every ordered pair of widths once. A
     sweep is one forward pass as a user runs it: with the token types and the mask of ones that a tokenizer returns,
     logits of every position, evaluation mode and `torch.inference_mode`. Time stamps at the bottlenecks give the
     seconds of each block: its input was just written by the layer before, and its weights are out of the cache. The
     output bottlenecks of the other widths run after this pass.
 
-    A stamp costs about a microsecond on a CPU, and a few microseconds where the device takes it.
+    A stamp costs about a microsecond on a CPU, and a few microseconds on a GPU.
 
     Args:
         space: The search space of the supernet.
@@ -456,7 +456,7 @@ class LatencyProbe:
 
 
 def walk_through_pairs(width_choices: Sequence[int], seed: int = 0) -> list[int]:
-    """Return a walk from the last width back to it in which every ordered pair of widths follows each other once.
+    """Return a walk from the last width back to it that takes the step of every ordered pair of widths once.
 
     Such a walk (an Eulerian circuit) exists, because as many steps lead to a width as away from it. It is found with
     Hierholzer's algorithm, which takes the steps away from a width in an order drawn from `seed`.

@@ -80,7 +80,7 @@ class SubnetTimer:
 
 @dataclass(frozen=True)
 class Workload:
-    """The conditions of a measurement: what runs, on which device. Checks them, and makes models and inputs.
+    """The conditions of a measurement: what runs, on which device. It checks them, and makes models and inputs.
 
     Attributes:
         config: The supernet's configuration.
@@ -91,7 +91,7 @@ class Workload:
         seed: Random seed of weights and tokens.
 
     Raises:
-        ValueError: If a number is too small, the sequence is too long, or the type has no fractions.
+        ValueError: If a number is too small, the sequence is too long, or `dtype` is not a floating-point type.
     """
 
     config: SuperShaperConfig

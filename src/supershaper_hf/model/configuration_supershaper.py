@@ -39,9 +39,8 @@ from transformers.activations import ACT2FN
 
 
 PAPER_WIDTH_CHOICES = [120, 240, 360, 480, 540, 600, 768]
-MAX_LAYERS = (
-    1000  # BERT-large has 24. Building a model of 100,000 layers takes minutes before anything else is noticed.
-)
+# BERT-large has 24 layers. To build a model of 100,000 takes minutes, before any other error would be noticed.
+MAX_LAYERS = 1000
 
 # Every saved model lists every head, whichever head it has: `save_pretrained` alone would list only the saved one, and
 # loading another Auto class from that folder without the package would fail.
@@ -197,7 +196,7 @@ class SuperShaperConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a configuration of a dictionary, as `PreTrainedConfig.from_dict`.
+        """Make a configuration from a dictionary, as `PreTrainedConfig.from_dict`.
 
         Raises:
             StrictDataclassError: If the values do not describe a model.
@@ -206,13 +205,8 @@ class SuperShaperConfig(PreTrainedConfig):
         source = kwargs.get("name_or_path")
         try:
             return super().from_dict(config_dict, **kwargs)
-        except (
-            StrictDataclassError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            IndexError,
-        ) as error:  # also of transformers
+        # The checks of transformers raise the last four.
+        except (StrictDataclassError, ValueError, TypeError, AttributeError, IndexError) as error:
             if source is None:
                 raise
             raise ValueError(f"The config.json of {str(source)!r} does not describe a model. {error}") from error
@@ -220,7 +214,7 @@ class SuperShaperConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the configuration, as `PreTrainedConfig.save_pretrained`.
 
-        Its `auto_map` names only code that lies in the folder, so that nobody is sent to files that are missing. A
+        Its `auto_map` names only code that lies in the folder: a folder that names missing code cannot be loaded. A
         model saves its code before its configuration. A configuration that is saved alone names only its own class.
         """
         code = {file.stem for file in Path(save_directory).glob("*.py")}
@@ -317,7 +311,7 @@ class SuperShaperConfig(PreTrainedConfig):
         return widths
 
     def subnet_config(self, shape: Sequence[int]) -> "SuperShaperConfig":
-        """Return the configuration of the subnet cut at `shape`. It lists the kept layers only, and the same labels."""
+        """Return the configuration of the subnet cut at `shape`. It has the kept layers only, and the same labels."""
         config = copy.deepcopy(self)
         config.hidden_sizes = [width for width in self.normalize_shape(shape) if width]
         config.num_hidden_layers = len(config.hidden_sizes)

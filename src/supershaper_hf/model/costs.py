@@ -62,8 +62,8 @@ def resolve_cost(cost: Cost, config: SuperShaperConfig, sequence_length: int = 1
 
 
 def chain_cost(cost: ChainCost, hidden_size: int, shapes: np.ndarray) -> np.ndarray:
-    """Return the (n,) costs of integer `shapes` (n, layers). A layer of width 0 passes the width before it on."""
-    total = np.full(len(shapes), cost.fixed)  # integers where the terms are
+    """Return the (n,) costs of integer `shapes` (n, layers). A dropped layer (width 0) costs nothing."""
+    total = np.full(len(shapes), cost.fixed)  # an integer array if all terms are integers
     source = np.full(len(shapes), hidden_size, dtype=np.int64)
     for width in np.asarray(shapes, dtype=np.int64).T:
         kept = width > 0

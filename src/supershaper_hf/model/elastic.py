@@ -259,7 +259,7 @@ def subnet_tensors(
     """Yield name and value of every tensor that `subnet` stores, cut out of its supernet one at a time.
 
     Args:
-        subnet: An `empty_model` of the subnet. It tells the names and the sizes to cut to.
+        subnet: An `empty_model` of the subnet, for the names and the sizes of its tensors.
         shape: The shape as given to the supernet, dropped layers included.
         load: Returns a tensor of the supernet by name, from memory or from disk. It is called when a tensor is needed.
     """
@@ -272,7 +272,7 @@ def subnet_tensors(
 def whole_tensors(
     subnet: PreTrainedModel, encoder_prefix: str, load: Callable[[str], torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors outside the encoder: embeddings, pooler and head. They are not cut. Tied ones come once."""
+    """Yield the tensors outside the encoder (embeddings, pooler, head), uncut. Tied tensors are yielded once."""
     for name in subnet.state_dict():
         if not name.startswith(encoder_prefix) and name not in subnet.all_tied_weights_keys:
             yield name, load(name)
@@ -281,12 +281,12 @@ def whole_tensors(
 def layer_tensors(
     subnet: PreTrainedModel, shape: Sequence[int], encoder_prefix: str, load: Callable[[str], torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of the kept layers. Along each axis a tensor keeps the channels of a layer of its width."""
+    """Yield the tensors of the kept layers, each cut along every axis to the size that it has in `subnet`."""
     per_head = subnet.config.head_slicing == "per_head"
     kept = [layer for layer, width in enumerate(shape) if width]
     for index, (layer, module) in enumerate(zip(kept, subnet.base_model.encoder.layer)):
         for name, target in module.state_dict().items():
-            # Along this axis lie the channels of attention, which are divided into heads.
+            # The axis of the query, key and value channels, which are divided into heads.
             head_axis = (
                 0 if name.startswith("attention.self.") else 1 if name == "attention.output.dense.weight" else None
             )

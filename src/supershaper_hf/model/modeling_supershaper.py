@@ -53,7 +53,7 @@ from .elastic import (
 )
 
 
-IGNORE_INDEX = -100  # labels that take no part in the loss, as everywhere in transformers
+IGNORE_INDEX = -100  # label of positions that do not count in the loss, as everywhere in transformers
 
 
 class SuperShaperEmbeddings(nn.Module):
@@ -115,7 +115,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {
-        # The embeddings, then every layer at its own width. transformers replaces the last by last_hidden_state.
+        # The embeddings, then every layer at its own width. transformers puts last_hidden_state in place of the last.
         "hidden_states": [
             OutputRecorder(SuperShaperEmbeddings, index=0, capture_initial_hidden_state=False),
             OutputRecorder(SuperShaperLayer, index=0, capture_initial_hidden_state=False),
@@ -201,7 +201,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
     def push_to_hub(self, repo_id: str, *, tokenizer: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Publish a complete repository, card and code included: see `supershaper_hf.push_to_hub`.
 
-        Where the package is not installed, this is the method of every other transformers model.
+        If the package is not installed, this is `PreTrainedModel.push_to_hub`, which takes no tokenizer.
         """
         try:
             import supershaper_hf
@@ -240,8 +240,8 @@ class SuperShaperModel(SuperShaperPreTrainedModel):
         """Encode `input_ids` (batch, length) with the layers narrowed to `shape`; `None` is the model's own full shape.
 
         With `output_hidden_states=True`, `hidden_states` are the embeddings (batch, length, hidden_size), then the
-        output (batch, length, w) of each kept layer at its own width w, but for the last kept layer, in whose place is
-        `last_hidden_state` (batch, length, hidden_size). States of different widths cannot be stacked. In a supernet
+        output (batch, length, w) of each kept layer at its own width w. The last kept layer is an exception: its entry
+        is `last_hidden_state` (batch, length, hidden_size). States of different widths cannot be stacked. In a supernet
         the bottleneck out of layer i maps its state to hidden_size:
 
             state = nn.functional.pad(state, (0, config.hidden_size - state.shape[-1]))
@@ -370,8 +370,8 @@ class SuperShaperForSequenceClassification(SuperShaperPreTrainedModel):
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
             num_items = kwargs.get("num_items_in_batch")
             if num_items is not None and self.config.problem_type != "single_label_classification":
-                # These two losses of transformers are means over this batch, whatever part of `num_items` it holds.
-                loss = loss * labels.ne(IGNORE_INDEX).sum() / num_items  # counted as the Trainer counts
+                # For regression and several labels, transformers takes the mean over this batch only.
+                loss = loss * labels.ne(IGNORE_INDEX).sum() / num_items  # the Trainer counts labels like this
         return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 

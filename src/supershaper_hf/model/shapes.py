@@ -22,8 +22,8 @@ from .configuration_supershaper import SuperShaperConfig
 from .costs import ChainCost, chain_cost, flops_cost, parameter_cost
 
 
-# Relative widths from the first layer to the last. With the hand-crafted ones the paper compares its result at 63 to
-# 65 M parameters. "supershaper" is the rule that it derives: layer 1 at the mean, layers 2 to 4 narrow, the top wide.
+# Relative widths from the first layer to the last. "supershaper" is the rule that the paper derives: layer 1 at the
+# mean, layers 2 to 4 narrow, the top wide. The paper compares its result with the others at 63 to 65 M parameters.
 PROFILES: dict[str, Sequence[float]] = {
     "rectangle": [1] * 12,
     "bottle": [120] * 6 + [600] * 5 + [768],
@@ -37,7 +37,9 @@ PROFILES: dict[str, Sequence[float]] = {
 SHAPE_NAMES = [*PROFILES, "first_layers"]
 
 DISTRIBUTIONS = ("uniform", "parameters", "budget")
-CANDIDATES = 8  # Shapes drawn for each budget. The nearest is kept. With 1 sizes are unevenly spread, 32 hardly help.
+# Number of shapes drawn for each budget, of which the nearest is kept. With 1 the sizes are spread unevenly, and 32 are
+# hardly better than 8.
+CANDIDATES = 8
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ class SearchSpace:
     ) -> np.ndarray:
         """Draw `num_shapes` shapes as an integer array (num_shapes, layers).
 
-        They depend on the arguments alone: the same seed gives the same shapes on every machine. `seed=(seed, step)`
-        gives shapes of its own to each training step.
+        They depend on the arguments alone: the same seed gives the same shapes on every machine. With
+        `seed=(seed, step)` every training step has its own shapes.
 
         Args:
             num_shapes: Number of shapes.
@@ -113,9 +115,10 @@ class SearchSpace:
             distribution: How widths are drawn. `"uniform"`, as in the paper: each layer takes each width equally often.
                 `"parameters"`: a layer takes a width in proportion to the parameters of a layer of that width, so
                 wide layers are drawn more often. `"budget"`: the numbers of parameters are spread evenly from the
-                smallest subnet to the largest, so small and large subnets are drawn equally often. With the other two
-                most subnets are of middle size, because the widths of many layers add up. For `"budget"` the range is
-                cut into `num_shapes` equal slices, and one shape is drawn near a random point of each, in random order.
+                smallest subnet to the largest, so small and large subnets are drawn equally often. The range is cut
+                into `num_shapes` equal slices, and one shape is drawn near a random point of each, in random order.
+                With the other two distributions most subnets are of middle size, because the widths of many layers add
+                up.
             drop_rate: Probability that a layer is dropped after its width was drawn. A shape that would lose every
                 layer keeps a random one. Budgets are met before layers are dropped.
 
@@ -328,7 +331,7 @@ def shape_rows(shapes: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> 
     result. For many, which are a sequence of shapes or an integer array (n, layers), it returns an array of n results.
 
     Raises:
-        ValueError: If `shapes` is neither, or its widths are not integers.
+        ValueError: If `shapes` is neither, its widths are not integers, or the shapes have different lengths.
 
     Example:
         >>> shape_rows([40, 16])
@@ -336,11 +339,12 @@ def shape_rows(shapes: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> 
     """
     try:
         rows = np.asarray(shapes)
-    except ValueError:  # shapes of different lengths
-        rows = np.empty(0, dtype=object)
+        found = f"an array of the NumPy type {rows.dtype} and the size {rows.shape}"
+    except ValueError:
+        rows, found = np.empty(0, dtype=object), "lists of different lengths"
     if rows.ndim not in (1, 2) or not np.issubdtype(rows.dtype, np.integer):
         raise ValueError(
             f"shapes must be one shape (a list of integers) or many (a list of shapes, or an integer array (n, "
-            f"layers)), got {rows.dtype} {rows.shape}."
+            f"layers)), got {found}."
         )
     return np.atleast_2d(rows), rows.ndim == 1

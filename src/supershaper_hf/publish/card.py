@@ -1,6 +1,6 @@
 """The model card of a supernet or a subnet: what it is, how to load it, and what its author says of it.
 
-The text is in `model_card_template.md`; this file counts what the template names, and escapes what could break it.
+The text is in `model_card_template.md`. This file computes the numbers in it, and escapes names that could break it.
 """
 
 from collections.abc import Sequence
@@ -102,7 +102,7 @@ def middle_budget(model: SuperShaperPreTrainedModel) -> int:
     return -(-middle // digit) * digit
 
 
-# Names can hold any character: a folder's name is one of them. These functions show them without side effects.
+# A name, such as that of a folder, can contain any character. These functions keep it from breaking Markdown or code.
 
 
 def plain(text: str) -> str:

@@ -124,7 +124,7 @@ def push_folder(
     Raises:
         FileNotFoundError: If `folder` holds no model, or with `path_in_repo` no file.
         ValueError: If `path_in_repo` is not a folder inside the repository, a symbolic link leads out of `folder`, or
-            the token has a character that no token has.
+            the token has an impossible character, such as a line break.
         PermissionError: If there is no token, or the token may not write there.
         ConnectionError: If the Hub cannot be reached or fails. The repository is complete or unchanged.
 
@@ -208,7 +208,7 @@ def check_token(token: str | bool | None) -> str | bool | None:
     used = get_token() if token is None or token is True else token
     if isinstance(used, str) and not (used and all("!" <= character <= "~" for character in used)):
         raise ValueError(
-            "The access token is empty or has a character that no token has, such as a space or a line break. Copy it "
+            "The access token is empty or has an impossible character, such as a space or a line break. Copy it "
             "again from https://huggingface.co/settings/tokens. Nothing was published."
         )
     return token

@@ -1,1 +1,1 @@
-"""What a person looks at: the page of a search, plots, and tables."""
+"""Results for people to read: the page of a search, plots, and tables."""

@@ -13,10 +13,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--cost", default="parameters", choices=["parameters", "flops", "latency"], help="cost of a shape"
     )
-    parser.add_argument("--max_cost", type=float, nargs="*", default=[], help="budgets that matter most")
-    parser.add_argument("--num_budgets", type=int, default=8, help="rows of the table")
     parser.add_argument(
-        "--sequence_length", type=int, default=128, help="tokens per sequence, for FLOPs, if no latency was measured"
+        "--max_cost", type=float, nargs="*", default=[], help="budgets to show first, in the unit of --cost"
+    )
+    parser.add_argument("--num_budgets", type=int, default=8, help="number of rows in the table of the front")
+    parser.add_argument(
+        "--sequence_length",
+        type=int,
+        default=128,
+        help="tokens per sequence, to count FLOPs. If latency was measured, its sequence length is used",
     )
     args = parser.parse_args(arguments)
     try:

@@ -52,8 +52,8 @@ class Findings:
 
         Args:
             folder: The output folder of `examples/search_shapes.py`.
-            sequence_length: Tokens per sequence, for FLOPs. Where latency was measured, the length of that measurement
-                counts. It is never more than the longest input of the model.
+            sequence_length: Tokens per sequence, to count FLOPs. If latency was measured, the length of that
+                measurement is used instead. Otherwise it is at most the longest input of the model.
 
         Raises:
             FileNotFoundError: If a file that is needed is missing.
@@ -138,8 +138,8 @@ class Findings:
     def rows(self, shapes: np.ndarray) -> list[dict[str, Any]]:
         """Return costs, prediction and measurement of each of `shapes` (n, layers).
 
-        The prediction is None for a shape that the predictor does not know, the measurement for one without a record,
-        and the latency where it was not measured.
+        Unknown values are None: the prediction of a shape that the predictor does not know, the measurement of a shape
+        without a record, and the latency if there is no table.
         """
         measured = {tuple(record["shape"]): record["perplexity"] for record in self.records}
         known = np.array([self.predictor.knows(shape) for shape in shapes.tolist()])

@@ -27,7 +27,7 @@ from .tables import markdown_table
 
 
 PAGE_FILE, FRONT_FILE = "report.md", "front.csv"
-TOLERATED = 1.25  # the page warns if the error on new shapes is so many times that of cross-validation
+TOLERATED = 1.25  # the page warns if the error on new shapes is larger than this, times that of cross-validation
 
 
 def write_report(
@@ -45,13 +45,13 @@ def write_report(
         max_cost: The budgets that matter most, in the unit of `cost`. The page begins with the best measured shape for
             each of them.
         num_budgets: Number of rows of the table, evenly spaced over the cost of the front.
-        sequence_length: Tokens per sequence, for FLOPs. Where latency was measured, the length of that measurement
-            counts.
+        sequence_length: Tokens per sequence, to count FLOPs. If latency was measured, the length of that measurement is
+            used instead.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged, the files do not belong together, `cost` is latency but none was measured, or
-            no measured shape is as cheap as one of `max_cost`.
+            no measured shape is within one of the budgets.
 
     Example:
         >>> write_report("outputs/search", max_cost=[63_000_000])  # doctest: +SKIP
@@ -207,7 +207,7 @@ def _trust_section(folder: Path, findings: Findings) -> str:
 
 
 def _profile_section(folder: Path, findings: Findings) -> str:
-    """Tell what good shapes have in common, and compare a shape with this profile with the front and named shapes."""
+    """Say what good shapes have in common. A table compares a shape with this profile to the front and named shapes."""
     space, predictor = findings.space, findings.predictor
     profile = derive_profile(space, predictor)
     plot_profile(folder / "profile.png", profile)
@@ -236,7 +236,7 @@ def _profile_section(folder: Path, findings: Findings) -> str:
 
 
 def _latency_section(findings: Findings) -> str:
-    """Tell what each width costs in seconds, and whether shapes of equal size are equally fast, if it was measured."""
+    """Show the seconds of each width, and whether shapes of equal size are equally fast, if they were measured."""
     parts = []
     if findings.table is not None:
         table = findings.table

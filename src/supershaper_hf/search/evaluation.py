@@ -1,7 +1,7 @@
 """Measure many shapes of one supernet: the masked-LM loss of each on the same masked text.
 
-A record depends only on the model, the text and the shape: not on the other shapes, on kills, or on the number of
-processes. It is the same bit for bit where a forward pass is: on the same device, with the same number of threads.
+A record depends only on the model, the text and the shape. It does not depend on the other shapes, on interruptions, or
+on the number of processes. On the same device and with the same number of threads it is the same bit for bit.
 """
 
 import copy
@@ -83,15 +83,15 @@ def evaluate_shapes(
     Weights that are still mapped to their file are copied into memory first, see `devices.copy_mapped_weights`.
 
     Args:
-        model: A supernet, or a subnet with `shapes=[None]`. It is left in the mode, training or evaluation, it was in.
+        model: A supernet, or a subnet with `shapes=[None]`. Its mode, training or evaluation, stays.
         batches: Masked batches from `fixed_masks`.
         shapes: Many shapes, or one. `None` in the list is the model's own full shape. A shape that occurs twice is
             measured once.
         description: Label of the progress bar.
         accelerator: Its processes share the batches, compute in its mixed precision, and all return the same records.
             An error on one process is raised on all of them. By default one process measures alone.
-        records_file: A JSON lines file that records are added to, see `records`. By default none is written. One run
-            at a time may use it, of which only the main process reads and writes it.
+        records_file: A JSON lines file that records are added to, see `records`. By default none is written. Only
+            one run at a time may use it, and only its main process reads and writes it.
 
     Returns:
         One record per shape, in the order of `shapes`, or a single record for a single shape. A record is a dictionary
@@ -148,7 +148,7 @@ def evaluate_shapes(
 
 
 def _is_one_shape(shapes: Any) -> bool:
-    """Return whether `shapes` is one shape rather than many. Text counts as one shape, a wrong one."""
+    """Return whether `shapes` is one shape rather than many. Text counts as one, so that it is refused as one."""
     if not hasattr(shapes, "__len__"):
         return True
     many = [each is None or (hasattr(each, "__len__") and not isinstance(each, str)) for each in shapes]
@@ -156,7 +156,7 @@ def _is_one_shape(shapes: Any) -> bool:
 
 
 def _key(model: SuperShaperForMaskedLM, shape: Sequence[int] | None) -> Key:
-    """Return the widths of a shape, or raise an error that says why it is none of the model's."""
+    """Return the widths of a shape, or raise an error that says why the model cannot have it."""
     own: Sequence[int] = model.config.hidden_sizes or []  # a model always has them
     return tuple(own if shape is None else model.config.normalize_shape(shape))
 
@@ -331,6 +331,7 @@ def fingerprint_data(batches: Sequence[Batch]) -> str:
 def _add_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
     """Add the name, dtype, size and bytes of a tensor to a hash."""
     digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    # A copy: after `numpy()` a tensor's memory would count as not its own. Bytes: NumPy has no bfloat16.
+    # It is copied, because after `numpy()` `copy_mapped_weights` would take the tensor's memory for mapped. It is seen
+    # as bytes, because NumPy has no bfloat16.
     copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     digest.update(copied.view(-1).view(torch.uint8).numpy())

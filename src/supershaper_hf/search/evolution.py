@@ -150,7 +150,7 @@ def _mutate(problem: Problem, parents: np.ndarray, random: np.random.Generator) 
     """Redraw each width of random parents with the probability `mutation_rate`: (num_mutations, layers) picks."""
     settings = problem.settings
     chosen = parents[random.integers(len(parents), size=settings.num_mutations)]
-    smallest = int(bool(settings.drop_rate))  # the position of the smallest width: before it stands 0, if at all
+    smallest = int(bool(settings.drop_rate))  # position of the smallest width: 1 if 0, a dropped layer, comes before it
     drawn = random.integers(smallest, len(problem.choices), size=chosen.shape)
     if settings.drop_rate:
         drawn[(random.random(chosen.shape) < settings.drop_rate) & problem.droppable] = 0
@@ -161,7 +161,7 @@ def _crossover(problem: Problem, parents: np.ndarray, random: np.random.Generato
     """Take each width from one of two different random parents: (num_crossovers, layers) picks."""
     size, count = problem.settings.num_crossovers, len(parents)
     first = random.integers(count, size=size)
-    second = (first + random.integers(1, max(count, 2), size=size)) % count  # another one, where there is one
+    second = (first + random.integers(1, max(count, 2), size=size)) % count  # another parent, if there are two
     return np.where(random.random((size, parents.shape[1])) < 0.5, parents[first], parents[second])
 
 
@@ -258,7 +258,7 @@ def _load(problem: Problem, iterations: int, file: Path) -> _State:
 
 
 def _damaged(file: Path) -> ValueError:
-    return ValueError(f"{file} is damaged, or no checkpoint of this search space. Remove it to start again.")
+    return ValueError(f"{file} is damaged, or is not a checkpoint of this search space. Remove it to start again.")
 
 
 def _is_checkpoint(problem: Problem, content: Mapping[str, Any]) -> bool:

@@ -207,7 +207,7 @@ class Problem:
             strange = int((~np.isfinite(losses)).argmax())
             raise ValueError(
                 f"predictor.predict returned a loss of {losses[strange]} for the shape {shapes[strange].tolist()}. "
-                "Losses must be finite: look at what the predictor was fitted on."
+                "Losses must be finite: check the losses that the predictor was fitted on."
             )
         return losses.astype(np.float64)
 
@@ -239,12 +239,13 @@ class Problem:
 
 
 def _droppable(predictor: Predictor, settings: Settings) -> np.ndarray:
-    """Return which layers can be dropped, (layers,) booleans: those that the predictor has seen dropped.
+    """Return which layers can be dropped, (layers,) booleans: those that were dropped in a measured shape.
 
-    A predictor that does not say what it has seen is taken to know everything.
+    A predictor without the attributes `width_choices` and `droppable` is assumed to know every shape.
 
     Raises:
-        ValueError: If layers are to be dropped, but the predictor has seen none dropped or knows other layers.
+        ValueError: If layers are to be dropped, but none was dropped in a measured shape, or the number of layers
+            differs.
     """
     layers = settings.num_layers
     if not settings.drop_rate:

@@ -2,12 +2,13 @@
 
 Parameters, operations and seconds of a subnet are sums of terms that involve a layer and the width before it, and so is
 the predicted loss. The best shape under a budget is therefore a shortest path with a resource constraint, which dynamic
-programming over the layers finds: for each width of the last kept layer, keep the partial shapes that no other partial
-shape ending in that width beats in all costs and loss. What is left after the last layer is the whole front.
+programming over the layers finds. After each layer, it keeps the non-dominated partial shapes for each width of the
+last kept layer: no other one that ends in this width is as good in all costs and in loss. After the last layer, the
+whole shapes that are left form the front.
 
-Costs and losses are added up in the same order as `model.costs.chain_cost` and `ShapePredictor.predict` do it, so those
-of the front are theirs to the last bit. A cost of the front, also one read back from a file, can therefore be used as a
-budget, and is met exactly.
+Costs and losses are added up in the order of `model.costs.chain_cost` and `ShapePredictor.predict`, so the front has
+the same numbers to the last bit. A cost of the front can therefore be used as a budget, also after it was written to a
+file and read back.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from ..model.shapes import SearchSpace
 from .predictor import ShapePredictor
 
 
-PAIRWISE = 32  # up to so many rows are compared each with each; more are split in halves
+PAIRWISE = 32  # up to this many rows are compared with each other directly; more are split into halves
 UNITS = {"parameters": "parameters", "flops": "FLOPs", "latency": "seconds"}  # cost -> its unit, in words
 
 
@@ -33,7 +34,7 @@ class ParetoFront:
     Attributes:
         shapes: (n, layers) integers; 0 drops a layer.
         costs: (n,) numbers by name: `"parameters"`, `"flops"`, `"latency"` (seconds); one or two of them.
-        losses: (n,) predicted losses in nats; with one cost decreasing.
+        losses: (n,) predicted losses in nats. With one cost, they decrease.
     """
 
     shapes: np.ndarray
@@ -134,14 +135,12 @@ def pareto_front(
         raise ValueError(f"cost has {len(costs)} entries. Allowed: one cost, or a sequence of two.")
     terms = [resolve_cost(each, space.config, sequence_length) for each in costs]
     if len({term.name for term in terms}) < len(terms):
-        raise ValueError(
-            f"Both costs are {terms[0].name!r}, so budgets could not tell them apart. Give one, or another."
-        )
+        raise ValueError(f"Both costs are {terms[0].name!r}. Give it once, or give two different costs.")
     layers = list(_extend(terms, space, predictor))
     front = _leave(terms, space, layers[-1])
     return ParetoFront(
         shapes=np.array([0, *space.width_choices])[_trace(layers, front)],
-        costs={  # seconds make the other cost of two float64, too: integers up to 2**53 are exact in it
+        costs={  # next to seconds the other cost is float64, too, which holds integers up to 2**53 exactly
             term.name: front.costs[:, i].astype(type(term.fixed)) for i, term in enumerate(terms)
         },
         losses=front.losses,
@@ -179,7 +178,7 @@ def amount(value: float, cost: str) -> str:
 
 @dataclass(frozen=True)
 class _Partial:
-    """Partial shapes in one state, none of which another one in this state beats.
+    """Partial shapes in one state that no other partial shape in this state dominates.
 
     Positions count from 1 in the width choices of the space.
 
@@ -213,11 +212,11 @@ class _Partial:
 
 
 def _extend(terms: Sequence[ChainCost], space: SearchSpace, predictor: ShapePredictor) -> Iterator[dict[int, _Partial]]:
-    """Yield, layer by layer, the partial shapes of each state that no other partial shape in that state beats."""
+    """Yield, layer by layer, the non-dominated partial shapes of each state."""
     unknown_zero = int(predictor.width_choices[0] != 0)
     effects = np.pad(predictor.effects, ((0, 0), (unknown_zero, 0)))
     pairs = np.pad(predictor.pair_effects, ((0, 0), (unknown_zero, 0), (unknown_zero, 0)))
-    sources = [space.config.hidden_size, *space.width_choices]  # state 0: fed by the embeddings
+    sources = [space.config.hidden_size, *space.width_choices]  # in state 0 no layer was kept so far
     nothing = np.zeros(1, dtype=np.int16)
     integral = all(isinstance(term.fixed, int) for term in terms)
     costs = np.array([[term.fixed for term in terms]], dtype=np.int64 if integral else np.float64)
@@ -237,7 +236,7 @@ def _extend(terms: Sequence[ChainCost], space: SearchSpace, predictor: ShapePred
 
 
 def _leave(terms: Sequence[ChainCost], space: SearchSpace, states: dict[int, _Partial]) -> _Partial:
-    """Return the whole shapes that no other one beats, each by its last state and its row there."""
+    """Return the non-dominated whole shapes, each by its last state and its row there."""
     ends = [
         partial.extended([term.leave(space.width_choices[state - 1]) for term in terms], 0.0, 0, state)
         for state, partial in states.items()

@@ -29,7 +29,7 @@ from .regression import Basis, Posterior, monotone_ridge, ridge, sources
 
 MINIMUM_SHAPES = 8
 FOLDS = 5
-POOR_R2, POOR_SPEARMAN = 0.5, 0.7  # a predictor below either warns
+POOR_R2, POOR_SPEARMAN = 0.5, 0.7  # a predictor below one of these warns
 FORMAT = "supershaper-hf predictor 2"
 
 
@@ -67,7 +67,7 @@ class Quality:
 
     @property
     def poor(self) -> bool:
-        """Whether R2 or Spearman is below its limit, or is no number."""
+        """Whether R2 or Spearman is below its limit, or is NaN."""
         return not (self.r2 >= POOR_R2 and self.spearman >= POOR_SPEARMAN)
 
     def __str__(self) -> str:
@@ -79,7 +79,9 @@ class Quality:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a predictor was fitted on, and how the fit weighed it. The uncertainty follows from it.
+    """The measurements that a predictor was fitted on, with the strength and the noise of the fit.
+
+    The uncertainty of predictions follows from them.
 
     Attributes:
         shapes: (n, layers) measured shapes.

@@ -29,7 +29,7 @@ class Profile:
     Attributes:
         widths: (layers,) width of each layer over the mean width of its shape, averaged over budgets.
         width_deviations: (layers,) standard deviations of `widths` over drawn predictors.
-        importances: (layers,) by how many nats the loss falls from the layer's smallest width to its largest.
+        importances: (layers,) loss in nats at the layer's smallest width minus loss at its largest.
         importance_deviations: (layers,) standard deviations of `importances` over drawn predictors.
     """
 

@@ -1,4 +1,4 @@
-"""Records of measured shapes on disk: JSON lines that survive a kill and are only ever added to.
+"""Records of measured shapes on disk: JSON lines. They survive a kill, and new ones are added at the end.
 
 The first line, the header, says what was measured: `evaluation.make_header` computes fingerprints of the model and of
 the data. Every further line is the record of one shape, as `evaluation.evaluate_shapes` returns it. Each line holds a
@@ -29,7 +29,7 @@ from ..model.shapes import SearchSpace
 
 FORMAT = "supershaper-hf records 2"
 FAMILY = FORMAT.rstrip("0123456789")  # what every version of the format begins with
-# Records can be compared only if these values of the header agree: header key -> how a user knows it.
+# Records can be compared only if these values of the header agree: key of the header -> words for an error.
 CONDITIONS = {"model": "another model", "data": "other data", "precision": "another precision"}
 KEYS = ("shape", "loss", "perplexity", "accuracy")
 LARGEST_EXPONENT = 709.0  # exp overflows a little above
@@ -127,7 +127,7 @@ def explain_failure(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(
-            f"{file} could not be read or written: {error}. Solve that (is the disk full?), or give another "
+            f"{file} could not be read or written: {error}. Solve the problem (is the disk full?), or give another "
             "records_file. Then make the same call again: it continues from the records in the file."
         ) from error
 
@@ -242,7 +242,7 @@ def parse_header(file: Path, line: bytes) -> Header:
     if not valid:
         raise ValueError(
             f"{file} does not begin with a valid header of {FORMAT!r}, but with {line[:60]!r}: the header is damaged, "
-            f"or this is no records file. {ADVICE}"
+            f"or this is not a records file. {ADVICE}"
         )
     return header
 
@@ -261,7 +261,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def parse_record(line: bytes, header: Header) -> Record:
-    """Return the record in a line, or raise a ValueError with the reason why it is none."""
+    """Return the record in a line, or raise a ValueError that says why the line is not a record."""
     row = parse_line(line)
     if row.keys() - {"loss_is"} != set(KEYS):
         raise ValueError(f"not an object with {', '.join(KEYS)}")

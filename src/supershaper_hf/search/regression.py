@@ -146,8 +146,8 @@ def monotone_ridge(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit as `ridge` does with one `strength`, but so that no step to a wider layer raises the loss.
 
-    The unknowns are the trend and each step as a whole, the trend's part included, which may not be positive. The
-    penalty is on the difference between a step and the trend's part of it.
+    The unknowns are the trend, and for each step the whole change of the loss, including the part that the trend
+    explains. This change must not be positive. The penalty is on the part that the trend does not explain.
 
     Returns:
         The coefficients `slope` (2,) and `weights` (columns,), as those of `RidgeFit`.
@@ -200,6 +200,6 @@ class Posterior:
         return self.noise * np.sqrt(1 + (solved**2).sum(axis=0))
 
     def draw(self, num_draws: int, random: np.random.Generator) -> np.ndarray:
-        """Draw how far the coefficients may be from their estimates: (num_draws, columns), the trend's two first."""
+        """Draw deviations of the coefficients from their estimates: (num_draws, columns), the trend's two first."""
         normal = random.standard_normal((len(self.factor), num_draws))
         return (self.noise * np.linalg.solve(self.factor.T, normal)).T

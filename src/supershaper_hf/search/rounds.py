@@ -19,7 +19,7 @@ from .pareto import ParetoFront, amount, pareto_front
 from .predictor import MINIMUM_SHAPES, Evidence, ShapePredictor
 
 
-ATTEMPTS = 64  # so often are the first shapes drawn before a space is taken to have no further ones
+ATTEMPTS = 64  # after this many draws without enough different shapes, the space is taken to have no others
 
 Records = list[dict[str, Any]]
 
@@ -48,8 +48,8 @@ def measure_in_rounds(
         rounds: Number of rounds. The first one is random.
         seed: Random seed, not negative.
         cost: The cost of the Pareto front, or two costs: see `pareto_front`.
-        max_cost: The budgets that matter, in the unit of the (first) cost. Without them all shapes are random: where
-            every budget matters, rounds only pay from about 100 shapes on (docs/results.md).
+        max_cost: The budgets that matter, in the unit of the (first) cost. Without them all shapes are random: if
+            every budget matters, rounds help only from about 100 shapes on (docs/results.md).
         drop_rate: Probability of each layer to be dropped in the first round: see `SearchSpace.sample`.
         sequence_length: Tokens per sequence, for a cost in FLOPs.
 
@@ -132,10 +132,10 @@ def propose_shapes(
     max_cost: float | Sequence[float],
     sequence_length: int = 128,
 ) -> list[list[int]]:
-    """Return up to `num_shapes` shapes that are not in `known`, each from the front of another drawn predictor.
+    """Return up to `num_shapes` shapes that are not in `known`, each from the front of a different drawn predictor.
 
-    The budgets `max_cost` take turns: from each front, the best shape for one of them that is not known yet is taken.
-    There are fewer shapes if all affordable shapes of a front are known.
+    The budgets `max_cost` take turns. From each front, the best shape within one budget is taken that is not known yet.
+    There are fewer shapes if all shapes of a front within the budget are known.
 
     Raises:
         ValueError: If no shape is as cheap as a budget.
@@ -162,7 +162,7 @@ def best_measured(
 
     Args:
         space: The search space.
-        records: Records of measured shapes, with `shape` and `loss`. A loss of NaN is passed over.
+        records: Records of measured shapes, with `shape` and `loss`. Records whose loss is NaN are ignored.
         cost: `"parameters"`, `"flops"` or a `LatencyTable`.
         max_cost: The budget, in the unit of the cost.
         sequence_length: Tokens per sequence, for FLOPs.
@@ -207,7 +207,7 @@ def _check_affordable(front: ParetoFront, max_cost: float | Sequence[float]) -> 
 
 
 def _indifferent_predictor(space: SearchSpace, shapes: list[list[int]]) -> ShapePredictor:
-    """Return a predictor that finds all shapes equally good, so that its front is the cheapest shape alone.
+    """Return a predictor with the same loss for all shapes, so that its front is the cheapest shape alone.
 
     It drops the layers that are dropped in one of `shapes`, as a predictor does that is fitted on them.
     """
@@ -220,7 +220,7 @@ def _indifferent_predictor(space: SearchSpace, shapes: list[list[int]]) -> Shape
 def _random_shapes(space: SearchSpace, num_shapes: int, seed: int, drop_rate: float) -> list[list[int]]:
     """Return `num_shapes` different random shapes. The smallest and the largest are among them, and every width occurs.
 
-    There are fewer if a small space has no more of them, or hardly any.
+    There are fewer if a small space does not have so many.
     """
     shapes = dict.fromkeys([tuple(space.smallest), tuple(space.largest)])
     for step in range(ATTEMPTS):

@@ -1,4 +1,4 @@
 """Super pre-training.
 
-`sandwich.py` computes one step, `loop.py` runs the loop around it; the other files are what a long run needs.
+`sandwich.py` computes one step, and `loop.py` runs the loop around it. The other files hold what a long run needs.
 """

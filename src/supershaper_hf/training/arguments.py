@@ -130,7 +130,7 @@ class SuperPretrainingArguments:
         None, "The shape that --sampling fixed trains: one width for each layer. By default the model's own full shape."
     )
 
-    # Losses beside the one on the labels
+    # Losses in addition to the loss on the labels
     distillation_weight: float | None = option(
         None,
         "Share of the largest shape's predictions in the targets of the other shapes: 0 trains on the labels only, 1 "
@@ -174,7 +174,7 @@ class SuperPretrainingArguments:
     save_total_limit: int = option(2, "Number of checkpoints that are kept. Older ones are removed.")
     report_to: list[str] = field(
         default_factory=list,
-        metadata={"help": f"Trackers that get the metrics beside metrics.jsonl: {', '.join(TRACKERS)}."},
+        metadata={"help": f"Trackers that get the metrics of metrics.jsonl too: {', '.join(TRACKERS)}."},
     )
     target_perplexity: float | None = option(
         None, "Training ends early when the first shape of an evaluation has this perplexity or a lower one."
@@ -188,7 +188,10 @@ class SuperPretrainingArguments:
         self._check_shapes()
         self._check_losses()
         if self.target_perplexity is not None and self.eval_steps is None:
-            raise ValueError(f"target_perplexity={self.target_perplexity} needs eval_steps: how often to evaluate.")
+            raise ValueError(
+                f"target_perplexity={self.target_perplexity} needs eval_steps, the number of steps between two "
+                "evaluations."
+            )
 
     def get_warmup_steps(self) -> int:
         """Return the number of steps in which the learning rate rises."""
@@ -222,7 +225,7 @@ class SuperPretrainingArguments:
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if self.mixed_precision is None and launched not in PRECISIONS:
             raise ValueError(
-                f"`accelerate launch` was told mixed_precision={launched!r}. Allowed for super pre-training: "
+                f"`accelerate launch` was given mixed_precision={launched!r}. Allowed for super pre-training: "
                 f"{', '.join(PRECISIONS)}."
             )
 

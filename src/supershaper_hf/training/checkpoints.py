@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "supershaper-hf checkpoint 1"
 NAME = re.compile(r"checkpoint-\d{8}")
 LEFTOVER = re.compile(r"\.checkpoint-\d{8}\.(partial|old)")  # what a kill leaves of `write_folder`
-FREE_SPACE = "Solve that (is the disk full?), then start the same command again: it goes on from there."
+FREE_SPACE = "Solve the problem (is the disk full?), then start the same command again: it continues from there."
 
 
 def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
@@ -104,7 +104,7 @@ def save_checkpoint(
 
 @contextmanager
 def explained(path: Path, advice: Callable[[], str]) -> Iterator[None]:
-    """Turn an error in writing `path` into an OSError that names it and tells what to do.
+    """Turn an error in writing `path` into an OSError that names it and says what to do.
 
     Libraries report a full disk as an OSError, a RuntimeError (torch), a SafetensorError, or a bare Exception
     (tokenizers). Other errors are mistakes in the code and pass as they are.

@@ -3,9 +3,9 @@
 `super_pretrain` prepares a `Run`, and `Run.train` is the loop: read, step, log, evaluate, save. What one step computes
 is in `sandwich.py`, what is written in `run_folder.py`, and what stops a run early in `stopping.py`.
 
-A step is a function of the weights, the optimizer's moments, the seed, and the number of the step: shapes, order of the
-text, masks and dropout are all drawn from the last two. So a run that goes on from a checkpoint equals a run that was
-never stopped, and one process computes what several compute at the same global batch.
+A step is a function of the weights, the optimizer's moments, the seed, and the number of the step. Shapes, order of
+the text, masks and dropout are all drawn from the seed and this number. So a run that resumes from a checkpoint equals
+a run that was never stopped, and one process computes what several compute at the same global batch.
 """
 
 import math
@@ -62,8 +62,8 @@ def super_pretrain(
 ) -> TrainingSummary:
     """Train `model` in place on `dataset`.
 
-    With `args.output_dir`, the run writes checkpoints, models, records and a summary to that folder (see
-    `run_folder.py`), and goes on from the newest checkpoint in it. Without it, nothing is written or resumed.
+    With `args.output_dir`, the run writes checkpoints, models, metrics and a summary to that folder (see
+    `run_folder.py`), and resumes from the newest checkpoint in it. Without it, nothing is written or resumed.
 
     Args:
         model: A supernet; with `sampling="fixed"` also a subnet.
@@ -83,7 +83,7 @@ def super_pretrain(
     Raises:
         ValueError: If tokenizer and vocabulary disagree, if `model` is a subnet and the sampling is not fixed, if
             there are checkpoints but none can be used, or if they were made under conditions that cannot change.
-        FileExistsError: If `args.output_dir` holds what no run of ours has made; also if
+        FileExistsError: If `args.output_dir` holds files that no run of this package has made; also if
             `args.resume_from_checkpoint` is off and there are checkpoints.
         FloatingPointError: If the gradients are not finite in `args.max_skipped_steps` steps in a row, or if the
             weights are not finite when they would be saved.
@@ -136,7 +136,7 @@ class Run:
         self.learning_rate = learning_rate_schedule(args)
         self.launcher = Launcher()
         self.progress = Progress()
-        self.position: dict[str, Any] | None = None  # where to go on reading the text; None is its start
+        self.position: dict[str, Any] | None = None  # where to continue in the text; None is its start
         self.must_stop = False
         if args.gradient_checkpointing:
             checkpoint_layers(model, True)
@@ -176,7 +176,7 @@ class Run:
             return self.finish(monitor, signals)
 
     def resume(self) -> Progress:
-        """Go on from the newest good checkpoint, if there is one; return the counters."""
+        """Resume from the newest good checkpoint, if there is one; return the counters."""
         state = None if self.folder is None else self.folder.resume()
         if state is not None:
             self.progress = state.progress
@@ -201,7 +201,8 @@ class Run:
                 batch, position = next(batches)
                 micro_batches.append(batch)
         except Exception:
-            if self.accelerator.num_processes == 1:  # Several would wait here for one whose text did not fail.
+            # With several processes, the text of the others may be fine: they would not save, and this one would wait.
+            if self.accelerator.num_processes == 1:
                 self.save_checkpoint()
             raise
         self.position = position
@@ -267,7 +268,7 @@ class Run:
         """Evaluate the named shapes, and save the model as `best` if their mean loss is the lowest so far."""
         model = self.accelerator.unwrap_model(self.model)
         shapes = evaluation_shapes(self.space, self.args.shape)
-        with torch.compiler.set_stance("force_eager"):  # Each of the many lengths would be compiled.
+        with torch.compiler.set_stance("force_eager"):  # Else each of the many lengths is compiled.
             records = evaluate_shapes(
                 model, self.eval_batches, list(shapes.values()), "Evaluating", accelerator=self.accelerator
             )
@@ -299,7 +300,7 @@ class Run:
         )
 
     def finish(self, monitor: Monitor, signals: list[signal.Signals]) -> TrainingSummary:
-        """Write the last checkpoint and the summary, and the last model unless the run is to go on later."""
+        """Write the last checkpoint and the summary, and, unless the run was interrupted, the last model."""
         (stops,) = self.sum_over_processes([self.must_stop or self.stop_asked(signals)])
         status = "interrupted" if stops else "target reached" if self.target_reached() else "finished"
         summary = self.summarize(status, monitor)
@@ -323,7 +324,7 @@ class Run:
 
 
 def evaluation_shapes(space: SearchSpace | None, shape: Shape) -> dict[str, Shape]:
-    """Return the shapes to evaluate by name: both ends, and hand-crafted ones of half the size between them."""
+    """Return shapes to evaluate, by name: the largest, the smallest, and hand-crafted ones of a size in the middle."""
     if space is None:
         return {"model": shape}
     budget = (space.num_parameters(space.largest) + space.num_parameters(space.smallest)) // 2

@@ -117,7 +117,7 @@ def attention_loss(
 ) -> Tensor:
     """Return KL(teacher || student) between the attention distributions softmax(q k^T / sqrt(head size)), in nats.
 
-    TinyBERT compares the scores before the softmax. Distributions can be compared whatever the sizes of the heads.
+    TinyBERT compares the scores before the softmax. Distributions can be compared even where heads differ in size.
 
     Args:
         student: Query and key of each layer that the student kept, (batch, heads, length, head_size) each.

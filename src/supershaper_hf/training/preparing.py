@@ -26,11 +26,11 @@ def make_accelerator(args: SuperPretrainingArguments) -> Accelerator:
     """Return the `Accelerator` of a run.
 
     Raises:
-        ValueError: If `accelerate launch` was told a precision or a kind of distribution that is not supported.
+        ValueError: If `accelerate launch` was given a precision or a kind of distribution that is not supported.
         RuntimeError: If Accelerate and the launcher disagree on the number of processes.
     """
     drops_layers = args.drop_rate > 0 or (args.shape is not None and 0 in args.shape)
-    # DDP must be told that a layer may have no part in the pass that exchanges the gradients.
+    # A dropped layer has no gradient in the pass after which DDP exchanges gradients, so DDP must not wait for it.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=drops_layers, gradient_as_bucket_view=True)
     accelerator = start_accelerator(
         mixed_precision=args.mixed_precision,
@@ -79,8 +79,8 @@ def make_optimizer(model: torch.nn.Module, args: SuperPretrainingArguments) -> t
 
 def learning_rate_schedule(args: SuperPretrainingArguments) -> Callable[[int], float]:
     """Return the function from the number of updates done so far to the learning rate of the next one."""
-    # The schedulers of transformers are written for an optimizer; this one stands for it. All that the arguments
-    # allow compute the rate from the number of updates alone.
+    # The schedulers of transformers need an optimizer, so they get this stand-in. Every scheduler that the arguments
+    # allow computes the learning rate from the number of updates alone.
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     warmup = args.get_warmup_steps()
     scheduler: LambdaLR = get_scheduler(args.lr_scheduler_type, stand_in, warmup, args.max_steps)

@@ -200,7 +200,7 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not count the time spent here, for evaluating and saving, in the training speed."""
+        """Leave the time inside this context, which evaluates and saves, out of the training speed."""
         start = time.perf_counter()
         yield
         self.last_time += time.perf_counter() - start

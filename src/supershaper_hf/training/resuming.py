@@ -1,6 +1,6 @@
-"""What a run goes on with: the numbers in a checkpoint, and the conditions that may or may not change.
+"""What a run resumes with: the numbers in a checkpoint, and the conditions that may or may not change.
 
-The conditions of a run are everything that decides its result. A run that goes on compares them with those of the
+The conditions of a run are everything that decides its result. A run that resumes compares them with those of the
 checkpoint: some may differ without effect (`FREE`), some take effect from the next step on (`FROM_NEXT_STEP`), and a
 difference in any other one is refused, because the result would be neither the old run nor a new one.
 """
@@ -23,7 +23,7 @@ from .progress import Progress
 STATE_FILE = "progress.json"
 STATE_FORMAT = "supershaper-hf training state 1"
 
-FREE = (  # These decide nothing of the result.
+FREE = (  # These do not change the result.
     "output_dir", "resume_from_checkpoint", "logging_steps", "save_steps", "save_total_limit", "report_to",
     "dataloader_num_workers", "max_skipped_steps",
 )  # fmt: skip
@@ -115,7 +115,7 @@ def changed_conditions(before: Mapping[str, Any], now: Mapping[str, Any], checkp
     if fixed:
         raise ValueError(
             f"{checkpoint} was written by a run under other conditions, which cannot change within a run: "
-            f"{describe_changes(fixed)}. Start again with the old values to go on, or choose another output_dir for a "
+            f"{describe_changes(fixed)}. Start again with the old values to resume, or choose another output_dir for a "
             "new run."
         )
     return changes
@@ -127,12 +127,12 @@ def describe_changes(changes: Sequence[Mapping[str, Any]]) -> str:
 
 @dataclass
 class TrainingState:
-    """The numbers of a checkpoint, beside its tensors.
+    """The numbers of a checkpoint. Its tensors are in `state.py`.
 
     Attributes:
         conditions: See `run_conditions`.
         progress: The counters of the run.
-        positions: For each process, where it goes on reading the text.
+        positions: For each process, where it continues in the text.
         scaler: State of the gradient scaler of fp16; empty in other precisions.
     """
 
@@ -164,7 +164,7 @@ def read_state(checkpoint: Path) -> TrainingState:
 
 
 def position_in_text(state: TrainingState, rank: int, sequences_per_micro_batch: int) -> dict[str, Any] | None:
-    """Return where process `rank` has to go on reading.
+    """Return where process `rank` continues in the text.
 
     Args:
         state: The state of the checkpoint.

@@ -1,7 +1,7 @@
 """The folder of a run: who may write to it, and what is written to it.
 
-output_dir/run.json                the conditions of the run; shows that a run of ours began here
-           checkpoint-00000500/    what a run goes on from; see `checkpoints.py`
+output_dir/run.json                the conditions of the run; shows that a run of this package began here
+           checkpoint-00000500/    what a run resumes from; see `checkpoints.py`
            best/  last/            complete models with code, tokenizer and card
            metrics.jsonl  evaluation.png  training_summary.json
 """
@@ -126,7 +126,7 @@ class RunFolder:
 
         Args:
             progress: The counters.
-            position: Where this process goes on reading the text.
+            position: Where this process continues in the text.
 
         Raises:
             FloatingPointError: If a weight is not finite.
@@ -167,7 +167,7 @@ class RunFolder:
 
         Raises:
             FloatingPointError: If a weight is not finite.
-            OSError: If it cannot be written. What was there before still is.
+            OSError: If it cannot be written. The model that was there before stays.
         """
         weights = collect_weights(self.accelerator, self.model)
         check_finite(self.accelerator, weights, summary.progress.step, advice_when_diverged(self.args))
@@ -204,7 +204,7 @@ def advice_when_diverged(args: SuperPretrainingArguments) -> str:
     return (
         f"Lower learning_rate={args.learning_rate}, look at weight_decay={args.weight_decay}, raise warmup_steps="
         f"{args.warmup_steps}, or train with bf16 instead of fp16, and start again: the new values are applied from "
-        "the newest checkpoint on. If the run fails again soon, remove that checkpoint to go on from the one before "
+        "the newest checkpoint on. If the run fails again soon, remove that checkpoint to resume from the one before "
         f"it. Newest checkpoint: {newest}."
     )
 
@@ -219,13 +219,14 @@ def claim(folder: Path, may_resume: bool) -> None:
     checkpoints = list_checkpoints(folder)
     if checkpoints and not may_resume:
         raise FileExistsError(
-            f"{folder} holds checkpoints, and resume_from_checkpoint=False. Choose another output_dir, or go on."
+            f"{folder} holds checkpoints, and resume_from_checkpoint=False. Choose another output_dir, or set "
+            "resume_from_checkpoint=True."
         )
     names = [RUN_FILE, *MODELS, METRICS_FILE, SUMMARY_FILE, PLOT_FILE]
     found = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
     if found and not checkpoints and not _began_here(folder):
         raise FileExistsError(
-            f"{folder} holds {', '.join(found)}, but no run of super pre-training that began there: it would "
+            f"{folder} holds {', '.join(found)}, but no run of super pre-training began there, so a run would "
             "replace what somebody else has made. Choose another output_dir."
         )
     for name in MODELS:  # A kill may have left one of them under a hidden name.

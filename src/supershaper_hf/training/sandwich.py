@@ -2,8 +2,8 @@
 
 Each step trains the largest shape, the smallest one and some random ones on the same text. This is the sandwich rule
 (Yu and Huang, "Universally Slimmable Networks", 2019; section 3 of SuperShaper, arXiv 2110.04711). `step_shapes` draws
-the shapes, `sandwich_step` adds up their gradients, and `decay_groups` tells AdamW which parameters decay. `loop.py`
-calls them in every step.
+the shapes, `sandwich_step` adds up their gradients, and `decay_groups` separates the parameters that decay. `loop.py`
+calls the first two in every step.
 """
 
 from collections.abc import Sequence

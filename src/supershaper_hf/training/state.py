@@ -1,4 +1,4 @@
-"""The tensors that a run goes on from: the weights, and the moments that AdamW keeps of the gradients.
+"""The tensors that a run resumes from: the weights, and the moments that AdamW keeps of the gradients.
 
 Both are collected as whole tensors by name, also where FSDP gave each process a part of every tensor. They are stored
 as safetensors, which hold numbers and no code. The rest of a run's state is a few numbers; see `resuming.py`.

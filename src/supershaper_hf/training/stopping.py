@@ -1,6 +1,6 @@
 """When a run has to stop before its last step: a signal came, or the launcher that started it is gone.
 
-The loop looks at both after each step. It then writes a checkpoint and ends, so that the same command goes on later.
+The loop looks at both after each step. It then writes a checkpoint and ends. The same command resumes the run.
 """
 
 import os
