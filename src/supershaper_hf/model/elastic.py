@@ -76,9 +76,10 @@ def elastic_layer_norm(norm: nn.LayerNorm, inputs: torch.Tensor) -> torch.Tensor
 def merge(
     out_weight: torch.Tensor, out_bias: torch.Tensor, in_weight: torch.Tensor, in_bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multiply an output bottleneck (hidden_size, w) and the next input bottleneck (v, hidden_size) into a w -> v map.
+    """Multiply the map out of a layer (hidden_size, w) and the map into the next (v, hidden_size) into one w -> v map.
 
-    Nothing is computed between the two, so the product is exact: W = W_in W_out, b = W_in b_out + b_in.
+    The caller has narrowed both to the widths w and v of their layers. Nothing is computed between the two, so the
+    product is exact: W = W_in W_out, b = W_in b_out + b_in.
     """
     return in_weight @ out_weight, in_weight @ out_bias + in_bias
 

@@ -6,6 +6,16 @@ programming over the layers finds. After each layer, it keeps the non-dominated 
 last kept layer: no other one that ends in this width is as good in all costs and in loss. After the last layer, the
 whole shapes that are left form the front.
 
+For example, take two layers and the widths 16 and 48. The state of a partial shape is the position of its last kept
+width: 1 for 16, 2 for 48, and 0 if no layer was kept yet. Before the first layer there is one partial shape, in state
+0. The first layer leads from it to one partial shape in state 1 and one in state 2. The second layer leads from each of
+these two to both states, so each state has two candidates, and keeps those that are not dominated. `_leave` adds what
+comes after the last layer, puts the states together, and keeps what is not dominated: the front. `_trace` follows every
+point of the front back through the states, and so finds its widths.
+
+In reading order: `ParetoFront`, `pareto_front`, then the search itself: `_extend`, `_leave`, `_trace` and
+`_non_dominated`.
+
 Costs and losses are added up in the order of `model.costs.chain_cost` and `ShapePredictor.predict`, so the front has
 the same numbers to the last bit. A cost of the front can therefore be used as a budget, also after it was written to a
 file and read back.
@@ -213,6 +223,8 @@ class _Partial:
 
 def _extend(terms: Sequence[ChainCost], space: SearchSpace, predictor: ShapePredictor) -> Iterator[dict[int, _Partial]]:
     """Yield, layer by layer, the non-dominated partial shapes of each state."""
+    # If the predictor knows no dropped layers, its tables get a first row for them, so that positions count from 1. The
+    # effects of pairs are 0 where no layer was kept before, which is state 0.
     unknown_zero = int(predictor.width_choices[0] != 0)
     effects = np.pad(predictor.effects, ((0, 0), (unknown_zero, 0)))
     pairs = np.pad(predictor.pair_effects, ((0, 0), (unknown_zero, 0), (unknown_zero, 0)))
@@ -272,15 +284,15 @@ def _non_dominated(candidates: Sequence[_Partial]) -> _Partial:
 
 
 def _lowest(losses: np.ndarray) -> np.ndarray:
-    """Return which rows of `losses` (n, 1) are below all rows before them, as booleans (n,)."""
+    """Return which rows of `losses` (n, 1), sorted by cost, are below all rows before them, as booleans (n,)."""
     return losses[:, 0] < np.minimum.accumulate(np.concatenate([[np.inf], losses[:-1, 0]]))
 
 
 def _undominated(rows: np.ndarray) -> np.ndarray:
     """Return which rows of `rows` (n, 2) have no row before them that is as low in both columns, as booleans (n,).
 
-    The columns are second cost and loss. Divide and conquer: rows of the second half also have to be below the
-    staircase that the rows of the first half form.
+    The rows are sorted by the first cost, and their columns are second cost and loss. Divide and conquer: rows of the
+    second half also have to be below the staircase that the rows of the first half form.
     """
     n = len(rows)
     if n <= PAIRWISE:

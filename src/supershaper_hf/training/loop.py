@@ -73,7 +73,7 @@ def super_pretrain(
         eval_batches: Masked batches from `batches.fixed_masks`, on which named shapes are evaluated.
         teacher: An outside teacher, for `args.teacher_weight`.
         description: Label of the progress bar.
-        card: Sections and metadata of the model cards, as in `hub.model_card`.
+        card: Sections and metadata of the model cards, as in `card.model_card`.
 
     Returns:
         The summary. Its `status` is "finished" or "target reached" if the run is complete. It is "interrupted" after

@@ -27,7 +27,7 @@ Shape = Sequence[int] | None  # None is the model's own full shape
 def step_shapes(space: SearchSpace | None, args: SuperPretrainingArguments, step: int) -> list[Shape]:
     """Return the shapes of a step. Equal (seed, step) give equal shapes, on every process and after a resume.
 
-    The largest shape comes first, so that it can teach the others. Only random shapes drop layers.
+    In a sandwich the largest shape comes first, so that it can teach the others. Only random shapes drop layers.
 
     Args:
         space: The search space; `None` for `sampling="fixed"`.
