@@ -38,6 +38,7 @@ from supershaper_hf import (
 from supershaper_hf.checks import check_choice, check_count, check_number
 from supershaper_hf.convert.importance import reorder_channels
 from supershaper_hf.data.sequences import check_vocabulary
+from supershaper_hf.devices import copy_mapped_weights
 from supershaper_hf.files import parse_json
 from supershaper_hf.model.costs import training_flops
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
@@ -217,6 +218,7 @@ def load_models(
     """Return the model to train, its tokenizer, and the outside teacher if there is one."""
     torch.manual_seed(args.seed)  # a head that the checkpoint lacks starts equal on every process and in every run
     model, teacher = load_model(script, args), None
+    copy_mapped_weights(model)  # before the text is read, which may take hours
     flag = "tokenizer_name" if script.tokenizer_name else "model_name_or_path"
     tokenizer = load_pretrained(flag, str(getattr(script, flag)), load_tokenizer)
     check_vocabulary(tokenizer, model.config)

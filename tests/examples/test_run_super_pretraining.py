@@ -255,6 +255,18 @@ def test_subnet_goes_on_with_its_shape(run, subnet):
     assert list(summary(folder)["evaluation"]) == ["model"]
 
 
+def test_files_of_the_models_may_change_while_the_text_is_read(script, subnet):
+    options = [f"--model_name_or_path={subnet}", f"--teacher={subnet}", "--teacher_weight=1"]
+    model, _, teacher = script.load_models(
+        *script.parse_arguments([*options, "--train_files=a", "--output_dir=o", "--sampling=fixed"])
+    )
+    before = [{name: tensor.clone() for name, tensor in each.state_dict().items()} for each in (model, teacher.model)]
+    file = subnet / "model.safetensors"
+    with file.open("r+b") as stream:
+        stream.write(bytes(file.stat().st_size))
+    assert_same([model.state_dict(), teacher.model.state_dict()], before, atol=0)
+
+
 def test_subnet_needs_fixed_sampling(run, subnet):
     with pytest.raises(ValueError, match="is a subnet, which has one shape only: add --sampling fixed"):
         run(subnet)

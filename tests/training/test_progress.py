@@ -343,11 +343,14 @@ def test_damaged_line_takes_no_other_with_it(clock, tmp_path, monkeypatch):
     monkeypatch.setattr(progress_module.logger, "warning", said.append)
     good = [{"step": step, "loss": [3.0]} for step in (1, 2, 3)]
     damaged = [b"{", b"\xff\xfe", b"null", b'{"loss": [3.0]}', b'{"step": "1"}', b'{"step": NaN}', b"[" * 5000]
+    damaged += [b'{"step": 1}', b'{"step": true, "loss": []}', b'{"step": 1, "loss": ["3"]}']
+    damaged += [b'{"step": 1, "evaluation": ' + value + b"}" for value in (b"5", b'{"a": 1}', b'{"a": {"loss": 1}}')]
     lines = [json.dumps(good[0]).encode(), *damaged, json.dumps(good[1]).encode(), b"", json.dumps(good[2]).encode()]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b'\n{"step": 4, "lo')
     monitor = monitor_of(Progress(step=9), output_dir=str(tmp_path))
     assert monitor.records == good
-    assert said == [f"{tmp_path / 'metrics.jsonl'} has damaged lines, which are left out: 2, 3, 4, 5, 6, 7, 8, 10."]
+    numbers = ", ".join(str(number) for number in [*range(2, len(damaged) + 2), len(damaged) + 3])
+    assert said == [f"{tmp_path / 'metrics.jsonl'} has damaged lines, which are left out: {numbers}."]
 
 
 def test_other_processes_write_and_say_nothing(clock, tmp_path, monkeypatch, capsys):

@@ -46,6 +46,26 @@ def test_files_of_somebody_else_are_not_replaced(tokenizer, dataset, eval_batche
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("link", [False, True], ids=["folder", "link"])
+def test_model_of_somebody_else_beside_our_run_is_not_replaced(tokenizer, dataset, eval_batches, tmp_path, link):
+    """The run had no evaluation so far, so it has never written a `best`."""
+    folder, stranger = tmp_path / "run", tmp_path / ("elsewhere" if link else "run/best")
+    pretrain(tokenizer, dataset, output_dir=str(folder))
+    stranger.mkdir()
+    (stranger / "notes.txt").write_text("mine")
+    if link:
+        (folder / "best").symlink_to(stranger)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="run holds best, but no run of super pre-training that began there has"):
+        pretrain(tokenizer, dataset, eval_batches=eval_batches, max_steps=4, output_dir=str(folder))
+    assert contents(tmp_path) == before
+    stranger.rename(tmp_path / "safe")
+    (folder / "best").unlink(missing_ok=True)
+    for steps in (4, 5):
+        pretrain(tokenizer, dataset, eval_batches=eval_batches, max_steps=steps, output_dir=str(folder))
+    assert (folder / "best" / "config.json").exists()
+
+
 def test_other_files_in_the_folder_do_no_harm_and_stay(tokenizer, dataset, tmp_path):
     folders = [tmp_path / name for name in ("checkpoint-keep", "checkpoint-500", "search")]
     for folder in folders:
@@ -183,6 +203,7 @@ def no_space(*args, **kwargs):
 @pytest.mark.parametrize(
     ("where", "name", "file"),
     [
+        (run_folder, "write_json", "run.json"),
         (run_folder, "save_for_hub", "best"),
         (progress, "to_json", "metrics.jsonl"),
         (progress, "plot_evaluations", "evaluation.png"),

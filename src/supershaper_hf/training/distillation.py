@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from ..checks import check_choice, check_count, check_number
+from ..devices import copy_mapped_weights
 from ..model.elastic import SuperShaperEncoder, SuperShaperSelfAttention, elastic_linear
 from .losses import alpha_divergence, attention_loss, hidden_state_loss, relation_loss, soft_cross_entropy, split_heads
 
@@ -122,7 +123,8 @@ class OutsideTeacher:
     """A second model, of any depth and width, that teaches the last layer of every shape through `relation_loss`.
 
     The model is frozen and put into evaluation mode; it keeps its dtype. It reads the student's token ids, so it must
-    have been trained with the same tokenizer.
+    have been trained with the same tokenizer. Weights that are still mapped to their file are copied into memory, see
+    `devices.copy_mapped_weights`.
 
     Args:
         model: A BERT, RoBERTa, ELECTRA, DistilBERT, MPNet or SuperShaper model, with or without a head. It is changed
@@ -145,6 +147,7 @@ class OutsideTeacher:
     def __init__(self, model: PreTrainedModel, layer: int = -1) -> None:
         # The head is left out: for a whole vocabulary at every position it would cost as much as several layers.
         self.model = model.base_model.eval().requires_grad_(False)
+        copy_mapped_weights(self.model)
         modules = dict(self.model.named_modules())
         found = [
             [modules[name.removesuffix(names[0]) + projection] for projection in names]

@@ -266,7 +266,23 @@ def read_record(line: str) -> dict[str, Any] | None:
         record = parse_json(line, METRICS_FILE)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record if isinstance(record, dict) and _is_complete(record) else None
+
+
+def _is_complete(record: Mapping[str, Any]) -> bool:
+    """Return whether a record holds what `Monitor` and `plot_evaluations` read of it. None is no finite number."""
+
+    def are_numbers(values: Sequence[Any]) -> bool:
+        return all(value is None or type(value) in (int, float) for value in values)
+
+    if type(record.get("step")) is not int:
+        return False
+    if "evaluation" not in record:
+        return isinstance(record.get("loss"), list) and are_numbers(record["loss"])
+    rows = record["evaluation"]
+    return isinstance(rows, dict) and all(
+        isinstance(row, dict) and row.keys() >= set(MEASURES) and are_numbers([*row.values()]) for row in rows.values()
+    )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The folder of a run: who may write to it, and what is written to it.
 
-output_dir/run.json                the conditions of the run; shows that a run of this package began here
+output_dir/run.json                the conditions of the run, and the models that it has begun to write
            checkpoint-00000500/    what a run resumes from; see `checkpoints.py`
            best/  last/            complete models with code, tokenizer and card
            metrics.jsonl  evaluation.png  training_summary.json
@@ -66,6 +66,7 @@ class RunFolder:
         self.args, self.conditions, self.card = args, conditions, card
         self.path = Path(str(args.output_dir))
         self.saved_step = 0
+        self.models: list[str] = []  # which of `MODELS` a run of ours has begun to write here; main process only
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -80,7 +81,7 @@ class RunFolder:
             def begin() -> None:
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock(self.path))
-                claim(self.path, self.args.resume_from_checkpoint)
+                self.models = claim(self.path, self.args.resume_from_checkpoint)
 
             on_main_process(begin, self.accelerator)
             yield
@@ -93,10 +94,13 @@ class RunFolder:
         """
         checkpoint = newest_good_checkpoint(self.accelerator, self.path)
         state = None if checkpoint is None else on_every_process(lambda: self._load(checkpoint), self.accelerator)
-        on_main_process(
-            lambda: write_json(self.path / RUN_FILE, RUN_FORMAT, {"conditions": self.conditions}), self.accelerator
-        )
+        on_main_process(self._write_run_file, self.accelerator)
         return state
+
+    def _write_run_file(self) -> None:
+        content = {"conditions": self.conditions, "models": self.models}
+        with explained(self.path / RUN_FILE, lambda: FREE_SPACE):
+            write_json(self.path / RUN_FILE, RUN_FORMAT, content)
 
     def _load(self, checkpoint: Path) -> TrainingState:
         state = read_state(checkpoint)
@@ -176,6 +180,9 @@ class RunFolder:
         sections = {"repo_id": self.path.name, "training": summary.describe(), "evaluation": evaluation}
 
         def save() -> None:
+            if name not in self.models:
+                self.models.append(name)
+                self._write_run_file()
             with explained(self.path / name, lambda: FREE_SPACE), hidden_progress_bars():
                 save_for_hub(
                     unwrap(self.accelerator, self.model),
@@ -209,11 +216,14 @@ def advice_when_diverged(args: SuperPretrainingArguments) -> str:
     )
 
 
-def claim(folder: Path, may_resume: bool) -> None:
+def claim(folder: Path, may_resume: bool) -> list[str]:
     """Make sure that a run of ours may write to `folder`. The caller has to hold its lock.
 
+    Returns:
+        Which of `MODELS` earlier runs have begun to write there. Without a `run.json`, all that are beside checkpoints.
+
     Raises:
-        FileExistsError: If the folder holds files with the names of ours, but no run of ours began there. Also if
+        FileExistsError: If the folder holds files with the names of ours which no run of ours has written. Also if
             there are checkpoints, and the run may not resume.
     """
     checkpoints = list_checkpoints(folder)
@@ -224,18 +234,24 @@ def claim(folder: Path, may_resume: bool) -> None:
         )
     names = [RUN_FILE, *MODELS, METRICS_FILE, SUMMARY_FILE, PLOT_FILE]
     found = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
-    if found and not checkpoints and not _began_here(folder):
+    models = _models_of_earlier_runs(folder)
+    if models is not None:
+        strange = [name for name in found if name in MODELS and name not in models]
+    else:  # There is no run.json of ours. Checkpoints alone show that the other files are ours, too.
+        strange, models = ([], list(MODELS)) if checkpoints else (found, [])
+    if strange:
         raise FileExistsError(
-            f"{folder} holds {', '.join(found)}, but no run of super pre-training began there, so a run would "
-            "replace what somebody else has made. Choose another output_dir."
+            f"{folder} holds {', '.join(strange)}, but no run of super pre-training that began there has written it, so "
+            "a run would replace what somebody else has made. Choose another output_dir, or move that away."
         )
-    for name in MODELS:  # A kill may have left one of them under a hidden name.
+    for name in models:  # A kill may have left one of them under a hidden name.
         recover_folder((folder / name).resolve())
+    return models
 
 
-def _began_here(folder: Path) -> bool:
+def _models_of_earlier_runs(folder: Path) -> list[str] | None:
+    """Return which of `MODELS` the runs in `folder` have begun to write; `None` if no run of ours began there."""
     try:
-        read_json(folder / RUN_FILE, RUN_FORMAT)
-    except (OSError, ValueError):
-        return False
-    return True
+        return list(read_json(folder / RUN_FILE, RUN_FORMAT)["models"])
+    except (KeyError, OSError, ValueError):
+        return None
