@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--model", help="a supernet to measure")
     parser.add_argument("--text", nargs="+", help="documents; the tenth that the quickstart holds out is used")
     parser.add_argument("--max_sequences", type=int, default=500)
-    parser.add_argument("--seeds", type=int, default=10, help="repetitions")
+    parser.add_argument("--num_seeds", type=int, default=10, help="repetitions")
     parser.add_argument(
         "--num_shapes", type=int, nargs="+", default=[24, 36, 48, 72, 96, 144, 216], help="shapes to measure"
     )
@@ -148,7 +148,7 @@ def main() -> None:
         truth = of_supernet(args.model, args.text, args.max_sequences)
         smallest, largest = (truth.space.num_parameters(s) for s in (truth.space.smallest, truth.space.largest))
         budgets = [smallest + part * (largest - smallest) for part in (0.25, 0.5, 0.75)]
-        compare([truth] * args.seeds, budgets, args.num_shapes, partial(truth.best_known, budgets))
+        compare([truth] * args.num_seeds, budgets, args.num_shapes, partial(truth.best_known, budgets))
         print(f"{len(truth.known):,} shapes measured")
         return
     space = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996))
@@ -159,7 +159,7 @@ def main() -> None:
     print(f"every shape deviates by {noise:.3f} nats (standard deviation)")
     front = pareto_front(space, fitted)
     for budgets in (list(BUDGETS), MANY_BUDGETS):
-        truths = [Truth(space, partial(deviating, fitted, noise, seed)) for seed in range(args.seeds)]
+        truths = [Truth(space, partial(deviating, fitted, noise, seed)) for seed in range(args.num_seeds)]
         best = fitted.predict([front.best(budget) for budget in budgets])
         compare(truths, budgets, args.num_shapes, lambda best=best: best)
 

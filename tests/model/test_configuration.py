@@ -53,6 +53,8 @@ def test_configuration_announces_only_code_that_lies_beside_it(source, tmp_path)
         model.save_pretrained(tmp_path / "model")
         config = AutoConfig.from_pretrained(tmp_path / "model") if source == "loaded" else model.config
     config.save_pretrained(tmp_path / "alone")
+    (tmp_path / "search").mkdir()
+    config.to_json_file(tmp_path / "search" / "config.json")
     for folder in tmp_path.iterdir():
         for name in auto_map_in(folder).values():
             assert (folder / f"{name.split('.')[0]}.py").exists()

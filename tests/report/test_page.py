@@ -16,7 +16,7 @@ from texts import random_documents
 from supershaper_hf import LatencyTable, SearchSpace, ShapePredictor, evaluate_shapes
 from supershaper_hf.data.batches import fixed_masks
 from supershaper_hf.data.sequences import tokenize
-from supershaper_hf.latency.insensitivity import compare_equal_sizes, save_comparisons
+from supershaper_hf.latency.insensitivity import Insensitivity, compare_equal_sizes, save_comparisons
 from supershaper_hf.model.costs import chain_cost
 from supershaper_hf.report.__main__ import main
 from supershaper_hf.report.findings import INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, Findings
@@ -154,7 +154,9 @@ def test_page_says_whether_new_shapes_are_predicted_as_well_as_promised(folder, 
 
 def test_dropped_layers_that_the_predictor_does_not_know_are_no_test_of_it(folder, measure):
     measure(folder, [[0, 48, 48]])
-    assert "4 shapes were measured that the predictor was not fitted on" in write_report(folder).read_text()
+    page = write_report(folder).read_text()
+    assert "4 shapes were measured that the predictor was not fitted on" in page
+    assert f"31 of {5**3 - 1} shapes were measured" in page  # a layer has four widths, or is dropped
 
 
 def test_only_the_front_in_the_table_has_stars(folder, measure, monkeypatch):
@@ -314,6 +316,13 @@ def test_predictor_that_was_not_fitted_is_refused(folder):
 def test_records_of_another_supernet_are_refused(folder):
     tiny_model(width_choices=[8, 48]).config.to_json_file(folder / "config.json")
     with pytest.raises(ValueError, match=r"records\.jsonl holds shapes of another supernet than .*config\.json"):
+        write_report(folder)
+
+
+def test_comparisons_of_another_supernet_are_refused(folder):
+    comparison = Insensitivity(100, [[8, 16], [16, 8]], [0.1, 0.2], [99, 101], noise=0.01, p_value=0.001)
+    save_comparisons(folder / INSENSITIVITY_FILE, [comparison])
+    with pytest.raises(ValueError, match=r"insensitivity\.json holds shapes of another supernet than .*config\.json"):
         write_report(folder)
 
 

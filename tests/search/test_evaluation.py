@@ -209,7 +209,7 @@ def test_what_is_no_shape_is_refused(batches, shapes):
         evaluate_shapes(tiny_model(), batches, shapes)
 
 
-@pytest.mark.parametrize("kind", [list, tuple, np.array])
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
 def test_one_shape_has_one_record(batches, kind):
     model = tiny_model()
     many = evaluate_shapes(model, batches, kind(SHAPES))

@@ -211,16 +211,16 @@ class SuperShaperConfig(PreTrainedConfig):
                 raise
             raise ValueError(f"The config.json of {str(source)!r} does not describe a model. {error}") from error
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the configuration, as `PreTrainedConfig.save_pretrained`.
+    def to_json_file(self, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
+        """Write the configuration, as `PreTrainedConfig.to_json_file`, with which `save_pretrained` writes it too.
 
         Its `auto_map` names only code that lies in the folder: a folder that names missing code cannot be loaded. A
         model saves its code before its configuration. A configuration that is saved alone names only its own class.
         """
-        code = {file.stem for file in Path(save_directory).glob("*.py")}
+        code = {file.stem for file in Path(json_file_path).parent.glob("*.py")}
         names = {**AUTO_MAP, **getattr(self, "auto_map", {})}
         self.auto_map = {auto_class: name for auto_class, name in names.items() if name.split(".")[0] in code}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().to_json_file(json_file_path, *args, **kwargs)
 
     def validate_token_ids(self) -> None:
         """Check that the padding token is in the vocabulary."""

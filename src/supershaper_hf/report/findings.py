@@ -84,12 +84,15 @@ class Findings:
         return findings
 
     def _check_that_files_belong_together(self, folder: Path) -> None:
-        for record in self.records:
+        compared = [shape for comparison in self.comparisons for shape in comparison.shapes]
+        measured_shapes = [record["shape"] for record in self.records]
+        for name, shapes in ((RECORDS_FILE, measured_shapes), (INSENSITIVITY_FILE, compared)):
             try:
-                self.space.validate(record["shape"])
+                for shape in shapes:
+                    self.space.validate(shape)
             except ValueError as error:
                 raise ValueError(
-                    f"{folder / RECORDS_FILE} holds shapes of another supernet than {folder / CONFIG_FILE}: {error}"
+                    f"{folder / name} holds shapes of another supernet than {folder / CONFIG_FILE}: {error}"
                 ) from None
         if self.predictor.evidence is None:
             raise ValueError(

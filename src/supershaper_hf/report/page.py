@@ -21,7 +21,7 @@ from ..model.shapes import SHAPE_NAMES
 from ..search.pareto import ParetoFront, shapes_at
 from ..search.profile import derive_profile
 from ..search.records import Record
-from .findings import PREDICTOR_FILE, RECORDS_FILE, Findings
+from .findings import LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, Findings
 from .plots import plot_agreement, plot_front, plot_profile
 from .tables import markdown_table
 
@@ -91,13 +91,17 @@ def write_csv(file: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _summary(findings: Findings, front: ParetoFront, cost: str) -> str:
     space = findings.space
+    drops = any(0 in record["shape"] for record in findings.records)
+    total = (len(space.width_choices) + 1) ** space.num_layers - 1 if drops else space.size
     text = (
         f"## Shapes for every budget\n\n"
-        f"{len(findings.records):,} of {space.size:,} shapes were measured, all on the same masked text "
+        f"{len(findings.records):,} of {total:,} shapes were measured, all on the same masked text "
         f"(`{RECORDS_FILE}`). The predictor (`{PREDICTOR_FILE}`) was tested on shapes that were left out of its fit: "
         f"{findings.predictor.quality}. The exact Pareto front of {cost} against predicted perplexity has "
         f"{len(front):,} shapes (`{FRONT_FILE}`)."
     )
+    if findings.table is not None:
+        text += f" Milliseconds (`ms`) of a shape are predicted from the parts that were measured (`{LATENCY_FILE}`)."
     if missing := findings.missing():
         text += (
             f"\n\n**The records of {missing} shapes that the predictor was fitted on are not in `{RECORDS_FILE}`.** "
@@ -145,7 +149,8 @@ def _front_section(folder: Path, findings: Findings, cost: str, rows: Sequence[M
         for row in rows
     ]
     explained = (
-        "Each row is a shape of this front: no shape that costs the same or less is predicted to be better. "
+        "Each row is a shape of this front: no shape that costs the same or less is predicted to be better. The number "
+        "after ± is the standard deviation of a measurement around its prediction. "
         "`best measured` is the lowest perplexity of all measured shapes that cost no more."
     )
     chosen = {tuple(row["shape"]) for row in rows}
@@ -200,8 +205,8 @@ def _trust_section(folder: Path, findings: Findings) -> str:
     return (
         "## Can the predictions be trusted?\n\n"
         f"{len(records)} shapes were measured that the predictor was not fitted on. The root mean square error of "
-        f"their predictions is {error:.3f} nats, and {within} of them lie within two standard deviations of their "
-        f"prediction. {conclusion}\n\n"
+        f"their predictions is {error:.3f} nats. Measurements within two standard deviations of their prediction: "
+        f"{within} of {len(records)}. {conclusion}\n\n"
         "![predicted against measured losses](agreement.png)"
     )
 

@@ -151,8 +151,13 @@ def _is_one_shape(shapes: Any) -> bool:
     """Return whether `shapes` is one shape rather than many. Text counts as one, so that it is refused as one."""
     if not hasattr(shapes, "__len__"):
         return True
-    many = [each is None or (hasattr(each, "__len__") and not isinstance(each, str)) for each in shapes]
+    many = [each is None or (_has_items(each) and not isinstance(each, str)) for each in shapes]
     return len(many) > 0 and not any(many)
+
+
+def _has_items(value: Any) -> bool:
+    """Return whether `value` is a sequence. A width from a tensor has a method `__len__`, which raises an error."""
+    return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
 
 
 def _key(model: SuperShaperForMaskedLM, shape: Sequence[int] | None) -> Key:
