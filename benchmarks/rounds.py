@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from predictor import read
-from search import BUDGETS, synthetic_truth
+from search import BUDGETS, invented_truth
 from transformers import AutoTokenizer
 
 from supershaper_hf import SearchSpace, ShapePredictor, SuperShaperConfig, SuperShaperForMaskedLM, evaluate_shapes
@@ -135,10 +135,10 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, help="CSV or records.jsonl of a space with 12 x 7 widths of bert-base")
-    parser.add_argument("--model", help="a supernet to measure")
+    parser.add_argument("--model", help="folder of a supernet to measure")
     parser.add_argument("--text", nargs="+", help="documents; the tenth that the quickstart holds out is used")
-    parser.add_argument("--max_sequences", type=int, default=500)
-    parser.add_argument("--seeds", type=int, default=10, help="repetitions")
+    parser.add_argument("--max_sequences", type=int, default=500, help="sequences to measure on")
+    parser.add_argument("--seeds", type=int, default=10, help="searches with different seeds")
     parser.add_argument(
         "--num_shapes", type=int, nargs="+", default=[24, 36, 48, 72, 96, 144, 216], help="shapes to measure"
     )
@@ -152,7 +152,7 @@ def main() -> None:
         print(f"{len(truth.known):,} shapes measured")
         return
     space = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996))
-    fitted, noise = synthetic_truth(space), 0.01
+    fitted, noise = invented_truth(space), 0.01
     if args.records:
         fitted = ShapePredictor.fit(*read(args.records))
         noise = fitted.quality.rmse if fitted.quality else noise
