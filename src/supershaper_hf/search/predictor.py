@@ -319,6 +319,12 @@ class ShapePredictor:
 
         Raises:
             ValueError: As for `predict`, and if the predictor was not fitted.
+
+        Example:
+            >>> shapes = [[a, b] for a in (16, 32, 48) for b in (16, 32, 48)]
+            >>> predictor = ShapePredictor.fit(shapes, [3 - a / 100 - b / 200 for a, b in shapes])
+            >>> predictor.uncertainty([[48, 32], [16, 16]]).shape, len(predictor.draw(5, seed=0))
+            ((2,), 5)
         """
         posterior = self._posterior
         index, single = self._index(shapes)
@@ -374,6 +380,14 @@ class ShapePredictor:
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is damaged or holds something else.
+
+        Example:
+            >>> import tempfile
+            >>> predictor = ShapePredictor([16, 32], 3.0, [[0.0, -0.5], [0.0, -0.25]])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     predictor.save(f"{folder}/predictor.json")
+            ...     ShapePredictor.load(f"{folder}/predictor.json").predict([32, 32])
+            2.25
         """
         content = read_json(file, FORMAT)
         try:
