@@ -79,9 +79,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The measurements that a predictor was fitted on, with the strength and the noise of the fit.
-
-    The uncertainty of predictions follows from them.
+    """The measurements that a predictor was fitted on, and two results of the fit. The uncertainty follows from these.
 
     Attributes:
         shapes: (n, layers) measured shapes.
