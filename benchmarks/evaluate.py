@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_batches", type=int, default=2, help="batches that each shape is measured on")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences in a batch")
     parser.add_argument("--repeats", type=int, default=3, help="times that each way is measured")
-    parser.add_argument("--head_slicing", choices=["prefix", "per_head"], default="prefix")
+    parser.add_argument("--head_slicing", choices=["prefix", "per_head"], default="prefix", help="as in the config")
     parser.add_argument("--peak_of", choices=["full", "sampled"], help="measure these shapes and print the peak in MB")
     args = parser.parse_args()
     for name in ("num_shapes", "num_batches", "batch_size", "repeats"):

@@ -27,23 +27,23 @@ WARMUP = 2
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=int, default=768)
+    parser.add_argument("--hidden_size", type=int, default=768, help="this and the next four: size of the BERT")
     parser.add_argument("--num_hidden_layers", type=int, default=12)
     parser.add_argument("--num_attention_heads", type=int, default=12)
     parser.add_argument("--intermediate_size", type=int, default=3072)
     parser.add_argument("--vocab_size", type=int, default=28_996)
     parser.add_argument("--small", action="store_true", help="hidden size 256, 6 layers, 4 heads, vocabulary 8,000")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--sequence_length", type=int, default=128)
+    parser.add_argument("--device", default="cpu", help="device to measure on, such as cpu or cuda")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights")
+    parser.add_argument("--batch_size", type=int, default=1, help="sequences in a batch")
+    parser.add_argument("--sequence_length", type=int, default=128, help="tokens in a sequence")
     parser.add_argument("--num_shapes", type=int, default=30, help="random shapes to predict and measure")
     parser.add_argument("--repeats", type=int, default=12, help="sweeps over all subnets")
     parser.add_argument(
         "--parameters", type=int, nargs="*", help="sizes to compare shapes of; default: at 20, 50, 80 %% of the range"
     )
-    parser.add_argument("--num_equal_shapes", type=int, default=10, help="shapes of each of these sizes")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_equal_shapes", type=int, default=10, help="number of shapes of each of these sizes")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of shapes and weights")
     parser.add_argument("--save", help="file to write the table to")
     return parser.parse_args()
 

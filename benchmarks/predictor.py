@@ -2,7 +2,7 @@
 
     pip install -e '.[benchmarks]'
     python benchmarks/predictor.py --records measured.csv       # columns layer_0, layer_1, ..., loss
-    python benchmarks/predictor.py --records records.jsonl      # of examples/search_shapes.py
+    python benchmarks/predictor.py --records records.jsonl      # written by examples/search_shapes.py
 
 First comes five-fold cross-validation, then fits on a few random rows that are tested on all other rows. The numbers
 are means over repetitions, and R2 is that of perplexity. The trees are those of scikit-learn in two settings. Comparing
@@ -81,7 +81,7 @@ def splits(n: int, train: int | None, repetitions: int) -> list[tuple[np.ndarray
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=Path, required=True)
+    parser.add_argument("--records", type=Path, required=True, help="measured shapes: a CSV file or records.jsonl")
     parser.add_argument("--repetitions", type=int, default=10, help="draws of the training rows")
     parser.add_argument("--largest", type=float, help="measured perplexity of the largest shape")
     args = parser.parse_args()

@@ -135,10 +135,10 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, help="CSV or records.jsonl of a space with 12 x 7 widths of bert-base")
-    parser.add_argument("--model", help="a supernet to measure")
+    parser.add_argument("--model", help="folder of a supernet to measure")
     parser.add_argument("--text", nargs="+", help="documents; the tenth that the quickstart holds out is used")
-    parser.add_argument("--max_sequences", type=int, default=500)
-    parser.add_argument("--num_seeds", type=int, default=10, help="repetitions")
+    parser.add_argument("--max_sequences", type=int, default=500, help="sequences to measure on")
+    parser.add_argument("--num_seeds", type=int, default=10, help="searches with different seeds")
     parser.add_argument(
         "--num_shapes", type=int, nargs="+", default=[24, 36, 48, 72, 96, 144, 216], help="shapes to measure"
     )

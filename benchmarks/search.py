@@ -100,7 +100,7 @@ def main() -> None:
         "--records", type=Path, help="CSV or records.jsonl of shapes with the same 12 layers and 7 widths"
     )
     parser.add_argument("--num_seeds", type=int, default=10, help="evolutionary searches per budget")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark_search"))
+    parser.add_argument("--folder", type=Path, default=Path("outputs/benchmark_search"), help="where to save the truth")
     args = parser.parse_args()
     check_count("--num_seeds", args.num_seeds)
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -35,10 +35,10 @@ IGNORE_INDEX = -100
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no")
-    parser.add_argument("--attention_dropout", type=float, default=0.1)
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences in a batch")
+    parser.add_argument("--repeats", type=int, default=7, help="times that each job is measured")
+    parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no", help="as in Accelerate")
+    parser.add_argument("--attention_dropout", type=float, default=0.1, help="as in the configuration")
     parser.add_argument("--profile", action="store_true", help="Print where the time of the largest pass goes.")
     return parser.parse_args()
 
@@ -51,7 +51,7 @@ def make_model(attention: str, dropout: float) -> SuperShaperForMaskedLM:
 
 
 def make_batch(batch_size: int, vocab_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Random tokens, 15 % of them labelled: the time does not depend on what they say."""
+    """Return random tokens, 15 % of which are labelled. The time does not depend on the tokens."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, vocab_size, (batch_size, LENGTH), generator=generator)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) > 0.15, IGNORE_INDEX)
@@ -60,7 +60,7 @@ def make_batch(batch_size: int, vocab_size: int, device: torch.device) -> dict[s
 
 
 class PlainEncoder(SuperShaperEncoder):
-    """The encoder without merging: every token makes the detour through `hidden_size`."""
+    """The encoder without merging: every token is mapped to `hidden_size` between two layers."""
 
     def _enter(self, hidden_states, previous, index, width):
         if previous is not None:
@@ -69,7 +69,7 @@ class PlainEncoder(SuperShaperEncoder):
 
 
 def plain_step(accelerator, model, batch, shapes, distilled: bool) -> None:
-    """The 2021 step: logits of every position, soft cross-entropy over all of them."""
+    """Do a step as the 2021 code did it: logits of every position, soft cross-entropy over all of them."""
     teacher = None
     for shape in shapes:
         output = model(**batch, shape=shape)

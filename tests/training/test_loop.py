@@ -503,8 +503,8 @@ def test_many_skipped_steps_in_a_row_end_the_run(tokenizer, dataset, monkeypatch
     message = (
         "The gradients were not finite in 3 steps in a row (the last: step 6). Lower learning_rate=0.001, look at "
         "weight_decay=0.0, raise warmup_steps=0.05, or train with bf16 instead of fp16, and start again: the new "
-        "values are applied from the newest checkpoint on. If the run fails again soon, remove that checkpoint to go "
-        f"on from the one before it. Newest checkpoint: {tmp_path / 'checkpoint-00000002'}."
+        "values are applied from the newest checkpoint on. If the run fails again soon, remove that checkpoint to "
+        f"resume from the one before it. Newest checkpoint: {tmp_path / 'checkpoint-00000002'}."
     )
     with pytest.raises(FloatingPointError, match=re.escape(message)):
         pretrain(tokenizer, dataset, max_steps=20, max_skipped_steps=3, output_dir=str(tmp_path), save_steps=2)

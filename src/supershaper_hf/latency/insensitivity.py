@@ -3,14 +3,6 @@
 The SuperShaper paper (arXiv 2110.04711) finds the latter: among shapes of about equal size, the standard deviation of
 the seconds is about 1 % of their mean. `compare_equal_sizes` repeats that measurement. It also measures the noise, that
 is the standard deviation that equally fast shapes would show, since no timing is exact.
-
-Example:
-    >>> from supershaper_hf import SearchSpace, SuperShaperConfig, compare_equal_sizes
-    >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=6, vocab_size=50)
-    >>> space = SearchSpace.from_config(config)
-    >>> [comparison] = compare_equal_sizes(space, [2_000_000], num_shapes=3, repeats=2, sequence_length=16)
-    >>> len(comparison.shapes)
-    3
 """
 
 import warnings
@@ -119,6 +111,14 @@ def compare_equal_sizes(
     Raises:
         ValueError: If fewer than two shapes of a size are found, a number is out of its range, or the sequence is too
             long.
+
+    Example:
+        >>> from supershaper_hf import SearchSpace, SuperShaperConfig, compare_equal_sizes
+        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=6, vocab_size=50)
+        >>> space = SearchSpace.from_config(config)
+        >>> [comparison] = compare_equal_sizes(space, [2_000_000], num_shapes=3, repeats=2, sequence_length=16)
+        >>> len(comparison.shapes)
+        3
     """
     check_count("num_shapes", num_shapes, least=2)
     check_count("repeats", repeats)

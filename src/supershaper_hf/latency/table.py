@@ -6,15 +6,6 @@
 A subnet reads its weights from memory: when its first layer runs again, the other layers and the head have pushed that
 layer's weights out of the cache. The same layer, timed alone in a loop, finds its weights in the cache and is too fast.
 Blocks are therefore never timed alone. Where a whole subnet fits into the cache, the table is an upper bound.
-
-Example:
-    >>> from supershaper_hf import LatencyTable, SearchSpace, SuperShaperConfig
-    >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
-    >>> table = LatencyTable.measure(SearchSpace.from_config(config), sequence_length=16, repeats=3)
-    >>> table.predict([[40, 96], [0, 16]]).shape
-    (2,)
-    >>> type(table.predict([40, 96]))
-    <class 'float'>
 """
 
 import warnings
@@ -78,6 +69,17 @@ class LatencyTable:
         attention: Name of the attention implementation, such as `"sdpa"`.
         torch_version: Version of torch that ran.
         sizes: The entries of the configuration that change the time: see `SIZES`.
+
+    Example:
+        >>> from supershaper_hf import LatencyTable, SearchSpace, SuperShaperConfig
+        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
+        >>> table = LatencyTable.measure(SearchSpace.from_config(config), sequence_length=16, repeats=3)
+        >>> table.predict([[40, 96], [0, 16]]).shape
+        (2,)
+        >>> type(table.predict([40, 96]))
+        <class 'float'>
+        >>> table.width_costs()[-1]["width"]
+        96
     """
 
     width_choices: list[int]

@@ -286,6 +286,11 @@ class SuperShaperConfig(PreTrainedConfig):
         Raises:
             TypeError: If `shape` is not a sequence of integers.
             ValueError: If the model is a subnet, or the length or a width is not allowed.
+
+        Example:
+            >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2)
+            >>> config.normalize_shape((40, 0))
+            [40, 0]
         """
         if self.width_choices is None:
             raise ValueError(
@@ -311,7 +316,17 @@ class SuperShaperConfig(PreTrainedConfig):
         return widths
 
     def subnet_config(self, shape: Sequence[int]) -> "SuperShaperConfig":
-        """Return the configuration of the subnet cut at `shape`. It has the kept layers only, and the same labels."""
+        """Return the configuration of the subnet cut at `shape`. It has the kept layers only, and the same labels.
+
+        Raises:
+            TypeError: If `shape` is not a sequence of integers.
+            ValueError: If `shape` is not allowed: see `normalize_shape`.
+
+        Example:
+            >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2)
+            >>> config.subnet_config([40, 0]).hidden_sizes
+            [40]
+        """
         config = copy.deepcopy(self)
         config.hidden_sizes = [width for width in self.normalize_shape(shape) if width]
         config.num_hidden_layers = len(config.hidden_sizes)

@@ -98,7 +98,13 @@ class SearchSpace:
         return [self.width_choices[0]] * self.num_layers
 
     def validate(self, shape: Sequence[int]) -> list[int]:
-        """Return `shape` as a list of Python integers, or raise as `SuperShaperConfig.normalize_shape` does."""
+        """Return `shape` as a list of Python integers, or raise as `SuperShaperConfig.normalize_shape` does.
+
+        Example:
+            >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2)
+            >>> SearchSpace.from_config(config).validate(np.array([40, 16]))
+            [40, 16]
+        """
         return self.config.normalize_shape(shape)
 
     def sample(

@@ -231,7 +231,10 @@ def push_to_hub(
 ) -> str:
     """Publish a model as a complete repository: `save_for_hub` into a temporary folder, then `push_folder`.
 
-    The arguments, the result and the errors are those of these two functions.
+    The arguments and the errors are those of these two functions.
+
+    Returns:
+        The address of the commit or of the pull request.
 
     Example:
         >>> push_to_hub(subnet, "user/subnet-63m", tokenizer=tokenizer, private=True)  # doctest: +SKIP

@@ -79,9 +79,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The measurements that a predictor was fitted on, with the strength and the noise of the fit.
-
-    The uncertainty of predictions follows from them.
+    """The measurements that a predictor was fitted on, and two results of the fit. The uncertainty follows from these.
 
     Attributes:
         shapes: (n, layers) measured shapes.
@@ -320,6 +318,12 @@ class ShapePredictor:
 
         Raises:
             ValueError: As for `predict`, and if the predictor was not fitted.
+
+        Example:
+            >>> shapes = [[a, b] for a in (16, 32, 48) for b in (16, 32, 48)]
+            >>> predictor = ShapePredictor.fit(shapes, [3 - a / 100 - b / 200 for a, b in shapes])
+            >>> predictor.uncertainty([[48, 32], [16, 16]]).shape, len(predictor.draw(5, seed=0))
+            ((2,), 5)
         """
         posterior = self._posterior
         index, single = self._index(shapes)
@@ -375,6 +379,14 @@ class ShapePredictor:
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is damaged or holds something else.
+
+        Example:
+            >>> import tempfile
+            >>> predictor = ShapePredictor([16, 32], 3.0, [[0.0, -0.5], [0.0, -0.25]])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     predictor.save(f"{folder}/predictor.json")
+            ...     ShapePredictor.load(f"{folder}/predictor.json").predict([32, 32])
+            2.25
         """
         content = read_json(file, FORMAT)
         try:
