@@ -241,7 +241,7 @@ def claim(folder: Path, may_resume: bool) -> list[str]:
         strange, models = ([], list(MODELS)) if checkpoints else (found, [])
     if strange:
         raise FileExistsError(
-            f"{folder} holds {', '.join(strange)}, but no run of super pre-training that began there has written it, so "
+            f"{folder} holds {', '.join(strange)}, but no run of super pre-training there has written it, so "
             "a run would replace what somebody else has made. Choose another output_dir, or move that away."
         )
     for name in models:  # A kill may have left one of them under a hidden name.
