@@ -40,7 +40,7 @@ def test_files_of_somebody_else_are_not_replaced(tokenizer, dataset, eval_batche
     stranger.parent.mkdir(exist_ok=True)
     stranger.write_text("{}")
     before = contents(tmp_path)
-    message = f"{tmp_path} holds {name}, but no run of super pre-training began there"
+    message = f"{tmp_path} holds {name}, but no run of super pre-training there has written it"
     with pytest.raises(FileExistsError, match=re.escape(message)):
         pretrain(tokenizer, dataset, eval_batches=eval_batches, output_dir=str(tmp_path))
     assert contents(tmp_path) == before
@@ -56,7 +56,7 @@ def test_model_of_somebody_else_beside_our_run_is_not_replaced(tokenizer, datase
     if link:
         (folder / "best").symlink_to(stranger)
     before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match="run holds best, but no run of super pre-training that began there has"):
+    with pytest.raises(FileExistsError, match="run holds best, but no run of super pre-training there has written it"):
         pretrain(tokenizer, dataset, eval_batches=eval_batches, max_steps=4, output_dir=str(folder))
     assert contents(tmp_path) == before
     stranger.rename(tmp_path / "safe")
