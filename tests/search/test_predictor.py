@@ -11,7 +11,8 @@ from scipy.stats import kendalltau, spearmanr
 
 from supershaper_hf.files import read_json, write_json
 from supershaper_hf.search import regression
-from supershaper_hf.search.predictor import FOLDS, FORMAT, MINIMUM_SHAPES, Evidence, Quality, ShapePredictor
+from supershaper_hf.search.predictor import FORMAT, MINIMUM_SHAPES, Evidence, ShapePredictor
+from supershaper_hf.search.quality import FOLDS, Quality
 from supershaper_hf.search.regression import RIDGE_STRENGTHS, Basis, ridge
 
 

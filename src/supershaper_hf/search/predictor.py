@@ -19,62 +19,16 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from scipy.stats import kendalltau, spearmanr
 
 from ..checks import as_numbers, check_count, check_number, check_widths
 from ..files import read_json, write_json
 from ..model.shapes import shape_rows
+from .quality import FOLDS, POOR_R2, POOR_SPEARMAN, Quality, read_quality
 from .regression import Basis, Posterior, monotone_ridge, ridge, sources
 
 
 MINIMUM_SHAPES = 8
-FOLDS = 5
-POOR_R2, POOR_SPEARMAN = 0.5, 0.7  # a predictor below one of these warns
 FORMAT = "supershaper-hf predictor 2"
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How well the losses of shapes that were left out of the fit are predicted (5-fold cross-validation).
-
-    Attributes:
-        num_shapes: Number of measured shapes.
-        rmse: Root mean square error in nats.
-        r2: Share of the variance of the losses that is predicted, at most 1.
-        spearman: Spearman's rank correlation.
-        kendall: Kendall's rank correlation: the probability that two shapes are put in the right order, times 2,
-            minus 1.
-    """
-
-    num_shapes: int
-    rmse: float
-    r2: float
-    spearman: float
-    kendall: float
-
-    @classmethod
-    def of(cls, losses: np.ndarray, predicted: np.ndarray) -> "Quality":
-        """Compare measured losses (n,) with predicted ones (n,)."""
-        errors = losses - predicted
-        ranked = len(predicted) > 1 and np.ptp(predicted) > 0 and np.ptp(losses) > 0
-        return cls(
-            num_shapes=len(losses),
-            rmse=float(np.sqrt(np.mean(errors**2))),
-            r2=float(1 - errors @ errors / max(np.sum((losses - losses.mean()) ** 2), np.finfo(float).tiny)),
-            spearman=float(spearmanr(losses, predicted).statistic) if ranked else 0.0,
-            kendall=float(kendalltau(losses, predicted).statistic) if ranked else 0.0,
-        )
-
-    @property
-    def poor(self) -> bool:
-        """Whether R2 or Spearman is below its limit, or is NaN."""
-        return not (self.r2 >= POOR_R2 and self.spearman >= POOR_SPEARMAN)
-
-    def __str__(self) -> str:
-        return (
-            f"R2 {self.r2:.3f}, Spearman {self.spearman:.3f}, Kendall {self.kendall:.3f}, off by {self.rmse:.3f} nats "
-            f"({FOLDS}-fold cross-validation on {self.num_shapes} shapes)"
-        )
 
 
 @dataclass(frozen=True)
@@ -394,7 +348,7 @@ class ShapePredictor:
             predictor = cls(
                 **content,
                 evidence=None if evidence is None else _read_evidence(**evidence),
-                quality=None if quality is None else _read_quality(**quality),
+                quality=None if quality is None else read_quality(**quality),
             )
         except (ValueError, KeyError, TypeError) as error:
             reason = str(error).rstrip(".")
@@ -492,10 +446,3 @@ def _read_evidence(shapes: Any, losses: Any, strength: Any, noise: Any) -> Evide
     if single or not np.isfinite(target).all():
         raise ValueError("The evidence must have many shapes, each with a finite loss.")
     return Evidence(rows, target, strength, noise)
-
-
-def _read_quality(num_shapes: Any, **figures: Any) -> Quality:
-    check_count("num_shapes", num_shapes)
-    for name, value in figures.items():
-        check_number(name, value)
-    return Quality(num_shapes, **figures)
