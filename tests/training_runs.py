@@ -65,7 +65,7 @@ def pretrain(tokenizer, dataset, model=None, eval_batches=(), teacher=None, card
 
 
 def step_records(summary):
-    return [record for record in summary.records if "loss" in record]
+    return [record for record in summary.log_history if "loss" in record]
 
 
 def losses(summary):

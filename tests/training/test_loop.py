@@ -622,7 +622,7 @@ def test_trackers_are_told_every_record_and_the_arguments(tokenizer, dataset, ev
     changes = {"max_steps": 4, "logging_steps": 2, "report_to": [notebook]}
     _, summary = pretrain(tokenizer, dataset, eval_batches=eval_batches, **changes)
     assert [step for step, _ in notebook.pages] == [2, 4, 4]
-    first, record = notebook.pages[0][1], summary.records[0]
+    first, record = notebook.pages[0][1], summary.log_history[0]
     names = ("learning_rate", "gradient_norm", "tokens_per_second", "share_of_peak")
     assert first == {
         "loss": record["loss"][0],

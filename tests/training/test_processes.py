@@ -89,11 +89,11 @@ def train(folder=None, stream=False, dropout=True, batch_size=4, **changes):
 
 
 def step_losses(summary):
-    return [record["loss"] for record in summary.records if "loss" in record]
+    return [record["loss"] for record in summary.log_history if "loss" in record]
 
 
 def evaluations(summary):
-    return [record["evaluation"] for record in summary.records if "evaluation" in record]
+    return [record["evaluation"] for record in summary.log_history if "evaluation" in record]
 
 
 def result(model, summary):

@@ -232,21 +232,21 @@ def test_record_of_a_step_is_complete(clock):
     monitor = monitor_of(Progress())
     advance(monitor, clock)
     record = {"step": 1, "loss": [3.0, 4.0], "learning_rate": 1e-3, "gradient_norm": 0.5}
-    assert monitor.records == [record | {"tokens_per_second": 5.0, "share_of_peak": 0.25}]
+    assert monitor.log_history == [record | {"tokens_per_second": 5.0, "share_of_peak": 0.25}]
 
 
 def test_speed_is_that_since_the_last_record(clock):
     monitor = monitor_of(Progress(), logging_steps=2)
     for tokens, seconds in ((10, 1.0), (30, 1.0), (20, 2.0), (10, 3.0)):
         advance(monitor, clock, seconds, tokens)
-    assert [(r["step"], r["tokens_per_second"]) for r in monitor.records] == [(2, 20.0), (4, 6.0)]
+    assert [(r["step"], r["tokens_per_second"]) for r in monitor.log_history] == [(2, 20.0), (4, 6.0)]
 
 
 def test_last_step_has_a_record(clock):
     monitor = monitor_of(Progress(), logging_steps=2, max_steps=5)
     for _ in range(5):
         advance(monitor, clock)
-    assert [record["step"] for record in monitor.records] == [2, 4, 5]
+    assert [record["step"] for record in monitor.log_history] == [2, 4, 5]
 
 
 def test_pause_is_no_training_time(clock):
@@ -255,7 +255,7 @@ def test_pause_is_no_training_time(clock):
     with monitor.paused():
         clock.now += 50.0
     advance(monitor, clock)
-    assert [record["tokens_per_second"] for record in monitor.records] == [5.0, 5.0]
+    assert [record["tokens_per_second"] for record in monitor.log_history] == [5.0, 5.0]
 
 
 def test_seconds_count_pauses_and_earlier_runs(clock):
@@ -271,15 +271,15 @@ def test_seconds_count_pauses_and_earlier_runs(clock):
 def test_speed_after_a_resume_counts_new_tokens_only(clock):
     monitor = monitor_of(Progress(step=10, seconds=300.0, tokens=1000, flops=1e9))
     advance(monitor, clock)
-    assert monitor.records[0]["tokens_per_second"] == 5.0
-    assert monitor.records[0]["share_of_peak"] == 0.25
+    assert monitor.log_history[0]["tokens_per_second"] == 5.0
+    assert monitor.log_history[0]["share_of_peak"] == 0.25
 
 
 def test_peak_is_that_of_all_processes(clock, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 4)
     monitor = monitor_of(Progress())
     advance(monitor, clock)
-    assert monitor.records[0]["share_of_peak"] == 0.25 / 4
+    assert monitor.log_history[0]["share_of_peak"] == 0.25 / 4
 
 
 def test_spike_is_said_aloud(clock, capsys):
@@ -292,7 +292,7 @@ def test_spike_is_said_aloud(clock, capsys):
 def test_evaluation_is_recorded_and_shown_as_a_table(clock, capsys):
     monitor = monitor_of(Progress(step=6))
     monitor.evaluated(evaluation(2.0))
-    assert monitor.records == [{"step": 6, "evaluation": evaluation(2.0)}]
+    assert monitor.log_history == [{"step": 6, "evaluation": evaluation(2.0)}]
     shown = capsys.readouterr().out
     assert "Evaluation after step 6:" in shown
     assert "largest  2.00        7.39      0.50" in shown
@@ -312,7 +312,7 @@ def test_records_are_written_as_they_come(clock, tmp_path):
     advance(monitor, clock)
     monitor.evaluated(evaluation(2.0))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == monitor.records
+    assert [json.loads(line) for line in lines] == monitor.log_history
     assert (tmp_path / "run" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -330,10 +330,10 @@ def test_records_are_cut_back_to_the_step_to_go_on_from(clock, tmp_path, step, k
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(f"{json.dumps(record)}\n" for record in records.values()) + '{"step": 4, "lo')
     monitor = monitor_of(Progress(step=step), output_dir=str(tmp_path))
-    assert monitor.records == [records[name] for name in kept]
+    assert monitor.log_history == [records[name] for name in kept]
     advance(monitor, clock)
     read = [json.loads(line) for line in file.read_text().splitlines()]
-    assert read == monitor.records
+    assert read == monitor.log_history
     assert read[-1]["step"] == step + 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
@@ -348,7 +348,7 @@ def test_damaged_line_takes_no_other_with_it(clock, tmp_path, monkeypatch):
     lines = [json.dumps(good[0]).encode(), *damaged, json.dumps(good[1]).encode(), b"", json.dumps(good[2]).encode()]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b'\n{"step": 4, "lo')
     monitor = monitor_of(Progress(step=9), output_dir=str(tmp_path))
-    assert monitor.records == good
+    assert monitor.log_history == good
     numbers = ", ".join(str(number) for number in [*range(2, len(damaged) + 2), len(damaged) + 3])
     assert said == [f"{tmp_path / 'metrics.jsonl'} has damaged lines, which are left out: {numbers}."]
 

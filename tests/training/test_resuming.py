@@ -63,17 +63,17 @@ def test_evaluation_at_the_end_is_that_of_the_trained_model(tokenizer, dataset, 
     expected = dict(zip(shapes, evaluate_shapes(model, eval_batches, list(shapes.values())), strict=True))
     measures = ("loss", "perplexity", "accuracy")
     assert summary.evaluation == {name: {key: r[key] for key in measures} for name, r in expected.items()}
-    assert [record["step"] for record in summary.records if "evaluation" in record] == [3]
+    assert [record["step"] for record in summary.log_history if "evaluation" in record] == [3]
 
 
 def test_evaluations_come_every_so_many_steps_and_at_the_end(tokenizer, dataset, eval_batches):
     _, summary = pretrain(tokenizer, dataset, eval_batches=eval_batches, max_steps=5, eval_steps=2)
-    assert [record["step"] for record in summary.records if "evaluation" in record] == [2, 4, 5]
+    assert [record["step"] for record in summary.log_history if "evaluation" in record] == [2, 4, 5]
 
 
 def test_last_step_is_evaluated_once(tokenizer, dataset, eval_batches):
     _, summary = pretrain(tokenizer, dataset, eval_batches=eval_batches, max_steps=4, eval_steps=2)
-    assert [record["step"] for record in summary.records if "evaluation" in record] == [2, 4]
+    assert [record["step"] for record in summary.log_history if "evaluation" in record] == [2, 4]
 
 
 def test_evaluations_change_nothing(tokenizer, dataset, eval_batches):
@@ -176,7 +176,7 @@ def test_metrics_have_one_record_per_logged_step_and_evaluation(tokenizer, datas
     changes = {"max_steps": 5, "logging_steps": 2, "eval_steps": 2, "output_dir": str(tmp_path)}
     _, summary = pretrain(tokenizer, dataset, eval_batches=eval_batches, **changes)
     records = read_metrics(tmp_path)
-    assert records == summary.records
+    assert records == summary.log_history
     assert [(r["step"], "evaluation" in r) for r in records] == [
         (2, False), (2, True), (4, False), (4, True), (5, False), (5, True)
     ]  # fmt: skip
@@ -308,8 +308,8 @@ def test_run_that_goes_on_equals_one_that_was_never_stopped(
     other = randomize(tiny_model(), seed=9)  # its weights come from the checkpoint
     resumed, summary = pretrain(tokenizer, text, other, eval_batches=eval_batches, **changes)
     assert_same(resumed.state_dict(), whole.state_dict(), atol=0)
-    assert without_times(summary.records) == without_times(expected.records)
-    assert without_times(read_metrics(tmp_path / "b")) == without_times(expected.records)
+    assert without_times(summary.log_history) == without_times(expected.log_history)
+    assert without_times(read_metrics(tmp_path / "b")) == without_times(expected.log_history)
     told, wanted = summary.to_dict(), expected.to_dict()
     for each in (told, wanted):
         assert each.pop("seconds") > 0
@@ -350,7 +350,7 @@ def test_finished_run_is_not_trained_again(tokenizer, dataset, tmp_path, steps):
     again, second = pretrain(tokenizer, dataset, randomize(tiny_model(), seed=9), output_dir=str(tmp_path))
     assert len(steps) == 3
     assert_same(again.state_dict(), model.state_dict(), atol=0)
-    assert second.records == first.records
+    assert second.log_history == first.log_history
     assert (second.status, second.progress.step) == ("finished", 3)
 
 
@@ -449,7 +449,7 @@ def test_changed_optimiser_is_really_applied(tokenizer, dataset, tmp_path, monke
     changes = {"max_steps": 4, "learning_rate": 0.004, "lr_scheduler_type": "constant", "weight_decay": 0.3}
     _, summary = pretrain(tokenizer, dataset, output_dir=str(tmp_path), **changes)
     assert seen == [[(0.004, 0.3), (0.004, 0.0)]]
-    assert [record["learning_rate"] for record in summary.records if "loss" in record][-1] == 0.004
+    assert [record["learning_rate"] for record in summary.log_history if "loss" in record][-1] == 0.004
 
 
 def test_precision_that_the_launcher_changes_is_named(

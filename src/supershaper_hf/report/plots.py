@@ -126,17 +126,17 @@ def plot_profile(file: str | Path, profile: "Profile") -> None:
     figure.savefig(file, dpi=120)
 
 
-def plot_evaluations(file: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
+def plot_evaluations(file: str | Path, log_history: Sequence[Mapping[str, Any]]) -> None:
     """Write a PNG of loss over training steps, one line for each evaluated shape.
 
     Args:
         file: The PNG file to write.
-        records: The lines of a training run's log. Those with `evaluation` are drawn.
+        log_history: The lines of a training run's log. Those with `evaluation` are drawn.
     """
-    evaluations = [record for record in records if "evaluation" in record]
+    evaluations = [entry for entry in log_history if "evaluation" in entry]
     figure, axes = new_figure()
     for name in evaluations[-1]["evaluation"]:
-        points = [(record["step"], record["evaluation"][name]["loss"]) for record in evaluations]
+        points = [(entry["step"], entry["evaluation"][name]["loss"]) for entry in evaluations]
         axes.plot(*zip(*points), marker=".", label=name)
     axes.set_xlabel("training step")
     axes.set_ylabel("loss on held-out text (nats per masked token)")

@@ -38,7 +38,7 @@ def measure_in_rounds(
     """Measure `num_shapes` shapes: random ones, then in rounds those that may be the best for the budgets `max_cost`.
 
     Everything is drawn from the seed and the measured losses. With a `measure` that resumes, such as `evaluate_shapes`
-    with a records file, the same call therefore goes on after a crash. Whatever can be checked is checked before the
+    with a records file, the same call therefore continues after a crash. Whatever can be checked is checked before the
     first shape is measured.
 
     Args:

@@ -296,7 +296,7 @@ class Run:
             processes=self.accelerator.num_processes,
             device=device_name(self.accelerator.device),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            records=monitor.records,
+            log_history=monitor.log_history,
         )
 
     def finish(self, monitor: Monitor, signals: list[signal.Signals]) -> TrainingSummary:

@@ -1,4 +1,4 @@
-"""What a run counts and reports: counters, records, speed, loss spikes, and the summary at the end.
+"""What a run counts and reports: counters, log, speed, loss spikes, and the summary at the end.
 
 `Progress` holds the counters that are part of each checkpoint. `Monitor` shows them in a progress bar, writes
 `metrics.jsonl`, tells the trackers of Accelerate, and after each evaluation prints a table and draws `evaluation.png`.
@@ -33,7 +33,7 @@ METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "training_summary.json"
 PLOT_FILE = "evaluation.png"
 MEASURES = ("loss", "perplexity", "accuracy")
-SPIKE_WINDOW = 50  # records that a new loss is compared with
+SPIKE_WINDOW = 50  # steps whose losses a new loss is compared with
 SPIKE_DEVIATIONS = 6.0
 
 
@@ -76,8 +76,8 @@ class TrainingSummary:
     """How a run ended. `status` is "finished", "interrupted" or "target reached".
 
     Attributes:
-        records: One per logged step: `step`, `loss` of each trained shape in nats, `learning_rate`, `gradient_norm`,
-            `tokens_per_second`, `share_of_peak`; one per evaluation: `step`, `evaluation`.
+        log_history: One entry per logged step: `step`, `loss` of each trained shape in nats, `learning_rate`,
+            `gradient_norm`, `tokens_per_second`, `share_of_peak`; and one per evaluation: `step`, `evaluation`.
     """
 
     status: str
@@ -86,15 +86,15 @@ class TrainingSummary:
     processes: int
     device: str
     parameters: int
-    records: list[dict[str, Any]]
+    log_history: list[dict[str, Any]]
 
     @property
     def evaluation(self) -> dict[str, dict[str, float]]:
         """The last evaluation: loss, perplexity and accuracy by name of shape."""
-        return next((record["evaluation"] for record in reversed(self.records) if "evaluation" in record), {})
+        return next((entry["evaluation"] for entry in reversed(self.log_history) if "evaluation" in entry), {})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the records of single steps, which are in `metrics.jsonl`."""
+        """Return everything but the entries of single steps, which are in `metrics.jsonl`."""
         return {
             "status": self.status,
             **{
@@ -133,7 +133,7 @@ class TrainingSummary:
 
 
 class Monitor:
-    """Shows a run on the main process. On the other processes it only keeps the same records.
+    """Shows a run on the main process. On the other processes it only keeps the same log.
 
     Args:
         accelerator: Connects the processes, and holds the trackers.
@@ -147,7 +147,7 @@ class Monitor:
     ) -> None:
         self.accelerator, self.args, self.progress = accelerator, args, progress
         self.folder = None if args.output_dir is None else Path(args.output_dir)
-        self.records = on_main_process(self._records_so_far, accelerator) or []
+        self.log_history = on_main_process(self._log_so_far, accelerator) or []
         self.peak = matrix_product_rate(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
         self.bar = tqdm(
             total=args.max_steps,
@@ -177,7 +177,7 @@ class Monitor:
         share = (progress.flops - self.last_flops) / elapsed / self.peak
         self.last_time, self.last_tokens, self.last_flops = now, progress.tokens, progress.flops
         self.bar.set_postfix_str(f"loss {losses[0]:.3f}, {speed:,.0f} tokens/s, {share:.0%} of peak")
-        record = {
+        entry = {
             "step": progress.step,
             "loss": list(losses),
             "learning_rate": learning_rate,
@@ -185,17 +185,17 @@ class Monitor:
             "tokens_per_second": speed,
             "share_of_peak": share,
         }
-        self._record(record)
-        self._track({"loss": losses[0], **{f"loss_{i}": loss for i, loss in enumerate(losses)}}, record)
+        self._log(entry)
+        self._track({"loss": losses[0], **{f"loss_{i}": loss for i, loss in enumerate(losses)}}, entry)
 
     def evaluated(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Show an evaluation: for each shape by name its `loss`, `perplexity` and `accuracy`."""
-        self._record({"step": self.progress.step, "evaluation": results})
+        self._log({"step": self.progress.step, "evaluation": results})
         rows = [{"shape": name, **{key: row[key] for key in MEASURES}} for name, row in results.items()]
         self._say(f"Evaluation after step {self.progress.step}:\n{text_table(rows)}")
         if self.folder is not None:
             file = self.folder / PLOT_FILE
-            on_main_process(lambda: draw_evaluations(file, self.records), self.accelerator)
+            on_main_process(lambda: draw_evaluations(file, self.log_history), self.accelerator)
         self._track({f"eval/{name}/{key}": row[key] for name, row in results.items() for key in MEASURES}, {})
 
     @contextmanager
@@ -214,72 +214,72 @@ class Monitor:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def _records_so_far(self) -> list[dict[str, Any]]:
-        """Read back the records up to the step to go on from, and remove later ones from the file.
+    def _log_so_far(self) -> list[dict[str, Any]]:
+        """Read back the log up to the step to resume from, and remove later entries from the file.
 
-        A crash may have left records of later steps, and half a line at the end. Any other damaged line is left out
+        A crash may have left entries of later steps, and half a line at the end. Any other damaged line is left out
         with a warning.
         """
         if self.folder is None:
             return []
         file = self.folder / METRICS_FILE
         *lines, _ = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else [""]
-        read = [read_record(line) for line in lines]
-        damaged = [number for number, record in enumerate(read, start=1) if record is None]
+        read = [read_entry(line) for line in lines]
+        damaged = [number for number, entry in enumerate(read, start=1) if entry is None]
         if damaged:
             logger.warning(f"{file} has damaged lines, which are left out: {', '.join(map(str, damaged))}.")
-        records = [record for record in read if record is not None and record["step"] <= self.progress.step]
+        entries = [entry for entry in read if entry is not None and entry["step"] <= self.progress.step]
         self.folder.mkdir(parents=True, exist_ok=True)
         with explained(file, lambda: FREE_SPACE):
-            write_file(file, "".join(f"{json.dumps(record)}\n" for record in records))
-        return records
+            write_file(file, "".join(f"{json.dumps(entry)}\n" for entry in entries))
+        return entries
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             self.bar.write(text)
 
-    def _record(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
+    def _log(self, entry: dict[str, Any]) -> None:
+        self.log_history.append(entry)
         if self.folder is not None:
             file = self.folder / METRICS_FILE
-            on_main_process(lambda: append_record(file, record), self.accelerator)
+            on_main_process(lambda: append_entry(file, entry), self.accelerator)
 
-    def _track(self, values: Mapping[str, float], record: Mapping[str, Any]) -> None:
+    def _track(self, values: Mapping[str, float], entry: Mapping[str, Any]) -> None:
         if self.args.report_to:
-            numbers = {key: value for key, value in record.items() if isinstance(value, float)}
+            numbers = {key: value for key, value in entry.items() if isinstance(value, float)}
             self.accelerator.log({**values, **numbers}, step=self.progress.step)
 
 
-def append_record(file: Path, record: Mapping[str, Any]) -> None:
+def append_entry(file: Path, entry: Mapping[str, Any]) -> None:
     with explained(file, lambda: FREE_SPACE), file.open("a", encoding="utf-8", newline="\n") as stream:
-        stream.write(f"{to_json(record)}\n")
+        stream.write(f"{to_json(entry)}\n")
 
 
-def draw_evaluations(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def draw_evaluations(file: Path, entries: Sequence[Mapping[str, Any]]) -> None:
     with explained(file, lambda: FREE_SPACE):
-        plot_evaluations(file, records)
+        plot_evaluations(file, entries)
 
 
-def read_record(line: str) -> dict[str, Any] | None:
-    """Return the record in a line of `metrics.jsonl`, or `None` if the line is damaged."""
+def read_entry(line: str) -> dict[str, Any] | None:
+    """Return the entry in a line of `metrics.jsonl`, or `None` if the line is damaged."""
     try:
-        record = parse_json(line, METRICS_FILE)
+        entry = parse_json(line, METRICS_FILE)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and _is_complete(record) else None
+    return entry if isinstance(entry, dict) and _is_complete(entry) else None
 
 
-def _is_complete(record: Mapping[str, Any]) -> bool:
-    """Return whether a record holds what `Monitor` and `plot_evaluations` read of it. None is no finite number."""
+def _is_complete(entry: Mapping[str, Any]) -> bool:
+    """Return whether an entry holds what `Monitor` and `plot_evaluations` read of it. None is no finite number."""
 
     def are_numbers(values: Sequence[Any]) -> bool:
         return all(value is None or type(value) in (int, float) for value in values)
 
-    if type(record.get("step")) is not int:
+    if type(entry.get("step")) is not int:
         return False
-    if "evaluation" not in record:
-        return isinstance(record.get("loss"), list) and are_numbers(record["loss"])
-    rows = record["evaluation"]
+    if "evaluation" not in entry:
+        return isinstance(entry.get("loss"), list) and are_numbers(entry["loss"])
+    rows = entry["evaluation"]
     return isinstance(rows, dict) and all(
         isinstance(row, dict) and row.keys() >= set(MEASURES) and are_numbers([*row.values()]) for row in rows.values()
     )
