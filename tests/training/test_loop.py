@@ -1,3 +1,4 @@
+import json
 import math
 import re
 from itertools import pairwise
@@ -636,6 +637,12 @@ def test_trackers_are_told_every_record_and_the_arguments(tokenizer, dataset, ev
     }
     assert notebook.config["max_steps"] == "4"
     assert notebook.closed
+
+
+def test_summary_names_a_tracker_of_ones_own(tokenizer, dataset, tmp_path):
+    pretrain(tokenizer, dataset, max_steps=1, report_to=[Notebook()], output_dir=str(tmp_path))
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    assert summary["arguments"]["report_to"] == ["notebook"]
 
 
 def test_closing_the_trackers_leaves_the_processes_connected(tokenizer, dataset, monkeypatch):

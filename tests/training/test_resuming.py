@@ -100,6 +100,13 @@ def test_target_needs_something_to_be_measured_on(tokenizer, dataset):
         pretrain(tokenizer, dataset, eval_steps=1, target_perplexity=20.0)
 
 
+def test_evaluation_without_a_label_is_refused_before_the_first_step(tokenizer, dataset, eval_batches, steps):
+    unlabelled = [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in eval_batches]
+    with pytest.raises(ValueError, match="No token of eval_batches is labelled"):
+        pretrain(tokenizer, dataset, eval_batches=unlabelled)
+    assert steps == []
+
+
 def test_target_that_is_not_reached_stops_nothing(tokenizer, dataset, eval_batches):
     changes = {"max_steps": 4, "eval_steps": 2, "target_perplexity": 1.001}
     _, summary = pretrain(tokenizer, dataset, eval_batches=eval_batches, **changes)

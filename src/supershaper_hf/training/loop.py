@@ -26,7 +26,7 @@ from ..data.sequences import check_vocabulary
 from ..devices import copy_mapped_weights, device_name
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.costs import training_flops
-from ..model.modeling_supershaper import SuperShaperForMaskedLM
+from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperForMaskedLM
 from ..model.shapes import SearchSpace
 from ..search.evaluation import evaluate_shapes
 from .arguments import SuperPretrainingArguments
@@ -101,6 +101,8 @@ def super_pretrain(
     copy_mapped_weights(model)
     if args.target_perplexity is not None and not eval_batches:
         raise ValueError(f"target_perplexity={args.target_perplexity} needs eval_batches to be measured on.")
+    if eval_batches and not any((batch["labels"] != IGNORE_INDEX).any() for batch in eval_batches):
+        raise ValueError("No token of eval_batches is labelled. Use more text, or a higher mlm_probability.")
     accelerator = make_accelerator(args)
     check_teacher(args, model.config, tokenizer, teacher)
     stream = make_stream(dataset, tokenizer, args, accelerator)
@@ -292,7 +294,11 @@ class Run:
         return TrainingSummary(
             status=status,
             progress=self.progress,
-            arguments=vars(self.args) | {"mixed_precision": self.accelerator.mixed_precision},
+            arguments=vars(self.args)
+            | {
+                "mixed_precision": self.accelerator.mixed_precision,
+                "report_to": [getattr(tracker, "name", str(tracker)) for tracker in self.args.report_to],
+            },
             processes=self.accelerator.num_processes,
             device=device_name(self.accelerator.device),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
