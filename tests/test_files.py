@@ -1,6 +1,8 @@
 """A crash at any moment loses neither the old nor the new file or folder."""
 
+import errno
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -352,3 +354,17 @@ def test_planted_link_is_not_written_through(tmp_path):
     assert precious.read_text() == "mine"
     assert file.read_text() == "new"
     assert not file.is_symlink()
+
+
+def test_full_disk_names_the_file(tmp_path, monkeypatch):
+    """The error of the operating system does not name it, because it comes from a file that is open already."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = write_file(tmp_path / "front.csv", "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{re.escape(str(file))}'"):
+        write_file(file, "new")
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["front.csv"]

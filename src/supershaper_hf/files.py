@@ -47,8 +47,10 @@ def write_file(file: str | Path, text: str) -> Path:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # a full disk does not name the file
+            error.filename = str(file)
         raise
     force_to_disk(file.parent)
     return file

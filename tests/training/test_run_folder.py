@@ -18,7 +18,7 @@ from supershaper_hf.files import lock
 from supershaper_hf.training import loop as training_module
 from supershaper_hf.training import preparing, progress, run_folder
 from supershaper_hf.training.arguments import CHOICES
-from supershaper_hf.training.checkpoints import find_damage, list_checkpoints
+from supershaper_hf.training.checkpoints import explained, find_damage, list_checkpoints
 from supershaper_hf.training.loop import super_pretrain
 
 
@@ -229,6 +229,11 @@ def test_full_disk_in_the_tokenizer_is_named_too(tokenizer, dataset, eval_batche
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
     with pytest.raises(OSError, match=r"best could not be written: No space left on device \(os error 28\)\. Solve"):
         pretrain(tokenizer, dataset, eval_batches=eval_batches, output_dir=str(tmp_path))
+
+
+def test_a_gpu_that_runs_out_of_memory_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), explained(tmp_path / "best", lambda: "Make room on the disk."):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 # Machines

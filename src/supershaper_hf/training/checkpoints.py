@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers.utils import logging
@@ -107,12 +108,13 @@ def explained(path: Path, advice: Callable[[], str]) -> Iterator[None]:
     """Turn an error in writing `path` into an OSError that names it and says what to do.
 
     Libraries report a full disk as an OSError, a RuntimeError (torch), a SafetensorError, or a bare Exception
-    (tokenizers). Other errors are mistakes in the code and pass as they are.
+    (tokenizers). Other errors, and a GPU that runs out of memory, pass as they are.
     """
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (OSError, RuntimeError, SafetensorError)) and type(error) is not Exception:
+        written = isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception
+        if not written or isinstance(error, torch.OutOfMemoryError):
             raise
         raise OSError(f"{path} could not be written: {error}. {advice()}") from error
 
