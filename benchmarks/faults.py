@@ -206,7 +206,7 @@ def killed(work: Path, processes: int, kills: int, generator: random.Random) -> 
     for _ in range(kills):
         folder = work / "killed"
         kill(folder, processes, generator.uniform(0, duration))
-        struck["while writing" if "writing" in left_behind(folder) else "otherwise"] += 1
+        struck["while a checkpoint was written" if "writing" in left_behind(folder) else "between two checkpoints"] += 1
         ends[finish(folder, processes) or equal(folder, whole)] += 1
         shutil.rmtree(folder)
     where, same = (", ".join(f"{n} {what}" for what, n in sorted(found.items())) for found in (struck, ends))
