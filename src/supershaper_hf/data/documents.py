@@ -114,6 +114,7 @@ def known_format(file: str | Path) -> str | None:
 
 
 def load_files(files: list[str], column: str, streaming: bool) -> Dataset | IterableDataset:
+    """Return the documents of `files`. Stored ones come from the cache if content, column and reader are the same."""
     arguments: dict[str, Any] = {"files": [str(Path(file).absolute()) for file in files], "column": column}
     if streaming:
         return IterableDataset.from_generator(read_files, features=TEXT, gen_kwargs=arguments)
@@ -147,6 +148,7 @@ def explained_disk_errors(folder: str | Path) -> Iterator[None]:
 
 
 def is_disk_full(error: Exception) -> bool:
+    """Return whether an error of `datasets`, or the error behind it, says that there is no room on the disk."""
     cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
     if not isinstance(cause, OSError):
         return False
@@ -280,6 +282,7 @@ def describe_text_fault(file: str) -> str | None:
 
 
 def load_from_hub(name: str, column: str, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """Return the documents of a data set of the Hub, `user/name` or `user/name:configuration`."""
     path, _, configuration = name.partition(":")
     with explained_disk_errors(datasets.config.HF_CACHE_HOME):
         try:
