@@ -20,8 +20,8 @@ def source(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [[8, 20, 36], [48, 48, 48], [0, 36, 0]], ids=str)
-def test_extraction_between_folders_equals_extraction_in_memory(model_class, head_slicing, shape, tmp_path):
-    supernet = tiny_model(model_class, head_slicing=head_slicing)
+def test_extraction_between_folders_equals_extraction_in_memory(model_class, elasticity, shape, tmp_path):
+    supernet = tiny_model(model_class, **elasticity)
     supernet.save_pretrained(tmp_path / "supernet")
     target = extract_from_folder(tmp_path / "supernet", shape, tmp_path / "subnet")
     subnet, expected = model_class.from_pretrained(target), supernet.extract_subnet(shape)
