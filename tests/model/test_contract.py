@@ -58,7 +58,7 @@ def model(request, model_class):
 # Saving and loading
 
 
-# The last digit of an output may depend on where the tensors lie in memory: those of a file are not aligned as new ones.
+# The last digit of an output depends on where the weights lie in memory: those of a file are not aligned as new ones.
 
 
 def test_saved_model_loads_equal(model, tmp_path):

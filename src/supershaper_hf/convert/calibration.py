@@ -26,8 +26,8 @@ from transformers.masking_utils import create_bidirectional_mask
 
 # The strength of a ridge regression, as a share of the mean variance of its inputs.
 RIDGE = 1e-3
-# Directions in which a head has less than this share of its largest moment count as if they had this share.
-SMALLEST_MOMENT = 1e-8
+# Directions in which a head hardly varies count as if they had this share of its energy, so that they can be scaled.
+SMALLEST_SHARE = 1e-8
 # Added to what may be 0, where a head or a channel computes nothing.
 TINY = 1e-30
 
@@ -248,6 +248,11 @@ class HeadMoments(NamedTuple):
     def covariance(self) -> torch.Tensor:
         return self.second - self.mean[:, :, None] * self.mean[:, None, :]
 
+    @property
+    def energy(self) -> torch.Tensor:
+        """E[x^2] of each head, (heads,), as a mean over its channels."""
+        return self.second.diagonal(dim1=1, dim2=2).mean(dim=1)
+
 
 class MeasuredHeads(NamedTuple):
     """What the attention of a layer computes: queries and keys, and contexts, which are weighted means of values."""
@@ -283,14 +288,14 @@ def rotate_heads(attention: Any, measured: MeasuredHeads) -> None:
     output.bias += output.weight @ mean
     projections.value.bias -= mean
 
-    root_q, inverse_q = square_root(measured.queries.second)
-    root_k, inverse_k = square_root(measured.keys.covariance)
+    root_q, inverse_q = square_root(measured.queries.second, measured.queries.energy)
+    root_k, inverse_k = square_root(measured.keys.covariance, measured.keys.energy)
     u, scores, v_transposed = torch.linalg.svd(root_q.mT @ root_k)
     scale = scores.sqrt()[:, :, None]
     rotate(projections.query, scale * (u.mT @ inverse_q))
     rotate(projections.key, scale * (v_transposed @ inverse_k))
 
-    root_c, inverse_c = square_root(measured.contexts.covariance)
+    root_c, inverse_c = square_root(measured.contexts.covariance, measured.contexts.energy)
     columns = exact(output.weight).unflatten(1, (projections.num_heads, -1)).transpose(0, 1)
     _, gains, v_transposed = torch.linalg.svd(columns @ root_c, full_matrices=False)
     scale = (gains.clamp(min=1e-6 * gains.max()) + TINY).sqrt()  # columns are divided by it
@@ -299,14 +304,13 @@ def rotate_heads(attention: Any, measured: MeasuredHeads) -> None:
     output.weight.copy_(columns.transpose(0, 1).flatten(1))
 
 
-def square_root(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def square_root(moments: torch.Tensor, energy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return L with L L^T = `moments`, and its inverse, for each head.
 
-    Where moments are 0 or negative by rounding, they count as small positive ones, so that the inverse exists.
+    Eigenvalues that are 0, or negative by rounding, are raised to a small share of the energy of the head.
     """
     values, vectors = torch.linalg.eigh(moments)
-    largest = values.amax(dim=1, keepdim=True).clamp(min=0)
-    roots = torch.maximum(values, SMALLEST_MOMENT * largest + TINY).sqrt()
+    roots = torch.maximum(values, SMALLEST_SHARE * energy[:, None] + TINY).sqrt()
     return vectors * roots[:, None, :], vectors.mT / roots[:, :, None]
 
 
