@@ -386,7 +386,11 @@ class SuperShaperEncoder(nn.Module):
             hidden_states = self._enter(hidden_states, previous, index, width)
             hidden_states = self.layer[index](hidden_states, attention_mask, self.narrow(index, width), **kwargs)
             previous = index
-        return elastic_linear(self.exit(previous, hidden_states.shape[-1]), hidden_states)
+        return self.leave(previous, hidden_states)
+
+    def leave(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map the output of layer `layer`, (batch, length, w), to (batch, length, hidden_size)."""
+        return elastic_linear(self.exit(layer, hidden_states.shape[-1]), hidden_states)
 
     def _enter(self, hidden_states: torch.Tensor, previous: int | None, index: int, width: int) -> torch.Tensor:
         """Map the output of layer `previous` (`None`: the embeddings) to the input of layer `index` at `width`."""

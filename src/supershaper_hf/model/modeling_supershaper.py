@@ -245,8 +245,7 @@ class SuperShaperModel(SuperShaperPreTrainedModel):
         is `last_hidden_state` (batch, length, hidden_size). States of different widths cannot be stacked. In a supernet
         the bottleneck out of layer i maps its state to hidden_size:
 
-            state = nn.functional.pad(state, (0, config.hidden_size - state.shape[-1]))
-            state = model.base_model.encoder.output_bottleneck[i](state)
+            state = model.base_model.encoder.leave(i, state)
 
         `Trainer.predict` passes no `shape`: give it `extract_subnet(shape)`.
 
