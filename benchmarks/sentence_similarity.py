@@ -21,13 +21,13 @@ import torch
 from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from supershaper_hf import SuperShaperConfig, markdown_table
+from supershaper_hf import SuperShaperConfig, SuperShaperModel, markdown_table, read_pooling
 from supershaper_hf.checks import check_choice
-from supershaper_hf.model.modeling_supershaper import SuperShaperModel, empty_model
+from supershaper_hf.model.modeling_supershaper import empty_model
+from supershaper_hf.publish.sentences import POOLINGS
 from supershaper_hf.search.evaluation import evaluation_mode
 
 
-POOLINGS = ("mean", "cls")
 COLUMNS = ("sentence1", "sentence2", "label")
 BATCH_SIZE = 32
 
@@ -145,7 +145,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a BERT, a supernet or a subnet")
     parser.add_argument("--pairs", required=True, help="CSV file with the columns sentence1, sentence2 and label")
-    parser.add_argument("--pooling", choices=POOLINGS, default="mean", help="how token states become one embedding")
+    parser.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        help="how token states become one embedding; by default as the model says, or mean if it does not say it",
+    )
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -162,8 +166,9 @@ def main() -> None:
         shapes = [read_shape(text, model.config) for text in asked]
     elif args.shapes:
         parser.error(f"--shapes are for a supernet, but {args.model} has one shape only. Leave them out.")
-    rows = measure(model, tokenizer, pairs, labels, args.pooling, shapes)
-    print(f"{len(pairs)} pairs, {args.pooling} pooling\n")
+    pooling = args.pooling or read_pooling(args.model) or "mean"
+    rows = measure(model, tokenizer, pairs, labels, pooling, shapes)
+    print(f"{len(pairs)} pairs, {pooling} pooling\n")
     print(markdown_table(rows))
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import WORDS, randomize, tiny_bert_config, tiny_config
 from transformers import BertModel
 
-from supershaper_hf import SuperShaperModel
+from supershaper_hf import SuperShaperModel, save_for_hub
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -93,8 +93,8 @@ def test_other_files_are_refused(script, tmp_path, content, message):
 
 
 def test_the_table_compares_shapes_with_the_model_itself(script, tokenizer, tmp_path, monkeypatch, capsys):
-    randomize(SuperShaperModel(tiny_config())).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    model = randomize(SuperShaperModel(tiny_config()))
+    save_for_hub(model, tmp_path / "model", tokenizer=tokenizer, pooling="cls")
     lines = [f"{a},{b},{i}\n" for i, (a, b) in enumerate(zip(SENTENCES[0::2], SENTENCES[1::2], strict=False))]
     (tmp_path / "pairs.csv").write_text(HEADER + "".join(lines), encoding="utf-8")
     command = ["sentence_similarity.py", "--model", str(tmp_path / "model"), "--pairs", str(tmp_path / "pairs.csv")]
@@ -109,4 +109,5 @@ def test_the_table_compares_shapes_with_the_model_itself(script, tokenizer, tmp_
     assert rows[0][2:] == rows[1][2:]  # the largest shape is the model itself; only its bottlenecks are not merged
     asked = table("--shapes", "20", "36,0,8")
     assert [row[0] for row in asked] == ["| the model itself", "| [20, 20, 20]", "| [36, 0, 8]"]
-    assert table("--pooling", "cls") != rows
+    assert table("--pooling", "cls") == rows  # as the model says of itself
+    assert table("--pooling", "mean") != rows

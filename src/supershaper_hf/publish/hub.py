@@ -49,7 +49,8 @@ def save_for_hub(
             of the first token. The folder is then also a `SentenceTransformer`. `read_sentence_encoder(original)`
             returns this option and the next three.
         normalize: Whether the `SentenceTransformer` divides every embedding by its length.
-        max_seq_length: Tokens after which it cuts a text. By default as many as tokenizer and model allow.
+        max_seq_length: Tokens after which it cuts a text, by default the `model_max_length` of the tokenizer. It never
+            keeps more than the model can read.
         prompts: Names and texts that it can put before a text, such as `{"query": "query: "}`.
         repo_id: The name of the model in the card's examples; by default the name of the folder. Give it if you
             upload the folder with `push_folder` later.

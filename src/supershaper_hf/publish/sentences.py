@@ -61,12 +61,13 @@ def sentence_encoder_files(
         tokenizer: The tokenizer that is saved beside the model.
         pooling: "mean", "cls", or `None` for a model that is no sentence encoder and has none of these files.
         normalize: Whether every embedding is divided by its length, so that its dot products are cosines.
-        max_seq_length: Tokens after which a text is cut. By default as many as tokenizer and model allow.
+        max_seq_length: Tokens after which a text is cut, by default the `model_max_length` of the tokenizer. The model
+            may be able to read fewer; then it is cut after these.
         prompts: Names and texts that are put before a text, such as `{"query": "query: "}`.
 
     Raises:
-        ValueError: If `pooling` is unknown or has no tokenizer, if `max_seq_length` is more than the model can read,
-            or if one of the other options is given without `pooling`.
+        ValueError: If `pooling` is unknown or there is no tokenizer, if `max_seq_length` is no count, or if one of the
+            other options is given without `pooling`.
 
     Example:
         >>> from transformers import BertTokenizer
@@ -85,12 +86,10 @@ def sentence_encoder_files(
     check_choice("pooling", pooling, POOLINGS)
     if tokenizer is None:
         raise ValueError(f"pooling={pooling!r} makes a SentenceTransformer, which needs a tokenizer: add tokenizer=...")
-    longest = config.max_position_embeddings
     if max_seq_length is None:
-        max_seq_length = min(longest, tokenizer.model_max_length)
+        max_seq_length = tokenizer.model_max_length
     check_count("max_seq_length", max_seq_length)
-    if max_seq_length > longest:
-        raise ValueError(f"max_seq_length={max_seq_length} is more than the {longest} tokens that the model can read.")
+    max_seq_length = min(max_seq_length, config.max_position_embeddings)
     steps = [("", "Transformer"), (POOLING_FOLDER, "Pooling"), *([("2_Normalize", "Normalize")] if normalize else [])]
     return {
         MODULES_FILE: [
@@ -144,6 +143,8 @@ def read_sentence_encoder(source: str | Path) -> dict[str, Any]:
     if pooling not in POOLINGS:
         return {}
     length = _read(source, MODEL_FILE, dict).get("max_seq_length")
+    if length is not None:
+        check_count(f"{source}: {MODEL_FILE}: max_seq_length", length)
     prompts = _read(source, PROMPTS_FILE, dict).get("prompts")
     return (
         {"pooling": pooling, "normalize": "Normalize" in names}
