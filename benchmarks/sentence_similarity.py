@@ -7,7 +7,7 @@ The file of pairs has the columns of GLUE's STS-B: sentence1, sentence2, and lab
 here called STS, is the rank correlation (Spearman's) between the labels and the cosines of the embeddings.
 
 The first row is the model itself, for a supernet its largest shape. The other rows are the shapes that were asked for,
-by default every rectangle, in which all layers have the same width.
+by default every smaller rectangle, in which all layers have the same width.
 """
 
 import argparse
@@ -154,7 +154,7 @@ def main() -> None:
         "--shapes",
         nargs="+",
         help="shapes of the supernet: a width for all layers, or one for each with commas between them; by default "
-        "each of its width choices for all layers",
+        "each of its width choices below the largest one, for all layers",
     )
     args = parser.parse_args()
     pairs, labels = load_pairs(args.pairs)
@@ -162,7 +162,7 @@ def main() -> None:
     model = AutoModel.from_pretrained(args.model)
     shapes: list[list[int]] = []
     if isinstance(model, SuperShaperModel) and not model.config.merged_bottlenecks:
-        asked = args.shapes or [str(width) for width in reversed(model.config.width_choices)]
+        asked = args.shapes or [str(width) for width in reversed(model.config.width_choices[:-1])]
         shapes = [read_shape(text, model.config) for text in asked]
     elif args.shapes:
         parser.error(f"--shapes are for a supernet, but {args.model} has one shape only. Leave them out.")

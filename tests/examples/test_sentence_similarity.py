@@ -105,9 +105,10 @@ def test_the_table_compares_shapes_with_the_model_itself(script, tokenizer, tmp_
         return [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
 
     rows = table()
-    assert [row[0] for row in rows] == ["| the model itself", *(f"| {[w] * 3}" for w in (48, 36, 20, 8))]
-    assert rows[0][2:] == rows[1][2:]  # the largest shape is the model itself; only its bottlenecks are not merged
-    asked = table("--shapes", "20", "36,0,8")
-    assert [row[0] for row in asked] == ["| the model itself", "| [20, 20, 20]", "| [36, 0, 8]"]
+    assert [row[0] for row in rows] == ["| the model itself", *(f"| {[w] * 3}" for w in (36, 20, 8))]
+    asked = table("--shapes", "20", "36,0,8", "48")
+    assert [row[0] for row in asked] == ["| the model itself", "| [20, 20, 20]", "| [36, 0, 8]", "| [48, 48, 48]"]
+    assert asked[0][2:] == asked[3][2:]  # the model itself is the largest shape; only its bottlenecks are not merged
+    assert asked[1] == rows[2]
     assert table("--pooling", "cls") == rows  # as the model says of itself
     assert table("--pooling", "mean") != rows
