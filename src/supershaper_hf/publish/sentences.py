@@ -131,15 +131,11 @@ def read_sentence_encoder(source: str | Path) -> dict[str, Any]:
         >>> read_sentence_encoder("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
         {'pooling': 'mean', 'normalize': True, 'max_seq_length': 256}
     """
-    steps = [
-        (str(module.get("type")).rpartition(".")[2], str(module.get("path")))
-        for module in _read(source, MODULES_FILE, list)
-        if isinstance(module, dict)
-    ]
-    names = [name for name, _ in steps]
-    if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    modules = _read(source, MODULES_FILE, list)
+    steps = [str(module.get("type")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
+    if steps not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         return {}
-    pooling = _pooling_mode(_read(source, f"{steps[1][1]}/config.json", dict))
+    pooling = _pooling_mode(_read(source, f"{POOLING_FOLDER}/config.json", dict))
     if pooling not in POOLINGS:
         return {}
     length = _read(source, MODEL_FILE, dict).get("max_seq_length")
@@ -147,7 +143,7 @@ def read_sentence_encoder(source: str | Path) -> dict[str, Any]:
         check_count(f"{source}: {MODEL_FILE}: max_seq_length", length)
     prompts = _read(source, PROMPTS_FILE, dict).get("prompts")
     return (
-        {"pooling": pooling, "normalize": "Normalize" in names}
+        {"pooling": pooling, "normalize": "Normalize" in steps}
         | ({} if length is None else {"max_seq_length": length})
         | ({"prompts": prompts} if isinstance(prompts, dict) and any(prompts.values()) else {})
     )
