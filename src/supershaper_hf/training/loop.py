@@ -73,7 +73,7 @@ def super_pretrain(
         eval_batches: Masked batches from `batches.fixed_masks`, on which named shapes are evaluated.
         teacher: An outside teacher, for `args.teacher_weight`.
         description: Label of the progress bar.
-        card: Sections and metadata of the model cards, as in `card.model_card`.
+        card: Further arguments of `save_for_hub`, such as sections and metadata of the model cards, or `pooling`.
 
     Returns:
         The summary. Its `status` is "finished" or "target reached" if the run is complete. It is "interrupted" after
