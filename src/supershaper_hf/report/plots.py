@@ -127,18 +127,21 @@ def plot_profile(file: str | Path, profile: "Profile") -> None:
 
 
 def plot_evaluations(file: str | Path, log_history: Sequence[Mapping[str, Any]]) -> None:
-    """Write a PNG of loss over training steps, one line for each evaluated shape.
+    """Write a PNG of loss or distance over training steps, one line for each evaluated shape.
 
     Args:
         file: The PNG file to write.
         log_history: The lines of a training run's log. Those with `evaluation` are drawn.
     """
     evaluations = [entry for entry in log_history if "evaluation" in entry]
+    key, label = "loss", "loss on held-out text (nats per masked token)"
+    if any("distance" in row for row in evaluations[-1]["evaluation"].values()):
+        key, label = "distance", "distance to the original on held-out text"
     figure, axes = new_figure()
     for name in evaluations[-1]["evaluation"]:
-        points = [(entry["step"], entry["evaluation"][name]["loss"]) for entry in evaluations]
+        points = [(entry["step"], entry["evaluation"][name][key]) for entry in evaluations]
         axes.plot(*zip(*points), marker=".", label=name)
     axes.set_xlabel("training step")
-    axes.set_ylabel("loss on held-out text (nats per masked token)")
+    axes.set_ylabel(label)
     axes.legend()
     figure.savefig(file, dpi=120)
