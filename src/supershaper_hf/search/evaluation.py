@@ -197,13 +197,14 @@ def _key(model: SuperShaperPreTrainedModel, shape: Sequence[int] | None) -> Key:
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Turn dropout off. Afterwards, also after an error, the model is in the mode in which it was."""
-    was_training = model.training
+    """Turn dropout off. Afterwards, also after an error, every module is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 class Evaluation:

@@ -116,8 +116,8 @@ class SuperPretrainingArguments:
     cross_documents: bool = option(False, "Whether a sequence may continue with the next document.")
     mlm_probability: float = option(
         0.15,
-        "Share of the tokens that the model has to predict. With 0 nothing is masked, and shapes learn from an outside "
-        "teacher alone, by --state_weight.",
+        "Share of the tokens that the model has to predict. With 0 nothing is masked, and an outside teacher alone "
+        "teaches, by --state_weight.",
     )
     seed: int = option(0, "Random seed of the masks, the order of the text, dropout and the shapes.")
 

@@ -260,7 +260,7 @@ class OutsideTeacher:
         ]
         try:
             if self.model.device != batch["input_ids"].device:
-                self.model.to(batch["input_ids"].device)
+                self.model.to(batch["input_ids"].device)  # type: ignore[arg-type]
             output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         finally:
             for handle in handles:

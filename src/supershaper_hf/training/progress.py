@@ -91,7 +91,7 @@ class TrainingSummary:
 
     @property
     def evaluation(self) -> dict[str, dict[str, float]]:
-        """The last evaluation by name of shape: loss, perplexity and accuracy; or, without labels, distance and cosine."""
+        """The last evaluation by name of shape: loss, perplexity, accuracy, or without labels distance and cosine."""
         return next((entry["evaluation"] for entry in reversed(self.log_history) if "evaluation" in entry), {})
 
     def to_dict(self) -> dict[str, Any]:
