@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.modeling_supershaper import SuperShaperModel
+from .calibration import calibrate
 
 
 logger = logging.get_logger(__name__)
@@ -23,18 +24,25 @@ def from_bert(
     model_class: type,
     source: str | Path | PreTrainedModel,
     width_choices: list[int] | None = None,
-    head_slicing: str = "prefix",
+    head_slicing: str | None = None,
+    bottlenecks: str = "shared",
+    calibration: Iterable[Mapping[str, torch.Tensor]] | None = None,
     output_loading_info: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Make a supernet that computes what a BERT computes: its bottlenecks are identities.
+    """Make a supernet that computes what a BERT computes.
+
+    Without `calibration` it starts as in the paper: the bottlenecks are identities, and a narrow layer takes the first
+    channels, whatever they are. With `calibration` the narrow shapes start much closer to the BERT, see `calibrate`.
 
     Args:
         model_class: The SuperShaper head to make. It is read from the BERT head of the same name.
         source: A folder or Hub id of a BERT checkpoint, or a BERT model: cased or uncased, of any size, with or without
             masked-LM head and pooler. The tokenizer of the BERT is the tokenizer of the supernet.
         width_choices: As in `SuperShaperConfig`.
-        head_slicing: As in `SuperShaperConfig`.
+        head_slicing: As in `SuperShaperConfig`. By default `"per_head"` with `calibration`, else `"prefix"`.
+        bottlenecks: As in `SuperShaperConfig`.
+        calibration: Batches of 20,000 to 200,000 tokens in all, with `input_ids` and `attention_mask`.
         output_loading_info: Whether to return also a dictionary with the lists `missing_keys`, the newly initialised
             tensors of the supernet, and `unexpected_keys`, the unused tensors of the source.
         **kwargs: For a checkpoint, the arguments of `from_pretrained`, such as `revision`, `token` and `dtype`.
@@ -56,9 +64,14 @@ def from_bert(
     """
     missing: set[str] = set()
     unexpected: set[str] = set()
+    choices = {
+        "width_choices": width_choices,
+        "head_slicing": head_slicing or ("prefix" if calibration is None else "per_head"),
+        "bottlenecks": bottlenecks,
+    }
     if isinstance(source, (str, Path)):
         bert_config = AutoConfig.from_pretrained(source, **kwargs)
-        config = supernet_config(bert_config, str(source), width_choices, head_slicing)
+        config = supernet_config(bert_config, str(source), choices)
         bert_class = getattr(transformers, model_class.__name__.replace("SuperShaper", "Bert"))
         with only_errors("transformers.modeling_utils"):  # `report_loading` says what is missing and unused
             bert, info = bert_class.from_pretrained(source, output_loading_info=True, **kwargs)
@@ -71,7 +84,7 @@ def from_bert(
         if kwargs:
             raise TypeError(f"from_bert: {sorted(kwargs)} can be given for a checkpoint only, not for a model.")
         bert = source
-        config = supernet_config(bert.config, type(bert).__name__, width_choices, head_slicing)
+        config = supernet_config(bert.config, type(bert).__name__, choices)
     tensors = bert.state_dict()
     if isinstance(bert, BertModel):
         tensors = {f"bert.{name}": tensor for name, tensor in tensors.items()}
@@ -82,13 +95,13 @@ def from_bert(
     model = model_class(config).to(bert.dtype)
     absent, unused = load_tensors(model, tensors)
     absent = {name for name in absent if "_bottleneck." not in name}  # they start as identity
+    if calibration is not None:
+        calibrate(model, calibration)
     return report_loading(model, missing | absent, unexpected | unused, output_loading_info)
 
 
-def supernet_config(
-    bert_config: PreTrainedConfig, name: str, width_choices: list[int] | None, head_slicing: str
-) -> SuperShaperConfig:
-    """Return the configuration of the supernet of a BERT. Error messages contain `name`.
+def supernet_config(bert_config: PreTrainedConfig, name: str, choices: Mapping[str, Any]) -> SuperShaperConfig:
+    """Return the configuration of the supernet of a BERT, with the fields `choices`. Error messages contain `name`.
 
     Only fields of `BertConfig` are copied. Other entries of a config.json, such as fields of `SuperShaperConfig`, would
     turn the BERT into something else.
@@ -98,7 +111,7 @@ def supernet_config(
     known = {field.name for field in fields(BertConfig)} & {field.name for field in fields(SuperShaperConfig)}
     shared = {key: value for key, value in values.items() if key in known}
     SuperShaperConfig.from_dict(dict(shared), name_or_path=name)  # its errors name the BERT's file
-    return SuperShaperConfig.from_dict({**shared, "width_choices": width_choices, "head_slicing": head_slicing})
+    return SuperShaperConfig.from_dict({**shared, **choices})
 
 
 @contextmanager
@@ -155,7 +168,21 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) ->
             "hidden_size, intermediate_size and max_position_embeddings."
         )
     keys = model.load_state_dict(tensors, strict=False)
-    return set(keys.missing_keys) - set(model.all_tied_weights_keys), set(keys.unexpected_keys)
+    by_width = {name for name in keys.missing_keys if "by_width." in name}
+    if by_width:
+        share_bottlenecks(model)
+    return set(keys.missing_keys) - by_width - set(model.all_tied_weights_keys), set(keys.unexpected_keys)
+
+
+@torch.no_grad()
+def share_bottlenecks(model: Any) -> None:
+    """Give every narrow width its part of the shared output bottleneck, so that it computes as with shared ones."""
+    encoder = model.base_model.encoder
+    for index, exit in enumerate(encoder.output_bottleneck):
+        for width in model.config.width_choices[:-1]:
+            own = encoder.narrow(index, width).output_bottleneck
+            own.weight.copy_(exit.weight[:, :width])
+            own.bias.copy_(exit.bias)
 
 
 def report_loading(model: Any, missing: Iterable[str], unexpected: Iterable[str], output_loading_info: bool) -> Any:

@@ -73,7 +73,8 @@ def extract_from_folder(source: str | Path, shape: Sequence[int], target: str | 
     load = _tensor_loader(source, files, empty_model(model_class, config).state_dict())
     # A narrowed tensor is a view of the whole one: clone it, so that the whole one can be freed.
     tensors = {
-        key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in subnet_tensors(subnet, shape, load)
+        key: tensor.clone(memory_format=torch.contiguous_format)
+        for key, tensor in subnet_tensors(subnet, config, shape, load)
     }
 
     def write(folder: Path) -> None:

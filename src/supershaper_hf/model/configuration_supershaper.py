@@ -124,6 +124,13 @@ class SuperShaperConfig(PreTrainedConfig):
             the first w channels and divides them into `num_attention_heads` heads. `"per_head"` keeps the first
             w / heads channels of every head, so that a channel belongs to the same head at every width.
         merged_bottlenecks: Whether each output bottleneck is multiplied with the next input bottleneck, as in a subnet.
+        bottlenecks: What the widths of a layer share. With `"shared"`, the paper's way, a narrow layer uses a part of
+            the layer's one output bottleneck. With `"by_width"` each narrow width of a layer has an output bottleneck
+            of its own, and linear maps that estimate the channels which it lacks; see `SuperShaperNarrowWidth`. A
+            subnet has neither: these maps are merged with the weights beside them.
+        full_head_scale: Whether attention scores are divided by the square root of the full head size at every width,
+            as `calibrate` needs it, instead of that of the narrowed head, as in the paper. In a subnet the factor is
+            part of the query weights.
 
     Raises:
         StrictDataclassError: If a value has the wrong type or is out of its range, or the widths, the heads and
@@ -158,6 +165,8 @@ class SuperShaperConfig(PreTrainedConfig):
     width_choices: list[int] | None = None
     head_slicing: Literal["prefix", "per_head"] = "prefix"
     merged_bottlenecks: bool = False
+    bottlenecks: Literal["shared", "by_width"] = "shared"
+    full_head_scale: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.hidden_sizes is None:
@@ -252,6 +261,15 @@ class SuperShaperConfig(PreTrainedConfig):
                 f"hidden_size={full}. Cut a narrower model out of it with extract_subnet(shape)."
             )
 
+    def validate_bottlenecks(self) -> None:
+        """Check that a subnet has nothing that only a supernet can have."""
+        if self.merged_bottlenecks and (self.bottlenecks != "shared" or self.full_head_scale):
+            raise ValueError(
+                f"bottlenecks={self.bottlenecks!r}, full_head_scale={self.full_head_scale}: a subnet "
+                "(merged_bottlenecks=True) has bottlenecks='shared' and full_head_scale=False. Both are properties of "
+                "a supernet."
+            )
+
     def validate_width_choices(self) -> None:
         """Check that the width choices are increasing, divisible by the heads, and end at the full width."""
         choices, heads = self.width_choices, self.num_attention_heads
@@ -332,6 +350,7 @@ class SuperShaperConfig(PreTrainedConfig):
         config.num_hidden_layers = len(config.hidden_sizes)
         config.width_choices = None
         config.merged_bottlenecks = True
+        config.bottlenecks, config.full_head_scale = "shared", False  # both are merged into the weights
         config.validate()
         return config
 

@@ -17,8 +17,11 @@ A layer works at the width of its input: it uses the first channels of its own p
 the layers decide the shape of a forward pass, and no module remembers it. Module and parameter names are those of BERT,
 plus `encoder.input_bottleneck` and `encoder.output_bottleneck`.
 
-In reading order: `channels` and `elastic_linear` narrow one linear map, and `merge` multiplies two bottlenecks. Then
-come the layer, the encoder that runs a shape, and `subnet_tensors`, which stores what the encoder would have used.
+With `config.bottlenecks="by_width"`, every layer also has a few modules that only one narrow width uses: see
+`SuperShaperNarrowWidth`. They disappear in a subnet, which stores their products with the weights beside them.
+
+In reading order: `channels`, `read` and `elastic_linear` narrow one linear map, and `merge` multiplies two bottlenecks.
+Then come the layer, the encoder that runs a shape, and `subnet_tensors`, which stores what the encoder would have used.
 Source: SuperShaper, arXiv 2110.04711. This file travels to the Hub beside `modeling_supershaper.py`.
 """
 
@@ -49,20 +52,50 @@ def channels(tensor: torch.Tensor, axis: int, width: int, num_heads: int = 1) ->
     return heads.narrow(axis + 1, 0, width // num_heads).flatten(axis, axis + 1)
 
 
+def read(
+    weight: torch.Tensor, bias: torch.Tensor, reader_weight: torch.Tensor, reader_bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Narrow the inputs of a linear map to w channels, from which a reader estimates the others.
+
+    The map reads x = [z, R z + c], where z are the first w channels and the reader R, c estimates the rest. Nothing is
+    computed between the two, so the product is exact: W' = W_kept + W_rest R, b' = b + W_rest c.
+
+    Args:
+        weight: (outputs, hidden_size).
+        bias: (outputs,).
+        reader_weight: R, (hidden_size - w, w).
+        reader_bias: c, (hidden_size - w,).
+
+    Returns:
+        The weight (outputs, w) and the bias (outputs,) of the narrow map.
+    """
+    kept, rest = weight.split([reader_weight.shape[1], reader_weight.shape[0]], dim=1)
+    return kept + rest @ reader_weight, bias + rest @ reader_bias
+
+
 def elastic_linear(
-    layer: nn.Linear, inputs: torch.Tensor, width: int | None = None, in_heads: int = 1, out_heads: int = 1
+    layer: nn.Linear,
+    inputs: torch.Tensor,
+    width: int | None = None,
+    in_heads: int = 1,
+    out_heads: int = 1,
+    reader: nn.Linear | None = None,
 ) -> torch.Tensor:
     """Apply the part of `layer` that maps `inputs` (..., in_width) to (..., width); `width=None` keeps every output.
 
-    A layer that is not narrowed is called as a module, so that replacements of `nn.Linear` (quantised ones, adapters)
-    work in subnets.
+    The inputs that are missing count as 0, or as what `reader` estimates them to be. A layer that is not narrowed is
+    called as a module, so that replacements of `nn.Linear` (quantised ones, adapters) work in subnets.
     """
     in_width = inputs.shape[-1]
     width = layer.out_features if width is None else width
     if (in_width, width) == (layer.in_features, layer.out_features):
         return layer(inputs)
-    weight = channels(channels(layer.weight, 0, width, out_heads), 1, in_width, in_heads)
-    return nn.functional.linear(inputs, weight, channels(layer.bias, 0, width, out_heads))
+    weight, bias = channels(layer.weight, 0, width, out_heads), channels(layer.bias, 0, width, out_heads)
+    if reader is None:
+        weight = channels(weight, 1, in_width, in_heads)
+    else:
+        weight, bias = read(weight, bias, reader.weight, reader.bias)
+    return nn.functional.linear(inputs, weight, bias)
 
 
 def elastic_layer_norm(norm: nn.LayerNorm, inputs: torch.Tensor) -> torch.Tensor:
@@ -115,15 +148,23 @@ class SuperShaperSelfAttention(nn.Module):
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
 
+    def scaling(self, width: int) -> float:
+        """Return the factor of the attention scores at `width`."""
+        scaled_width = self.config.hidden_size if self.config.full_head_scale else width
+        return (scaled_width // self.num_heads) ** -0.5
+
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        reader: nn.Linear | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, width = hidden_states.shape
-        head_size = width // self.num_heads
 
         def project(layer: nn.Linear) -> torch.Tensor:
-            projected = elastic_linear(layer, hidden_states, width, out_heads=self.sliced_heads)
-            return projected.view(batch, length, self.num_heads, head_size).transpose(1, 2)
+            projected = elastic_linear(layer, hidden_states, width, out_heads=self.sliced_heads, reader=reader)
+            return projected.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -135,7 +176,7 @@ class SuperShaperSelfAttention(nn.Module):
             project(self.value),
             attention_mask,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
-            scaling=head_size**-0.5,
+            scaling=self.scaling(width),
             **kwargs,
         )
         return context.reshape(batch, length, width).contiguous(), weights
@@ -165,9 +206,13 @@ class SuperShaperAttention(nn.Module):
         self.output = SuperShaperResidual(config, width, width)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        reader: nn.Linear | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        context, _ = self.self(hidden_states, attention_mask, **kwargs)
+        context, _ = self.self(hidden_states, attention_mask, reader, **kwargs)
         return self.output(context, hidden_states, in_heads=self.self.sliced_heads)
 
 
@@ -177,12 +222,15 @@ class SuperShaperIntermediate(nn.Module):
         self.dense = nn.Linear(width, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.activation(elastic_linear(self.dense, hidden_states))
+    def forward(self, hidden_states: torch.Tensor, reader: nn.Linear | None = None) -> torch.Tensor:
+        return self.activation(elastic_linear(self.dense, hidden_states, reader=reader))
 
 
 class SuperShaperLayer(GradientCheckpointingLayer):
-    """A post-LN BERT layer at the width of its input: (batch, length, w) -> (batch, length, w)."""
+    """A post-LN BERT layer at the width of its input: (batch, length, w) -> (batch, length, w).
+
+    `narrow` holds what only this width of the layer has, in a supernet with `bottlenecks="by_width"`.
+    """
 
     def __init__(self, config: SuperShaperConfig, width: int):
         super().__init__()
@@ -191,14 +239,42 @@ class SuperShaperLayer(GradientCheckpointingLayer):
         self.output = SuperShaperResidual(config, config.intermediate_size, width)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        narrow: "SuperShaperNarrowWidth | None" = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended = self.attention(hidden_states, attention_mask, **kwargs)
-        return self.output(self.intermediate(attended), attended)
+        attention_reader, intermediate_reader = (
+            (None, None) if narrow is None else (narrow.attention_reader, narrow.intermediate_reader)
+        )
+        attended = self.attention(hidden_states, attention_mask, attention_reader, **kwargs)
+        return self.output(self.intermediate(attended, intermediate_reader), attended)
 
 
 class SuperShaperBottleneck(nn.Linear):
     """The linear map into or out of a layer. It starts as the identity, so that a new supernet equals its BERT."""
+
+
+class SuperShaperReader(nn.Linear):
+    """Estimates the channels that a narrow layer lacks from those that it has: w -> hidden_size - w.
+
+    It starts at 0, so that a new supernet reads nothing but the channels that a layer has.
+    """
+
+
+class SuperShaperNarrowWidth(nn.Module):
+    """What a layer has for one of its narrow widths alone: two readers, and an output bottleneck.
+
+    The attention's query, key and value maps read their input through `attention_reader`, and the first map of the FFN
+    reads its own through `intermediate_reader`. `output_bottleneck` leads from this width to hidden_size.
+    """
+
+    def __init__(self, config: SuperShaperConfig, width: int):
+        super().__init__()
+        self.attention_reader = SuperShaperReader(width, config.hidden_size - width)
+        self.intermediate_reader = SuperShaperReader(width, config.hidden_size - width)
+        self.output_bottleneck = SuperShaperBottleneck(width, config.hidden_size)
 
 
 class SuperShaperEncoder(nn.Module):
@@ -207,10 +283,14 @@ class SuperShaperEncoder(nn.Module):
     In a supernet every layer has an input bottleneck (hidden_size -> w) and an output bottleneck (w -> hidden_size). In
     a subnet they are merged: input bottleneck i maps the width of layer i - 1 to that of layer i, and one output
     bottleneck after the last layer leads back to hidden_size.
+
+    With `bottlenecks="by_width"`, `by_width[i][str(w)]` is the `SuperShaperNarrowWidth` of layer i at width w. The full
+    width needs none.
     """
 
     def __init__(self, config: SuperShaperConfig):
         super().__init__()
+        self.config = config
         self.merged_bottlenecks = config.merged_bottlenecks
         full, widths = config.hidden_size, config.hidden_sizes
         sources = [full, *widths[:-1]] if config.merged_bottlenecks else [full] * len(widths)
@@ -220,6 +300,23 @@ class SuperShaperEncoder(nn.Module):
         )
         self.layer = nn.ModuleList(SuperShaperLayer(config, width) for width in widths)
         self.output_bottleneck = nn.ModuleList(SuperShaperBottleneck(width, full) for width in ends)
+        if config.bottlenecks == "by_width":
+            narrow_widths = (config.width_choices or [])[:-1]
+            self.by_width = nn.ModuleList(
+                nn.ModuleDict({str(width): SuperShaperNarrowWidth(config, width) for width in narrow_widths})
+                for _ in widths
+            )
+
+    def narrow(self, layer: int, width: int) -> SuperShaperNarrowWidth | None:
+        """Return what layer `layer` has for `width` alone; `None` where it has nothing."""
+        has_own = self.config.bottlenecks == "by_width" and width < self.config.hidden_size
+        return self.by_width[layer][str(width)] if has_own else None
+
+    def exit(self, layer: int, width: int) -> SuperShaperBottleneck:
+        """Return the output bottleneck of layer `layer` at `width`: its own, or the shared one, which is narrowed."""
+        narrow = self.narrow(layer, width)
+        shared = self.output_bottleneck[-1 if self.merged_bottlenecks else layer]
+        return shared if narrow is None else narrow.output_bottleneck
 
     def forward(
         self,
@@ -233,18 +330,17 @@ class SuperShaperEncoder(nn.Module):
             if width == 0:
                 continue
             hidden_states = self._enter(hidden_states, previous, index, width)
-            hidden_states = self.layer[index](hidden_states, attention_mask, **kwargs)
+            hidden_states = self.layer[index](hidden_states, attention_mask, self.narrow(index, width), **kwargs)
             previous = index
-        last = self.output_bottleneck[-1 if self.merged_bottlenecks else previous]
-        return elastic_linear(last, hidden_states)
+        return elastic_linear(self.exit(previous, hidden_states.shape[-1]), hidden_states)
 
     def _enter(self, hidden_states: torch.Tensor, previous: int | None, index: int, width: int) -> torch.Tensor:
         """Map the output of layer `previous` (`None`: the embeddings) to the input of layer `index` at `width`."""
         entry = self.input_bottleneck[index]
         if previous is None or self.merged_bottlenecks:
             return elastic_linear(entry, hidden_states, width)
-        exit = self.output_bottleneck[previous]
         source, full = hidden_states.shape[-1], entry.in_features
+        exit = self.exit(previous, source)
         tokens = hidden_states.numel() // source
         # Take the way with fewer multiplications. Merging costs one product of (width, full) and (full, source). Each
         # token then goes from `source` to `width` directly instead of through `full`.
@@ -255,19 +351,32 @@ class SuperShaperEncoder(nn.Module):
 
 
 def subnet_tensors(
-    subnet: PreTrainedModel, shape: Sequence[int], load: Callable[[str], torch.Tensor]
+    subnet: PreTrainedModel, config: SuperShaperConfig, shape: Sequence[int], load: Callable[[str], torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and value of every tensor that `subnet` stores, cut out of its supernet one at a time.
+    """Yield name and value of every tensor that `subnet` stores, cut out of its supernet one linear map at a time.
 
     Args:
         subnet: An `empty_model` of the subnet, for the names and the sizes of its tensors.
+        config: The configuration of the supernet.
         shape: The shape as given to the supernet, dropped layers included.
         load: Returns a tensor of the supernet by name, from memory or from disk. It is called when a tensor is needed.
     """
     prefix = "encoder." if subnet.base_model is subnet else f"{subnet.base_model_prefix}.encoder."
     yield from whole_tensors(subnet, prefix, load)
-    yield from layer_tensors(subnet, shape, prefix, load)
-    yield from bottleneck_tensors(shape, prefix, load)
+
+    def load_linear(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return load(f"{prefix}{name}.weight"), load(f"{prefix}{name}.bias")
+
+    kept = [(layer, width) for layer, width in enumerate(shape) if width]
+    for index, (layer, width) in enumerate(kept):
+        for name, module in subnet.base_model.encoder.layer[index].named_modules():
+            if isinstance(module, nn.Linear | nn.LayerNorm):
+                weight, bias = narrow_module(config, layer, width, name, load_linear)
+                yield f"{prefix}layer.{index}.{name}.weight", weight
+                yield f"{prefix}layer.{index}.{name}.bias", bias
+    for name, weight, bias in merged_bottlenecks(config, kept, load_linear):
+        yield f"{prefix}{name}.weight", weight
+        yield f"{prefix}{name}.bias", bias
 
 
 def whole_tensors(
@@ -279,39 +388,54 @@ def whole_tensors(
             yield name, load(name)
 
 
-def layer_tensors(
-    subnet: PreTrainedModel, shape: Sequence[int], encoder_prefix: str, load: Callable[[str], torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of the kept layers, each cut along every axis to the size that it has in `subnet`."""
-    per_head = subnet.config.head_slicing == "per_head"
-    kept = [layer for layer, width in enumerate(shape) if width]
-    for index, (layer, module) in enumerate(zip(kept, subnet.base_model.encoder.layer)):
-        for name, target in module.state_dict().items():
-            # The axis of the query, key and value channels, which are divided into heads.
-            head_axis = (
-                0 if name.startswith("attention.self.") else 1 if name == "attention.output.dense.weight" else None
-            )
-            tensor = load(f"{encoder_prefix}layer.{layer}.{name}")
-            for axis, width in enumerate(target.shape):
-                cut_heads = subnet.config.num_attention_heads if per_head and axis == head_axis else 1
-                tensor = channels(tensor, axis, width, cut_heads)
-            yield f"{encoder_prefix}layer.{index}.{name}", tensor
+LoadLinear = Callable[[str], tuple[torch.Tensor, torch.Tensor]]  # name in the encoder -> weight and bias
 
 
-def bottleneck_tensors(
-    shape: Sequence[int], encoder_prefix: str, load: Callable[[str], torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the bottlenecks: into the first kept layer, merged ones between kept layers, and out of the last one."""
-    kept = [layer for layer, width in enumerate(shape) if width]
-    for index, layer in enumerate(kept):
-        entry = f"{encoder_prefix}input_bottleneck.{layer}"
-        weight, bias = load(f"{entry}.weight")[: shape[layer]], load(f"{entry}.bias")[: shape[layer]]
-        if index > 0:
-            previous = kept[index - 1]
-            exit = f"{encoder_prefix}output_bottleneck.{previous}"
-            weight, bias = merge(load(f"{exit}.weight")[:, : shape[previous]], load(f"{exit}.bias"), weight, bias)
-        yield f"{encoder_prefix}input_bottleneck.{index}.weight", weight
-        yield f"{encoder_prefix}input_bottleneck.{index}.bias", bias
-    last = f"{encoder_prefix}output_bottleneck.{kept[-1]}"
-    yield f"{encoder_prefix}output_bottleneck.0.weight", load(f"{last}.weight")[:, : shape[kept[-1]]]
-    yield f"{encoder_prefix}output_bottleneck.0.bias", load(f"{last}.bias")
+def narrow_module(
+    config: SuperShaperConfig, layer: int, width: int, name: str, load: LoadLinear
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weight and bias of the linear map or LayerNorm `name` of a layer at `width`."""
+    heads = config.num_attention_heads if config.head_slicing == "per_head" else 1
+    weight, bias = load(f"layer.{layer}.{name}")
+    projection = name.startswith("attention.self.")  # query, key or value
+    if name != "intermediate.dense":  # the FFN's inner channels are never narrowed
+        out_heads = heads if projection else 1
+        weight, bias = channels(weight, 0, width, out_heads), channels(bias, 0, width, out_heads)
+    reader = "attention_reader" if projection else "intermediate_reader" if name == "intermediate.dense" else None
+    if reader and config.bottlenecks == "by_width" and width < config.hidden_size:
+        weight, bias = read(weight, bias, *load(f"by_width.{layer}.{width}.{reader}"))
+    elif weight.ndim == 2 and name != "output.dense":
+        weight = channels(weight, 1, width, heads if name == "attention.output.dense" else 1)
+    if name == "attention.self.query" and config.full_head_scale:  # a subnet scales scores by its own head size
+        factor = (width / config.hidden_size) ** 0.5
+        weight, bias = weight * factor, bias * factor
+    return weight, bias
+
+
+def merged_bottlenecks(
+    config: SuperShaperConfig, kept: Sequence[tuple[int, int]], load: LoadLinear
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield the bottlenecks: into the first kept layer, merged ones between kept layers, and out of the last one.
+
+    Args:
+        config: The configuration of the supernet.
+        kept: Layer and width of each kept layer.
+        load: Returns weight and bias of a linear map of the supernet's encoder by name.
+
+    Yields:
+        The name in the subnet's encoder, weight and bias.
+    """
+    source = None  # the map out of the layer before: weight (hidden_size, w) and bias (hidden_size,)
+    for index, (layer, width) in enumerate(kept):
+        weight, bias = load(f"input_bottleneck.{layer}")
+        weight, bias = weight[:width], bias[:width]
+        if source is not None:
+            weight, bias = merge(*source, weight, bias)
+        yield f"input_bottleneck.{index}", weight, bias
+        own = config.bottlenecks == "by_width" and width < config.hidden_size
+        exit_weight, exit_bias = load(
+            f"by_width.{layer}.{width}.output_bottleneck" if own else f"output_bottleneck.{layer}"
+        )
+        source = exit_weight[:, :width], exit_bias
+    assert source is not None
+    yield "output_bottleneck.0", *source

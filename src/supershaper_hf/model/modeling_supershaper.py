@@ -48,6 +48,7 @@ from .elastic import (
     SuperShaperBottleneck,
     SuperShaperEncoder,
     SuperShaperLayer,
+    SuperShaperReader,
     SuperShaperSelfAttention,
     subnet_tensors,
 )
@@ -127,8 +128,8 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, SuperShaperBottleneck):
-            init.eye_(module.weight)
+        if isinstance(module, (SuperShaperBottleneck, SuperShaperReader)):
+            (init.eye_ if isinstance(module, SuperShaperBottleneck) else init.zeros_)(module.weight)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -164,8 +165,8 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
         """Cut the standalone subnet at `shape` out of this supernet.
 
         The result is a model of the same class with merged bottlenecks. Its outputs equal `supernet(..., shape=shape)`.
-        It is on the supernet's device and in its dtype, and shares no memory with it. As after `from_pretrained`, it is
-        in evaluation mode and all its parameters are trainable, those that are frozen in the supernet included.
+        It has the supernet's device and dtype, and memory of its own. As after `from_pretrained`, it is in evaluation
+        mode and all its parameters are trainable, those that are frozen in the supernet included.
 
         Args:
             shape: One hidden size per layer out of `config.width_choices`; 0 drops the layer.
@@ -188,7 +189,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
         subnet = empty_model(type(self), self.config.subnet_config(shape))
         if getattr(self, "pooler", True) is None:
             subnet.pooler = None
-        tensors = subnet_tensors(subnet, shape, self.state_dict().__getitem__)
+        tensors = subnet_tensors(subnet, self.config, shape, self.state_dict().__getitem__)
         # The tensors are still views of the supernet's, so they are copied.
         own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
         subnet.load_state_dict(own, assign=True, strict=False)

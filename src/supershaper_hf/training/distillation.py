@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,10 +107,12 @@ def watch_layers(model: nn.Module, layers: Sequence[int] | None) -> Iterator[dic
         attention = layer.get_submodule("attention.self")
         assert isinstance(attention, SuperShaperSelfAttention)
 
-        def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            states = inputs[0]
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            states, _, narrow = inputs
+            width = states.shape[-1]
+            reader = None if narrow is None else narrow.attention_reader
             query, key, value = (
-                elastic_linear(projection, states, states.shape[-1], out_heads=attention.sliced_heads)
+                elastic_linear(projection, states, width, out_heads=attention.sliced_heads, reader=reader)
                 for projection in (attention.query, attention.key, attention.value)
             )
             projected[index] = query, key, value
