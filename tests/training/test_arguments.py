@@ -43,6 +43,10 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be a finite number at least 0."),
         ({"mlm_probability": 1.5}, "mlm_probability=1.5 must be a finite number at least 0 and at most 1."),
         ({"mlm_probability": -0.5}, "mlm_probability=-0.5 must be a finite number at least 0 and at most 1."),
+        (
+            {"shared_learning_rate_scale": -1.0},
+            "shared_learning_rate_scale=-1.0 must be a finite number at least 0.",
+        ),
         ({"state_weight": -1.0}, "state_weight=-1.0 must be a finite number at least 0."),
         ({"pooled_weight": -1.0}, "pooled_weight=-1.0 must be a finite number at least 0."),
         ({"drop_rate": 1.0}, "drop_rate=1.0 must be a finite number at least 0 and below 1."),

@@ -48,7 +48,15 @@ COMPARED = {
     "layer losses": {"hidden_weight": 1.0, "attention_weight": 1.0, "gradient_accumulation_steps": 2},
     "random": {"sampling": "random", "random_shapes": 2, "drop_rate": 0.5, "gradient_accumulation_steps": 2},
     "adaptive": {"divergence": "alpha", "weight_decay": 0.1, "lr_scheduler_type": "cosine"},
+    "by width": {
+        "bottlenecks": "by_width",
+        "shared_learning_rate_scale": 0.1,
+        "sampling": "random",
+        "drop_rate": 0.2,
+        "weight_decay": 0.1,
+    },
     "without labels": {
+        "bottlenecks": "by_width",
         "mlm_probability": 0,
         "state_weight": 1.0,
         "pooled_weight": 1.0,
@@ -80,11 +88,11 @@ def evaluation_batches(count=3):
     return fixed_masks(tokenize(random_documents(8, seed=1), tokenizer, 12), tokenizer, 8, mlm_probability=0.4)[:count]
 
 
-def train(folder=None, stream=False, dropout=True, batch_size=4, **changes):
+def train(folder=None, stream=False, dropout=True, batch_size=4, bottlenecks="shared", **changes):
     """Train a tiny model for some steps; return it and the summary."""
     tokenizer = make_tokenizer()
     text = documents().to_iterable_dataset() if stream else tokenize(documents(), tokenizer, 12)
-    model = tiny_model(**({} if dropout else NO_DROPOUT))
+    model = tiny_model(bottlenecks=bottlenecks, **({} if dropout else NO_DROPOUT))
     values = {
         "max_steps": STEPS,
         "save_steps": 2,
@@ -242,8 +250,8 @@ def moments(run):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_parameters_that_no_shape_of_a_step_uses_are_left_alone(ranks, folder, tmp_path, kind):
-    """With dropped layers and no largest shape. Each parameter has as many updates as on one process, and the same."""
-    model, _ = train(tmp_path / "run", dropout=False, batch_size=8, **COMPARED["random"])
+    """With weights by width and no largest shape. Each parameter has the same number of updates as on one process."""
+    model, _ = train(tmp_path / "run", dropout=False, batch_size=8, **COMPARED["by width"])
     expected, found = moments(tmp_path / "run"), moments(folder / f"{kind} unused")
     updates = {int(value) for name, value in expected.items() if name.endswith("/step")}
     assert len(updates) > 1
@@ -470,7 +478,7 @@ def work_together(accelerator, folder):
 
     for name, changes in COMPARED.items():
         training.sandwich_step = record if name == "dropped layers" else sandwich_step
-        model, summary = train(folder / "ddp unused" if name == "random" else None, dropout=False, **changes)
+        model, summary = train(folder / "ddp unused" if name == "by width" else None, dropout=False, **changes)
         found[name] = result(model, summary)
         if name == "sandwich":
             counters = ("step", "sequences", "tokens", "labelled", "skipped_steps")
@@ -514,7 +522,7 @@ def work_under_fsdp(folder, found):
         "losses": step_losses(summary),
         "evaluations": evaluations(summary),
     }
-    train(folder / "fsdp unused", dropout=False, **COMPARED["random"])
+    train(folder / "fsdp unused", dropout=False, **COMPARED["by width"])
     _, summary = train(dropout=False, **COMPARED["without labels"])
     found["fsdp without labels"] = {"losses": step_losses(summary), "evaluations": evaluations(summary)}
     _, summary = interrupted_and_resumed(folder / "resumed fsdp", dropout=False)

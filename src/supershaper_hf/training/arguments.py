@@ -40,6 +40,7 @@ NUMBERS: dict[str, dict[str, float]] = {  # option -> its bounds
     "warmup_steps": {"least": 0},
     "max_grad_norm": {"above": 0},
     "mlm_probability": {"least": 0, "most": 1},
+    "shared_learning_rate_scale": {"least": 0},
     "drop_rate": {"least": 0, "below": 1},
     "teacher_weight": {"least": 0},
     "state_weight": {"least": 0},
@@ -106,6 +107,11 @@ class SuperPretrainingArguments:
     per_device_train_batch_size: int = option(32, "Sequences in a micro-batch of each process.")
     gradient_accumulation_steps: int = option(1, "Micro-batches of each optimiser step.")
     learning_rate: float = option(5e-5, "Highest learning rate of AdamW.")
+    shared_learning_rate_scale: float = option(
+        1.0,
+        "Factor of the learning rate of weights that all widths share. With 0 they stay as they are, and only weights "
+        "by width learn, which a supernet with bottlenecks by_width has.",
+    )
     weight_decay: float = option(0.0, "Weight decay of the matrices. Biases and LayerNorms have none.")
     warmup_steps: float = option(
         0.05, "Steps in which the learning rate rises: a number of steps, or below 1 a share of all steps."

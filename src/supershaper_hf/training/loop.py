@@ -44,6 +44,7 @@ from .preparing import (
     make_optimizer,
     make_stream,
     start_training_mode,
+    unfreeze,
 )
 from .progress import Monitor, Progress, TrainingSummary
 from .resuming import fingerprint_evaluation, position_in_text, run_conditions
@@ -236,7 +237,7 @@ class Run:
         shapes = step_shapes(self.space, args, progress.step)
         learning_rate = self.learning_rate(progress.step - progress.skipped_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["scale"]
         losses = sandwich_step(accelerator, self.model, micro_batches, shapes, self.objective)
         norm = self.update()
         counts = np.sum([count_work(self.config, shapes, batch) for batch in micro_batches], axis=0).tolist()
@@ -348,8 +349,7 @@ class Run:
         if self.args.gradient_checkpointing:
             checkpoint_layers(model, False)
         release_layers(model)
-        for parameter in self.frozen:
-            parameter.requires_grad_(True)
+        unfreeze(model, self.frozen)
         model.eval()
 
 

@@ -1,7 +1,7 @@
 """What a run needs before its first step: processes, text, optimizer, learning rates, losses, teacher."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..checks import check_choice
 from ..data.batches import MicroBatches
 from ..data.sequences import check_vocabulary
 from ..model.configuration_supershaper import SuperShaperConfig
-from ..model.elastic import SuperShaperSelfAttention
+from ..model.elastic import SuperShaperNarrowWidth, SuperShaperSelfAttention
 from ..model.modeling_supershaper import (
     SuperShaperForMaskedLM,
     SuperShaperForMultipleChoice,
@@ -72,8 +72,20 @@ def make_stream(
 
 
 def make_optimizer(model: torch.nn.Module, args: SuperPretrainingArguments) -> torch.optim.AdamW:
-    """Return AdamW for `model`. The fused kernel exists on CPU, CUDA and MPS."""
-    return torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    """Return AdamW for `model`. The fused kernel exists on CPU, CUDA and MPS.
+
+    Each parameter group has a `scale`, the factor of its learning rate.
+    """
+    own = parameters_by_width(model)
+    groups = [{**group, "scale": 1.0} for group in decay_groups(model, args.weight_decay)]
+    if args.shared_learning_rate_scale != 1:
+        groups = [
+            {**group, "params": chosen, "scale": scale}
+            for group in groups
+            for scale, by_width in ((args.shared_learning_rate_scale, False), (1.0, True))
+            if (chosen := [parameter for parameter in group["params"] if (parameter in own) == by_width])
+        ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
 
 
 def learning_rate_schedule(args: SuperPretrainingArguments) -> Callable[[int], float]:
@@ -152,16 +164,41 @@ def check_model(args: SuperPretrainingArguments, model: SuperShaperPreTrainedMod
         raise ValueError(f"{kind} reads several sequences at once, and the text has single ones. Train its model.bert.")
 
 
-def freeze(model: SuperShaperPreTrainedModel, args: SuperPretrainingArguments) -> list[torch.nn.Parameter]:
-    """Turn off the gradients of parameters that do not learn in this run; return those that were turned off.
+def freeze(model: SuperShaperPreTrainedModel, args: SuperPretrainingArguments) -> list[str]:
+    """Turn off the gradients of parameters that do not learn in this run; return their names.
 
-    Without labels these are the parameters of the head: it would have gradients of 0, and with them moments and decay.
+    Without labels the head does not learn. It would have gradients of 0, and with them moments and weight decay. With
+    `shared_learning_rate_scale=0` only weights by width learn.
+
+    Raises:
+        ValueError: If no parameter is left to learn.
     """
-    encoder = set() if args.mlm_probability > 0 else set(model.base_model.parameters())
-    off = [p for p in model.parameters() if encoder and p.requires_grad and p not in encoder]
-    for parameter in off:
-        parameter.requires_grad_(False)
+    learning = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    if args.mlm_probability == 0:
+        learning &= set(model.base_model.parameters())
+    if args.shared_learning_rate_scale == 0:
+        learning &= parameters_by_width(model)
+    if not learning:
+        raise ValueError(
+            f"No parameter is left to learn: mlm_probability={args.mlm_probability}, shared_learning_rate_scale="
+            f"{args.shared_learning_rate_scale}, bottlenecks={model.config.bottlenecks!r}. With "
+            "shared_learning_rate_scale=0 only weights by width learn: use a supernet with bottlenecks='by_width'."
+        )
+    off = [name for name, p in model.named_parameters() if p.requires_grad and p not in learning]
+    for name in off:
+        model.get_parameter(name).requires_grad_(False)
     return off
+
+
+def unfreeze(model: torch.nn.Module, names: Sequence[str]) -> None:
+    """Undo `freeze`, also where FSDP has replaced the parameters."""
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+
+
+def parameters_by_width(model: torch.nn.Module) -> set[torch.nn.Parameter]:
+    """Return the parameters that one width of one layer uses alone; none without `bottlenecks="by_width"`."""
+    return {p for module in model.modules() if isinstance(module, SuperShaperNarrowWidth) for p in module.parameters()}
 
 
 def start_training_mode(model: torch.nn.Module, args: SuperPretrainingArguments) -> None:

@@ -100,7 +100,8 @@ def sandwich_step(
                 )
                 by_sequence = objective.pooled_weight * pooled_loss
                 loss = label_share * by_label + token_share * by_token + sequence_share * by_sequence
-                accelerator.backward(loss * accelerator.num_processes)  # the exchange takes the mean over processes
+                if loss.requires_grad:  # not if the shape uses frozen weights alone
+                    accelerator.backward(loss * accelerator.num_processes)  # the exchange takes the mean over processes
             losses[index] += (label_share * output.loss if objective.labels else token_share * state_loss).detach()
             if largest is None and objective.in_place:
                 largest = Largest.of(output, activations)
