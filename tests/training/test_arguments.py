@@ -209,7 +209,7 @@ def test_compiled_layers_cannot_be_looked_into(name):
     [
         (
             {},
-            "mlm_probability=0 labels nothing, so shapes learn from an outside teacher: give state_weight a",
+            "mlm_probability=0.0 labels nothing, so shapes learn from an outside teacher: give state_weight a",
         ),
         ({"pooled_weight": 1.0}, "give state_weight a value above 0, or mlm_probability."),
         (

@@ -31,7 +31,6 @@ from supershaper_hf.training.distillation import (
     Largest,
     LayerActivations,
     Objective,
-    OutsideTeacher,
     alpha_divergence,
     attention_loss,
     pooled_loss,
@@ -42,6 +41,7 @@ from supershaper_hf.training.distillation import (
     watch_state,
 )
 from supershaper_hf.training.sandwich import sandwich_step
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
 FULL, NARROW, DROPPED = [48, 48, 48], [20, 36, 8], [8, 0, 36]

@@ -31,9 +31,9 @@ from supershaper_hf.model.costs import training_flops
 from supershaper_hf.model.elastic import SuperShaperLayer
 from supershaper_hf.model.modeling_supershaper import IGNORE_INDEX
 from supershaper_hf.training import loop as training_module
-from supershaper_hf.training.distillation import OutsideTeacher
 from supershaper_hf.training.loop import derive_seed
 from supershaper_hf.training.sandwich import sandwich_step, step_shapes
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
 pytestmark = pytest.mark.usefixtures("no_measured_peak")

@@ -32,10 +32,10 @@ from supershaper_hf.training import loop as training
 from supershaper_hf.training import progress as progress_module
 from supershaper_hf.training.arguments import SuperPretrainingArguments
 from supershaper_hf.training.checkpoints import find_damage, list_checkpoints
-from supershaper_hf.training.distillation import OutsideTeacher
 from supershaper_hf.training.loop import super_pretrain
 from supershaper_hf.training.resuming import read_state
 from supershaper_hf.training.sandwich import sandwich_step, step_shapes
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
 STEPS = 7

@@ -12,7 +12,7 @@ from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, SuperShaperForMu
 from supershaper_hf.model.modeling_supershaper import IGNORE_INDEX
 from supershaper_hf.training import sandwich
 from supershaper_hf.training.arguments import SuperPretrainingArguments
-from supershaper_hf.training.distillation import Largest, Objective, OutsideTeacher, watch_layers
+from supershaper_hf.training.distillation import Largest, Objective, watch_layers
 from supershaper_hf.training.loop import checkpoint_layers
 from supershaper_hf.training.losses import pooled_loss, state_loss
 from supershaper_hf.training.sandwich import (
@@ -23,6 +23,7 @@ from supershaper_hf.training.sandwich import (
     shares_of_step,
     step_shapes,
 )
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
 SPACE = SearchSpace(tiny_config())

@@ -14,10 +14,10 @@ from supershaper_hf import SuperShaperForMultipleChoice, SuperShaperModel
 from supershaper_hf.data.batches import fixed_masks
 from supershaper_hf.data.sequences import tokenize
 from supershaper_hf.training import loop as training_module
-from supershaper_hf.training.distillation import OutsideTeacher
 from supershaper_hf.training.losses import state_loss
 from supershaper_hf.training.preparing import make_optimizer
 from supershaper_hf.training.sandwich import sandwich_step
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
 pytestmark = pytest.mark.usefixtures("no_measured_peak")

@@ -282,8 +282,8 @@ class SuperPretrainingArguments:
                 )
         if not labels and self.state_weight == 0:
             raise ValueError(
-                "mlm_probability=0 labels nothing, so shapes learn from an outside teacher: give state_weight a value "
-                "above 0, or mlm_probability."
+                f"mlm_probability={self.mlm_probability} labels nothing, so shapes learn from an outside teacher: give "
+                "state_weight a value above 0, or mlm_probability."
             )
         if not labels and self.distillation_weight > 0:
             raise ValueError(

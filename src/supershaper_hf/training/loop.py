@@ -32,7 +32,6 @@ from ..search.evaluation import evaluate_shapes
 from ..search.measures import find_measure
 from .arguments import SuperPretrainingArguments
 from .compilation import compile_layers, release_layers
-from .distillation import OutsideTeacher
 from .preparing import (
     check_model,
     check_teacher,
@@ -52,6 +51,7 @@ from .run_folder import RunFolder, advice_when_diverged
 from .sandwich import Batch, Shape, count_positions, sandwich_step, step_shapes
 from .state import check_finite, collect_weights
 from .stopping import Launcher, caught_signals
+from .teacher import OutsideTeacher
 
 
 def super_pretrain(

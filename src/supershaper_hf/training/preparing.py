@@ -23,8 +23,9 @@ from ..model.modeling_supershaper import (
 )
 from ..processes import start_accelerator
 from .arguments import PRECISIONS, SuperPretrainingArguments
-from .distillation import Objective, OutsideTeacher
+from .distillation import Objective
 from .sandwich import decay_groups
+from .teacher import OutsideTeacher
 
 
 def make_accelerator(args: SuperPretrainingArguments) -> Accelerator:
