@@ -51,6 +51,15 @@ BERT_SIZES = {
     "max_position_embeddings": 24,
 }
 
+# The ways in which a layer can be narrowed: changes of the configuration.
+PER_HEAD_BY_WIDTH = {"head_slicing": "per_head", "bottlenecks": "by_width", "full_head_scale": True}
+ELASTICITIES = {
+    "prefix": {"head_slicing": "prefix"},
+    "per_head": {"head_slicing": "per_head"},
+    "prefix by_width": {"head_slicing": "prefix", "bottlenecks": "by_width"},
+    "per_head by_width": PER_HEAD_BY_WIDTH,
+}
+
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["the", "a", "cat", "dog", "mat", "moon", "sat", "ran", "was", "on", "under", "big", "small", "and", "."]
 
@@ -118,6 +127,12 @@ def model_class(request):
 @pytest.fixture(params=["prefix", "per_head"])
 def head_slicing(request):
     return request.param
+
+
+@pytest.fixture(params=ELASTICITIES)
+def elasticity(request):
+    """What a supernet is configured with so that its layers are narrowed in one of four ways."""
+    return ELASTICITIES[request.param]
 
 
 @pytest.fixture

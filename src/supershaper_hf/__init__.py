@@ -31,6 +31,7 @@ from .model.modeling_supershaper import (
 
 if TYPE_CHECKING:  # the names of `LAZY` again, for type checkers and editors; a test compares the two
     from .convert.bert import from_bert as from_bert
+    from .convert.calibration import calibrate as calibrate
     from .convert.extraction import extract_from_folder as extract_from_folder
     from .convert.original import from_original as from_original
     from .data.batches import fixed_masks as fixed_masks
@@ -70,6 +71,7 @@ LAZY = {  # public name -> the module that it is imported from
     "ShapePredictor": "search.predictor",
     "SuperPretrainingArguments": "training.arguments",
     "best_measured": "search.rounds",
+    "calibrate": "convert.calibration",
     "compare_equal_sizes": "latency.insensitivity",
     "derive_profile": "search.profile",
     "evaluate_shapes": "search.evaluation",

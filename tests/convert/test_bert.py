@@ -70,6 +70,16 @@ def test_widths_and_slicing_are_passed_on():
     assert supernet.config.head_slicing == "per_head"
 
 
+def test_bottlenecks_by_width_start_as_shared_ones():
+    bert, batch = bert_of(SuperShaperForMaskedLM), tiny_batch()
+    supernet, info = SuperShaperForMaskedLM.from_bert(bert, bottlenecks="by_width", output_loading_info=True)
+    assert supernet.config.bottlenecks == "by_width"
+    assert info == {"missing_keys": [], "unexpected_keys": []}
+    assert_same(run(supernet, batch), run(bert, batch))
+    shape = supernet.config.width_choices[:3]
+    assert_same(run(supernet, batch, shape=shape), run(SuperShaperForMaskedLM.from_bert(bert), batch, shape=shape))
+
+
 def test_default_widths_follow_the_hidden_size():
     supernet = SuperShaperForMaskedLM.from_bert(bert_of(SuperShaperForMaskedLM))
     assert supernet.config.width_choices == SuperShaperConfig(**BERT_SIZES).width_choices

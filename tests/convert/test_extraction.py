@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import assert_same, randomize, run, tiny_batch, tiny_config, tiny_model
+from conftest import PER_HEAD_BY_WIDTH, assert_same, randomize, run, tiny_batch, tiny_config, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -15,13 +15,13 @@ from supershaper_hf import SuperShaperForMaskedLM, extract_from_folder
 @pytest.fixture
 def source(tmp_path):
     """A saved supernet."""
-    tiny_model(head_slicing="per_head").save_pretrained(tmp_path / "supernet")
+    tiny_model(**PER_HEAD_BY_WIDTH).save_pretrained(tmp_path / "supernet")
     return tmp_path / "supernet"
 
 
 @pytest.mark.parametrize("shape", [[8, 20, 36], [48, 48, 48], [0, 36, 0]], ids=str)
-def test_extraction_between_folders_equals_extraction_in_memory(model_class, head_slicing, shape, tmp_path):
-    supernet = tiny_model(model_class, head_slicing=head_slicing)
+def test_extraction_between_folders_equals_extraction_in_memory(model_class, elasticity, shape, tmp_path):
+    supernet = tiny_model(model_class, **elasticity)
     supernet.save_pretrained(tmp_path / "supernet")
     target = extract_from_folder(tmp_path / "supernet", shape, tmp_path / "subnet")
     subnet, expected = model_class.from_pretrained(target), supernet.extract_subnet(shape)
@@ -148,7 +148,7 @@ def test_unknown_head_is_named(source, tmp_path):
 
 def reshard(folder, names=lambda name: name):
     """Save a supernet in shards, and return its index, with the file names changed by `names`."""
-    supernet = randomize(tiny_model(head_slicing="per_head"), seed=5)
+    supernet = randomize(tiny_model(**PER_HEAD_BY_WIDTH), seed=5)
     supernet.save_pretrained(folder, max_shard_size="50KB")
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -170,7 +170,7 @@ def test_stale_index_beside_a_single_file_is_passed_over(source, tmp_path):
 @pytest.mark.parametrize("weights", ["model.safetensors", "other.safetensors"])
 def test_weights_that_config_names_are_read(weights, source, tmp_path):
     """`transformers_weights` of a config.json decides what `from_pretrained` reads."""
-    randomize(tiny_model(head_slicing="per_head"), seed=5).save_pretrained(tmp_path / "other")
+    randomize(tiny_model(**PER_HEAD_BY_WIDTH), seed=5).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", source / "other.safetensors")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "transformers_weights": weights}))

@@ -44,6 +44,15 @@ def test_2021_checkpoint_gives_the_supernet(prefix, kind, tmp_path):
     assert_same(run(supernet, tiny_batch(), shape=[8, 0, 36]), run(original, tiny_batch(), shape=[8, 0, 36]), atol=0)
 
 
+@pytest.mark.parametrize("shape", [[48, 48, 48], [8, 0, 36]], ids=str)
+def test_2021_checkpoint_with_bottlenecks_by_width_computes_as_with_shared_ones(shape):
+    original = tiny_model()
+    config = tiny_config(bottlenecks="by_width")
+    supernet, info = SuperShaperForMaskedLM.from_original(in_2021(original), config, output_loading_info=True)
+    assert info == {"missing_keys": [], "unexpected_keys": []}
+    assert_same(run(supernet, tiny_batch(), shape=shape), run(original, tiny_batch(), shape=shape))
+
+
 @pytest.mark.parametrize("left_out", ["cls.predictions.bias", "cls.predictions.decoder.bias"])
 def test_2021_decoder_bias_has_two_names(left_out):
     original = tiny_model()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_same, randomize, tiny_batch, tiny_config
+from conftest import PER_HEAD_BY_WIDTH, assert_same, randomize, tiny_batch, tiny_config
 from transformers import Trainer, TrainingArguments
 
 from supershaper_hf import (
@@ -21,6 +21,7 @@ for row, labelled in enumerate([2, 1, 1, 1, 6, 0, 0, 0]):
 
 TASKS = {
     "masked LM": (SuperShaperForMaskedLM, {}, {"labels": TOKEN_LABELS}),
+    "masked LM, bottlenecks by width": (SuperShaperForMaskedLM, PER_HEAD_BY_WIDTH, {"labels": TOKEN_LABELS}),
     "one label": (SuperShaperForSequenceClassification, {"num_labels": 3}, {"labels": torch.arange(8) % 3}),
     "several labels": (
         SuperShaperForSequenceClassification,

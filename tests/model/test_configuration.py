@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import PER_HEAD_BY_WIDTH, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 from transformers import AutoConfig
 
@@ -16,13 +16,14 @@ from supershaper_hf.model.configuration_supershaper import default_width_choices
 
 
 def test_round_trips_through_a_dictionary():
-    config = tiny_config(head_slicing="per_head", layer_norm_eps=1e-5)
+    config = tiny_config(**PER_HEAD_BY_WIDTH, layer_norm_eps=1e-5)
     assert SuperShaperConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize("shape", [None, [8, 0, 36]], ids=["supernet", "subnet"])
-def test_round_trips_through_a_folder(shape, tmp_path):
-    config = tiny_config().subnet_config(shape) if shape else tiny_config()
+def test_round_trips_through_a_folder(shape, elasticity, tmp_path):
+    config = tiny_config(**elasticity)
+    config = config.subnet_config(shape) if shape else config
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).to_json_string() == config.to_json_string()
 
@@ -176,6 +177,21 @@ def test_subnet_config_lists_the_kept_layers():
     assert config.id2label == {0: "no", 1: "yes", 2: "maybe"}
 
 
+def test_subnet_config_has_nothing_that_only_a_supernet_has():
+    config = tiny_config(**PER_HEAD_BY_WIDTH).subnet_config([8, 0, 36])
+    assert (config.bottlenecks, config.full_head_scale) == ("shared", False)
+    assert config.head_slicing == "per_head"
+
+
+def test_configurations_from_before_bottlenecks_by_width_mean_shared_ones(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content = {name: value for name, value in content.items() if name not in ("bottlenecks", "full_head_scale")}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.bottlenecks, config.full_head_scale) == ("shared", False)
+
+
 def test_subnet_config_leaves_the_supernets_alone():
     config = tiny_config()
     config.subnet_config([8, 0, 36]).id2label[0] = "changed"
@@ -212,6 +228,8 @@ def test_inconsistent_supernet_is_refused(changes, message):
         ({"hidden_sizes": [8, 22, 36]}, "22 must be a positive multiple of num_attention_heads=4"),
         ({"hidden_sizes": [8, 52, 36]}, "52 must be a positive multiple of num_attention_heads=4 and at most"),
         ({"width_choices": [8, 48]}, "a subnet (merged_bottlenecks=True) has no width choices"),
+        ({"bottlenecks": "by_width"}, "bottlenecks='by_width', full_head_scale=False: a subnet (merged_bottlenecks="),
+        ({"full_head_scale": True}, "bottlenecks='shared', full_head_scale=True: a subnet (merged_bottlenecks=True)"),
     ],
 )
 def test_inconsistent_subnet_is_refused(changes, message):
@@ -247,6 +265,8 @@ def test_inconsistent_subnet_is_refused(changes, message):
         ("pad_token_id", 61, "pad_token_id=61 is not in the vocabulary of vocab_size=61 tokens. Use an integer from 0"),
         ("pad_token_id", -1, "pad_token_id=-1 is not in the vocabulary of vocab_size=61 tokens"),
         ("vocab_size", True, "expected int, got bool"),
+        ("bottlenecks", "both", "both"),
+        ("full_head_scale", "yes", "expected bool, got str"),
         ("hidden_dropout_prob", "0.1", "0.1"),
     ],
 )

@@ -3,9 +3,17 @@
 import pytest
 import torch
 import transformers
-from conftest import assert_same, randomize, run, tiny_batch, tiny_bert_config, tiny_config, tiny_model
+from conftest import (
+    PER_HEAD_BY_WIDTH,
+    assert_same,
+    randomize,
+    run,
+    tiny_batch,
+    tiny_bert_config,
+    tiny_config,
+    tiny_model,
+)
 from safetensors.torch import load_file
-from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -39,8 +47,10 @@ AUTO_CLASSES = {
 }
 
 
-@pytest.fixture(params=["supernet", "subnet"])
+@pytest.fixture(params=["supernet", "supernet by width", "subnet"])
 def model(request, model_class):
+    if request.param == "supernet by width":
+        return tiny_model(model_class, **PER_HEAD_BY_WIDTH)
     supernet = tiny_model(model_class)
     return supernet if request.param == "supernet" else supernet.extract_subnet([8, 0, 36])
 
@@ -48,18 +58,22 @@ def model(request, model_class):
 # Saving and loading
 
 
+# The last digit of an output depends on where the weights lie in memory: those of a file are not aligned as new ones.
+
+
 def test_saved_model_loads_equal(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert_same(loaded.state_dict(), model.state_dict(), atol=0)
-    assert_same(run(loaded, tiny_batch(type(model))), run(model, tiny_batch(type(model))), atol=0)
+    assert_same(run(loaded, tiny_batch(type(model))), run(model, tiny_batch(type(model))))
 
 
 def test_auto_class_loads_the_saved_head(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AUTO_CLASSES[type(model)].from_pretrained(tmp_path)
     assert type(loaded) is type(model)
-    assert_same(run(loaded, tiny_batch(type(model))), run(model, tiny_batch(type(model))), atol=0)
+    assert_same(loaded.state_dict(), model.state_dict(), atol=0)
+    assert_same(run(loaded, tiny_batch(type(model))), run(model, tiny_batch(type(model))))
 
 
 @pytest.mark.parametrize("auto_class", AUTO_CLASSES.values(), ids=lambda auto_class: auto_class.__name__)
@@ -144,14 +158,13 @@ def test_hidden_states_are_the_embeddings_and_each_kept_layer(model_class):
 
 
 @pytest.mark.parametrize("shape", [[20, 36, 8], [48, 8, 20]], ids=str)
-def test_states_are_brought_to_the_hidden_size_as_the_docstring_says(shape, head_slicing):
+def test_states_are_brought_to_the_hidden_size_as_the_docstring_says(shape, elasticity):
     """The state after layer i becomes what the supernet would return if layer i were its last."""
-    model, batch = tiny_model(SuperShaperModel, head_slicing=head_slicing), tiny_batch()
+    model, batch = tiny_model(SuperShaperModel, **elasticity), tiny_batch()
     config, states = model.config, model(**batch, shape=shape, output_hidden_states=True).hidden_states
     for i, state in enumerate(states[1:-1]):
         assert state.shape[-1] == shape[i]
-        state = nn.functional.pad(state, (0, config.hidden_size - state.shape[-1]))
-        state = model.base_model.encoder.output_bottleneck[i](state)
+        state = model.base_model.encoder.leave(i, state)
         assert_same(state, model(**batch, shape=shape[: i + 1] + [0] * (2 - i)).last_hidden_state)
     assert states[-1].shape[-1] == config.hidden_size
 
@@ -200,8 +213,8 @@ def test_attentions_are_one_per_kept_layer_and_sum_to_one(model_class):
         ),
     ],
 )
-def test_attention_implementations_agree(implementation, shape, head_slicing):
-    supernet, batch = tiny_model(head_slicing=head_slicing, attn_implementation="eager"), tiny_batch()
+def test_attention_implementations_agree(implementation, shape, elasticity):
+    supernet, batch = tiny_model(**elasticity, attn_implementation="eager"), tiny_batch()
     expected = run(supernet, batch, shape=shape)
     supernet.set_attn_implementation(implementation)
     with torch.compiler.set_stance("force_eager"):  # compiling flex attention takes half a minute
@@ -312,8 +325,8 @@ def test_supernet_overfits_one_batch(shape):
     assert loss < 0.1
 
 
-def test_forward_and_backward_run_under_bfloat16_autocast(head_slicing):
-    supernet, batch = tiny_model(head_slicing=head_slicing), tiny_batch()
+def test_forward_and_backward_run_under_bfloat16_autocast(elasticity):
+    supernet, batch = tiny_model(**elasticity), tiny_batch()
     expected = supernet(**batch, labels=batch["input_ids"], shape=[8, 0, 36]).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = supernet(**batch, labels=batch["input_ids"], shape=[8, 0, 36])

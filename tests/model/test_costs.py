@@ -33,10 +33,14 @@ def test_one_shape_gives_an_int():
     assert type(SPACE.flops(np.array([8, 0, 36]), 24)) is int
 
 
-def test_head_slicing_changes_no_cost():
-    per_head = SearchSpace.from_config(tiny_config(head_slicing="per_head"))
-    assert per_head.num_parameters(SHAPES[0]) == SPACE.num_parameters(SHAPES[0])
-    assert per_head.flops(SHAPES[0], 24) == SPACE.flops(SHAPES[0], 24)
+def test_elasticity_changes_no_cost(elasticity):
+    config = tiny_config(**elasticity)
+    space, supernet = SearchSpace.from_config(config), SuperShaperForMaskedLM(config)
+    for shape in SHAPES:
+        subnet = supernet.extract_subnet(shape)
+        assert space.num_parameters(shape) == sum(parameter.numel() for parameter in subnet.parameters())
+        assert space.num_parameters(shape) == SPACE.num_parameters(shape)
+        assert space.flops(shape, 24) == SPACE.flops(shape, 24)
 
 
 @pytest.mark.parametrize("length", [0, -1, 2.5, 24.0, True, "24", None, float("nan")], ids=str)

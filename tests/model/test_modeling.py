@@ -3,7 +3,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, randomize, run, tiny_batch, tiny_bert_config, tiny_config, tiny_model
+from conftest import (
+    PER_HEAD_BY_WIDTH,
+    assert_same,
+    randomize,
+    run,
+    tiny_batch,
+    tiny_bert_config,
+    tiny_config,
+    tiny_model,
+)
 from torch import nn
 from transformers.models.bert.modeling_bert import BertLayer
 
@@ -44,25 +53,25 @@ def kept_at_20(head_slicing):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_subnet_equals_supernet_layer_by_layer(model_class, head_slicing, shape):
-    supernet, batch = tiny_model(model_class, head_slicing=head_slicing), tiny_batch(model_class)
+def test_subnet_equals_supernet_layer_by_layer(model_class, elasticity, shape):
+    supernet, batch = tiny_model(model_class, **elasticity), tiny_batch(model_class)
     subnet = supernet.extract_subnet(shape)
     actual = run(subnet, batch, output_hidden_states=True)
     assert_same(actual, run(supernet, batch, shape=shape, output_hidden_states=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_subnet_equals_supernet_with_eager_attention(head_slicing, shape):
-    supernet, batch = tiny_model(head_slicing=head_slicing, attn_implementation="eager"), tiny_batch()
+def test_subnet_equals_supernet_with_eager_attention(elasticity, shape):
+    supernet, batch = tiny_model(**elasticity, attn_implementation="eager"), tiny_batch()
     subnet = supernet.extract_subnet(shape)
     actual = run(subnet, batch, output_attentions=True)
     assert_same(actual, run(supernet, batch, shape=shape, output_attentions=True))
 
 
 @pytest.mark.parametrize(("length", "merges"), [(6, 0), (17, 1), (18, 2)])
-def test_supernet_merges_bottlenecks_where_that_is_cheaper(length, merges):
+def test_supernet_merges_bottlenecks_where_that_is_cheaper(length, merges, elasticity):
     """At shape [8, 20, 36] merging pays from 7 tokens between the first layers, from 18 between the last."""
-    supernet, batch = tiny_model(), tiny_batch(batch=1, length=length)
+    supernet, batch = tiny_model(**elasticity), tiny_batch(batch=1, length=length)
     expected = run(supernet.extract_subnet([8, 20, 36]), batch)
     with mock.patch.object(elastic, "merge", wraps=elastic.merge) as merge:
         actual = run(supernet, batch, shape=[8, 20, 36])
@@ -100,8 +109,8 @@ def test_base_model_without_pooler():
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_layer_of_a_subnet_is_a_bert_layer_of_its_width(head_slicing, attention):
-    supernet = tiny_model(head_slicing=head_slicing, attn_implementation=attention)
+def test_layer_of_a_subnet_is_a_bert_layer_of_its_width(elasticity, attention):
+    supernet = tiny_model(**elasticity, attn_implementation=attention)
     layer = supernet.extract_subnet([8, 20, 36]).bert.encoder.layer[1]
     bert_layer = BertLayer(tiny_bert_config(hidden_size=20, attn_implementation=attention)).eval()
     bert_layer.load_state_dict(layer.state_dict())
@@ -136,11 +145,62 @@ def test_bottlenecks_of_a_subnet_are_those_of_the_kept_layers_multiplied():
     assert (len(cut.input_bottleneck), len(cut.layer), len(cut.output_bottleneck)) == (2, 2, 1)
 
 
+def test_subnet_holds_the_products_with_what_its_widths_alone_have():
+    """A reader completes the channels that a narrow layer has; the map behind it reads all of them."""
+    supernet = tiny_model(**PER_HEAD_BY_WIDTH)
+    whole, cut = supernet.bert.encoder, supernet.extract_subnet([8, 0, 20]).bert.encoder
+    inputs, heads = torch.randn(5, 20), HEAD_CHANNELS_AT_20["per_head"]
+    with torch.no_grad():
+        for part, reader, rows, factor in (
+            ("attention.self.query", "attention_reader", heads, (20 / 48) ** 0.5),
+            ("attention.self.key", "attention_reader", heads, 1),
+            ("attention.self.value", "attention_reader", heads, 1),
+            ("intermediate.dense", "intermediate_reader", slice(None), 1),
+        ):
+            completed = torch.cat([inputs, whole.by_width[2]["20"].get_submodule(reader)(inputs)], dim=-1)
+            expected = whole.layer[2].get_submodule(part)(completed)[:, rows] * factor
+            assert_same(cut.layer[1].get_submodule(part)(inputs), expected)
+        between = whole.input_bottleneck[2](whole.by_width[0]["8"].output_bottleneck(inputs[:, :8]))[:, :20]
+        assert_same(cut.input_bottleneck[1](inputs[:, :8]), between)
+        assert_same(cut.output_bottleneck[0](inputs), whole.by_width[2]["20"].output_bottleneck(inputs))
+    names = [name for name, _ in supernet.extract_subnet([8, 0, 20]).named_parameters()]
+    assert not any("by_width" in name or "reader" in name for name in names)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_new_supernet_by_width_computes_as_with_shared_bottlenecks(shape, head_slicing):
+    batch = tiny_batch()
+    shared, by_width = (
+        SuperShaperForMaskedLM(tiny_config(head_slicing=head_slicing, bottlenecks=bottlenecks)).eval()
+        for bottlenecks in ("shared", "by_width")
+    )
+    by_width.load_state_dict(shared.state_dict(), strict=False)
+    assert_same(run(by_width, batch, shape=shape), run(shared, batch, shape=shape), atol=1e-6)
+
+
+def test_scores_are_scaled_by_the_full_head_if_the_configuration_says_so():
+    """At width 20 a head has 5 channels, and 12 at full width."""
+    plain = tiny_model(attn_implementation="eager")
+    scaled = tiny_model(attn_implementation="eager", full_head_scale=True)
+    with torch.no_grad():
+        plain.bert.encoder.layer[0].attention.self.query.weight *= (5 / 12) ** 0.5
+        plain.bert.encoder.layer[0].attention.self.query.bias *= (5 / 12) ** 0.5
+    states = torch.randn(2, 9, 20)
+    expected, actual = (model.bert.encoder.layer[0].attention.self(states, None) for model in (plain, scaled))
+    assert_same(actual, expected)
+
+
 def test_new_supernet_starts_from_identity_bottlenecks():
-    encoder = SuperShaperForMaskedLM(tiny_config()).bert.encoder
+    encoder = SuperShaperForMaskedLM(tiny_config(bottlenecks="by_width")).bert.encoder
     for bottleneck in [*encoder.input_bottleneck, *encoder.output_bottleneck]:
         assert torch.equal(bottleneck.weight, torch.eye(48))
         assert not bottleneck.bias.any()
+    for layer in encoder.by_width:
+        assert list(layer) == ["8", "20", "36"]
+        for width, narrow in layer.items():
+            assert torch.equal(narrow.output_bottleneck.weight, torch.eye(48)[:, : int(width)])
+            assert not any(parameter.any() for parameter in narrow.attention_reader.parameters())
+            assert not any(parameter.any() for parameter in narrow.intermediate_reader.parameters())
 
 
 def test_new_layer_norms_and_embeddings_are_initialised_as_in_bert():
@@ -250,16 +310,16 @@ def gradients(supernet, *shapes):
     return {name: parameter.grad for name, parameter in supernet.named_parameters() if parameter.grad is not None}
 
 
-def test_two_shapes_before_one_backward_give_the_sum_of_their_gradients(head_slicing):
-    supernet = tiny_model(head_slicing=head_slicing, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+def test_two_shapes_before_one_backward_give_the_sum_of_their_gradients(elasticity):
+    supernet = tiny_model(**elasticity, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     first, second = gradients(supernet, [8, 20, 36]), gradients(supernet, [36, 0, 8])
-    total = {name: gradient + second.get(name, 0) for name, gradient in first.items()}
+    total = {name: first.get(name, 0) + second.get(name, 0) for name in {**first, **second}}
     assert_same(gradients(supernet, [8, 20, 36], [36, 0, 8]), total)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(head_slicing, use_reentrant):
-    supernet = tiny_model(head_slicing=head_slicing).train()
+def test_gradient_checkpointing_changes_no_gradient(elasticity, use_reentrant):
+    supernet = tiny_model(**elasticity).train()
     expected = gradients(supernet, [8, 20, 36], [36, 0, 8])
     # Renamed in transformers 5.2x; the old name is deprecated in the newest and the only one in the oldest supported.
     newest = hasattr(supernet, "activation_checkpointing_enable")
@@ -287,7 +347,14 @@ def test_gradients_are_zero_outside_the_slice(head_slicing):
         assert not weight.grad.any()
 
 
-def test_dropped_layer_has_no_gradient():
-    used = gradients(tiny_model(), [8, 0, 36])
+def test_dropped_layer_has_no_gradient(elasticity):
+    used = gradients(tiny_model(**elasticity), [8, 0, 36])
     assert any("encoder.layer.0." in name for name in used)
     assert not any("encoder.layer.1." in name or "bottleneck.1." in name for name in used)
+
+
+def test_what_a_width_alone_has_is_trained_by_shapes_of_this_width():
+    used = gradients(tiny_model(bottlenecks="by_width"), [8, 48, 36])
+    widths = {name.partition("by_width.")[2][:4].rstrip(".") for name in used if "by_width." in name}
+    assert widths == {"0.8", "2.36"}
+    assert all(used[name].any() for name in used if "by_width." in name)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HEADS, assert_same, run, tiny_batch, tiny_model
+from conftest import HEADS, PER_HEAD_BY_WIDTH, assert_same, run, tiny_batch, tiny_model
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from supershaper_hf import SuperShaperForMaskedLM, extract_from_folder
@@ -80,7 +80,7 @@ def without_package(tmp_path_factory):
     for model_class in HEADS:
         name, batch = model_class.__name__, tiny_batch(model_class)
         auto_class = name.replace("SuperShaper", "AutoModel").replace("ModelModel", "Model")
-        supernet = tiny_model(model_class, head_slicing="per_head")
+        supernet = tiny_model(model_class, **PER_HEAD_BY_WIDTH)
         supernet.save_pretrained(folder / name)
         supernet.extract_subnet([8, 0, 36]).save_pretrained(folder / f"{name}-subnet")
         jobs[name] = (auto_class, str(folder / name), batch, None, None)
@@ -116,7 +116,7 @@ def without_package(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["", "-subnet", "-cut", "-again"], ids=["supernet", "subnet", "cut", "cut and saved"])
 def test_without_the_package_models_load_and_are_cut(without_package, model_class, kind):
     _, results, _ = without_package
-    supernet = tiny_model(model_class, head_slicing="per_head")
+    supernet = tiny_model(model_class, **PER_HEAD_BY_WIDTH)
     expected = run(supernet, tiny_batch(model_class), shape=[8, 0, 36] if kind else None)
     name, outputs = results[model_class.__name__ + kind]
     assert name == model_class.__name__
@@ -128,7 +128,7 @@ def test_without_the_package_every_auto_class_loads_a_masked_lm_folder(without_p
     name = f"{model_class.__name__}-of-masked-lm"
     assert results[name][0] == model_class.__name__
     loaded = model_class.from_pretrained(folder / name)
-    pretrained = tiny_model(head_slicing="per_head")
+    pretrained = tiny_model(**PER_HEAD_BY_WIDTH)
     assert_same(loaded.base_model.encoder.state_dict(), pretrained.bert.encoder.state_dict(), atol=0)
 
 

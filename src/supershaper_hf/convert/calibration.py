@@ -6,27 +6,36 @@ to rounding. Every layer is looked at by itself, between two states of the full 
 1. `rotate_heads`: within each attention head, the channels are rotated so that the first ones carry most of the scores
    and of the output. So a narrow layer, which keeps the first channels of each head, approximates the full scores.
 2. `order_channels`: the hidden channels with the most energy come first, in one order for all layers.
-3. `fit_narrow_widths`, for a supernet with `bottlenecks="by_width"`: for each layer and narrow width, ridge regressions
-   estimate the channels that the layer lacks from those it has, and the full layer's output from the narrow one's.
+3. `fit_narrow_widths`, for a supernet with `bottlenecks="by_width"`: for each layer and narrow width, a code near the
+   principal components is chosen, and ridge regressions estimate the full state from the code, and the full layer's
+   output from the narrow one's.
 
-The text passes through the full supernet layer by layer. Only the states before and after one layer are in memory.
+The text passes through the full supernet layer by layer, once to measure what the first two steps need, and once more
+for the third. In memory are the embeddings of the text and what one layer computes of it: about 8 numbers of float32
+for each token and hidden channel.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.masking_utils import create_bidirectional_mask
 
-from ..model.elastic import elastic_linear
 
-
-# The ridge is this share of the mean variance of the inputs of a regression. Dead channels then have weights of 0.
+# The strength of a ridge regression, as a share of the mean variance of its inputs.
 RIDGE = 1e-3
-# Added to the spectrum of a head's second moments, as a share of their mean, so that a dead head can be inverted.
-JITTER = 1e-8
+# How strongly the writer of a code is drawn towards 0. On a 6-layer encoder of 384 channels, 0.1 was better for wide
+# layers and 1 for narrow ones.
+WRITER_PENALTY = 0.3
+# Directions in which a head hardly varies count as if they had this share of its energy, so that they can be scaled.
+SMALLEST_SHARE = 1e-8
+# Added to what may be 0, where a head or a channel computes nothing.
+TINY = 1e-30
 
+ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -35,19 +44,21 @@ def calibrate(supernet: Any, batches: Iterable[Batch], progress: bool = False) -
     """Change a new supernet in place so that its narrow shapes compute nearly what it computes at full width.
 
     Call it once, after `from_bert` and before training; `from_bert(..., calibration=batches)` does so. 20,000 to
-    200,000 tokens are enough. The largest shape computes what it computed before, to rounding.
+    200,000 tokens are enough. The largest shape computes what it computed before, to rounding: where the supernet is in
+    float16 or bfloat16, its weights are calibrated in float32 and rounded at the end.
 
     With `head_slicing="prefix"` the heads are not rotated, because a narrow layer then divides its channels into other
     heads than the full one.
 
     Args:
         supernet: A supernet with any head. Its bottlenecks are those of a new supernet, or were trained.
-        batches: `input_ids` and `attention_mask`, (batch, length) each, on any device; other entries are not used.
-            Masked text is fine, but unmasked text is what a sentence encoder reads.
+        batches: `input_ids` and, where there is padding, `attention_mask`, (batch, length) each, on any device.
+            `token_type_ids` are read too, other entries are not. Unmasked text is what a sentence encoder reads.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the model is a subnet, if there is no text, or if a state is not a finite number.
+        ValueError: If the model is a subnet, if there is no text, or if a state is not a finite number. The model is
+            then as it was.
 
     Example:
         >>> from supershaper_hf import SuperShaperConfig, SuperShaperModel
@@ -57,137 +68,159 @@ def calibrate(supernet: Any, batches: Iterable[Batch], progress: bool = False) -
         >>> supernet = SuperShaperModel(config).eval()
         >>> ids = torch.arange(48).view(2, 24)
         >>> before = supernet(ids).last_hidden_state
-        >>> calibrate(supernet, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+        >>> calibrate(supernet, [{"input_ids": ids}])
         >>> torch.allclose(supernet(ids).last_hidden_state, before, atol=1e-5)
         True
     """
-    config = supernet.config
+    config, encoder = supernet.config, supernet.base_model.encoder
     if config.merged_bottlenecks:
         raise ValueError(
             f"This is a subnet with fixed hidden_sizes={config.hidden_sizes}: its channels are already cut. Calibrate "
             "the supernet before extract_subnet."
         )
-    encoder = supernet.base_model.encoder
-    modes = [(module, module.training) for module in supernet.modules()]
-    supernet.eval()
-    try:
-        text = encoder_inputs(supernet, batches)
-        steps = len(encoder.layer) * (2 if config.bottlenecks == "by_width" else 1)
-        with tqdm(total=steps, desc="Calibrating", disable=not progress) as bar:
-            energy = torch.zeros(config.hidden_size, dtype=torch.float64)
+    per_head, by_width = config.head_slicing == "per_head", config.bottlenecks == "by_width"
+    steps = len(encoder.layer) * (2 if by_width else 1)
+    with ready_to_measure(supernet), tqdm(total=steps, desc="Calibrating", disable=not progress) as bar:
+        text = read_text(supernet, batches)
+        # All is measured before anything is changed: an error leaves the supernet as it was.
+        energy = torch.zeros(config.hidden_size, dtype=torch.float64)
+        heads = []
+        for layer, states in zip(encoder.layer, states_by_layer(encoder, text)):
+            energy += measure_energy(states)
+            if per_head:
+                heads.append(measure_heads(layer.attention.self, states))
+            bar.update()
+
+        for layer, measured in zip(encoder.layer, heads):
+            rotate_heads(layer.attention, measured)
+        if per_head:
+            config.full_head_scale = True  # the first channels of a head approximate the scores of the full head
+        order_channels(encoder, energy.argsort(descending=True, stable=True).to(supernet.device))
+
+        if by_width:
             for index, states in enumerate(states_by_layer(encoder, text)):
-                energy += measure_energy(states)
-                if config.head_slicing == "per_head":
-                    rotate_heads(encoder.layer[index], states)
+                fit_narrow_widths(encoder, index, states)
                 bar.update()
-            config.full_head_scale = config.head_slicing == "per_head"
-            order_channels(encoder, energy.argsort(descending=True, stable=True).to(supernet.device))
-            if config.bottlenecks == "by_width":
-                for index, states in enumerate(states_by_layer(encoder, text)):
-                    fit_narrow_widths(encoder, index, states)
-                    bar.update()
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 # The text, layer by layer
 
 
 class Text(NamedTuple):
-    """One batch as the encoder reads it: the embeddings, the attention's mask, and which tokens are not padding."""
+    """One batch as the encoder reads it."""
 
     embeddings: torch.Tensor  # (batch, length, hidden_size)
-    mask: torch.Tensor | None
-    real: torch.Tensor  # (batch, length), booleans
+    mask: Any  # as the implementation of the attention takes it
+    real: torch.Tensor  # (batch, length), booleans: which tokens are not padding
 
 
 class States(NamedTuple):
-    """What one full-width layer reads and computes on one batch."""
+    """What one layer reads and computes on one batch at full width; the states are (batch, length, hidden_size)."""
 
-    inputs: torch.Tensor  # (batch, length, hidden_size), after the input bottleneck
-    attended: torch.Tensor  # (batch, length, hidden_size), between attention and FFN
-    outputs: torch.Tensor  # (batch, length, hidden_size), before the output bottleneck
-    mask: torch.Tensor | None
-    real: torch.Tensor  # (batch, length), booleans
+    inputs: torch.Tensor  # after the input bottleneck
+    attended: torch.Tensor  # between attention and FFN
+    outputs: torch.Tensor  # before the output bottleneck
+    mask: Any
+    real: torch.Tensor
 
 
-def encoder_inputs(supernet: Any, batches: Iterable[Batch]) -> list[Text]:
-    """Return what the encoder reads for each batch."""
-    text: list[Text] = []
+@contextmanager
+def ready_to_measure(supernet: Any) -> Iterator[None]:
+    """Put a supernet into evaluation mode and at least float32, and afterwards back into what it was."""
+    modes, dtype = [(module, module.training) for module in supernet.modules()], supernet.dtype
+    supernet.eval().to(torch.promote_types(dtype, torch.float32))
+    try:
+        yield
+    finally:
+        supernet.to(dtype)
+        for module, training in modes:
+            module.training = training
 
-    class Stop(Exception):  # noqa: N818 - it is no error: the layers are run one by one later
-        pass
 
-    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        real = torch.ones(inputs[0].shape[:2], dtype=torch.bool, device=inputs[0].device)
-        text.append(Text(inputs[0], inputs[1], real))
-        raise Stop
+def read_text(supernet: Any, batches: Iterable[Batch]) -> list[Text]:
+    """Return what the encoder reads of each batch.
 
-    with supernet.base_model.encoder.register_forward_pre_hook(keep):
-        for batch in batches:
-            ids, mask = batch["input_ids"].to(supernet.device), batch.get("attention_mask")
-            mask = torch.ones_like(ids) if mask is None else mask.to(supernet.device)
-            try:
-                supernet.base_model(input_ids=ids, attention_mask=mask)
-            except Stop:
-                text[-1] = text[-1]._replace(real=mask.bool())
-    if not text:
+    Raises:
+        ValueError: If there is no token.
+    """
+    text = []
+    for batch in batches:
+        given = {name: values.to(supernet.device) for name, values in batch.items() if name in ENCODER_INPUTS}
+        ids = given["input_ids"]
+        attention_mask = given.get("attention_mask", torch.ones_like(ids))
+        embeddings = supernet.base_model.embeddings(ids, given.get("token_type_ids"), None, None)
+        mask = create_bidirectional_mask(supernet.config, embeddings, attention_mask)
+        text.append(Text(embeddings, mask, attention_mask.bool()))
+    if not any(batch.real.any() for batch in text):
         raise ValueError("There is no text to calibrate on. Give at least one batch; 20,000 tokens or more are useful.")
     return text
 
 
 def states_by_layer(encoder: Any, text: Sequence[Text]) -> Iterator[list[States]]:
-    """Run the full-width encoder layer by layer, and yield what each layer reads and computes on every batch.
+    """Run the encoder at full width layer by layer, and yield what each layer reads and computes on every batch.
+
+    A list is emptied when the next one is asked for, so that the states of one layer only are in memory.
 
     Raises:
         ValueError: If a state is not a finite number.
     """
-    flow = [batch.embeddings for batch in text]
-    full = encoder.config.hidden_size
+    flow = [batch.embeddings for batch in text]  # between the layers
     for index, layer in enumerate(encoder.layer):
         states = []
-        for embeddings, batch in zip(flow, text):
-            inputs = encoder.input_bottleneck[index](embeddings)
+        for position, batch in enumerate(text):
+            inputs = encoder.input_bottleneck[index](flow[position])
             attended = layer.attention(inputs, batch.mask)
             outputs = layer.output(layer.intermediate(attended), attended)
             if not outputs[batch.real].isfinite().all():
                 raise ValueError(f"The output of layer {index} is not finite. Check the weights of the supernet.")
             states.append(States(inputs, attended, outputs, batch.mask, batch.real))
-        flow = [encoder.exit(index, full)(batch.outputs) for batch in states]
+            flow[position] = encoder.output_bottleneck[index](outputs)
         yield states
+        states.clear()
 
 
-# Orders and rotations, which the full width does not notice
+def add_up(terms: Iterable[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Add up the tensors of each batch over the batches."""
+    totals: list[torch.Tensor] = []
+    for new in terms:
+        totals = [total + tensor for total, tensor in zip(totals, new)] if totals else list(new)
+    return totals
+
+
+def exact(states: torch.Tensor) -> torch.Tensor:
+    """Return `states` in float64 on the CPU. A covariance in float32 loses its digits where means are large."""
+    return states.cpu().double()
+
+
+# One order of the hidden channels
 
 
 def measure_energy(states: Sequence[States]) -> torch.Tensor:
-    """Return the energy E[x^2] of each hidden channel, (hidden_size,) in float64, added up over the layer's states.
+    """Return the energy E[x^2] of each hidden channel, (hidden_size,), added up over the states of a layer.
 
-    The energies of each state are divided by their sum, so that each counts alike. A mean counts too, because a narrow
-    layer loses the mean of the channels that it drops.
+    The energies of each state are divided by their sum, so that each state counts alike. A mean counts too, because a
+    narrow layer loses the mean of the channels that it drops.
     """
     total = torch.zeros(states[0].inputs.shape[-1], dtype=torch.float64)
-    for site in ("inputs", "attended", "outputs"):
-        energies = [getattr(batch, site)[batch.real].square().sum(dim=0).double().cpu() for batch in states]
-        energy = torch.stack(energies).sum(dim=0)
-        total += energy / energy.sum()
+    for state in ("inputs", "attended", "outputs"):
+        [energy] = add_up([exact(getattr(batch, state)[batch.real]).square().sum(dim=0)] for batch in states)
+        total += energy / (energy.sum() + TINY)
     return total
 
 
 def order_channels(encoder: Any, order: torch.Tensor) -> None:
-    """Reorder the hidden channels inside every layer; the bottlenecks undo it, so the outputs stay.
+    """Reorder the hidden channels inside every layer; the bottlenecks undo it, so the full width does not notice.
 
     One order for all layers keeps neighbouring layers together: a narrow layer passes on the channels that a narrow
     next layer reads.
     """
     for entry, layer, exit in zip(encoder.input_bottleneck, encoder.layer, encoder.output_bottleneck):
-        attention = layer.attention.self
-        for module in (entry, layer.attention.output.dense, layer.attention.output.LayerNorm):
+        attention = layer.attention
+        for module in (entry, attention.output.dense, attention.output.LayerNorm):
             permute(module, 0, order)
         for module in (layer.output.dense, layer.output.LayerNorm):
             permute(module, 0, order)
-        for module in (attention.query, attention.key, attention.value, layer.intermediate.dense, exit):
+        for module in (attention.self.query, attention.self.key, attention.self.value, layer.intermediate.dense, exit):
             permute(module, 1, order)
 
 
@@ -197,134 +230,200 @@ def permute(module: nn.Linear | nn.LayerNorm, axis: int, order: torch.Tensor) ->
         parameter.copy_(parameter.index_select(axis, order))
 
 
-def rotate_heads(layer: Any, states: Sequence[States]) -> None:
-    """Rotate the channels of each attention head so that the first ones carry most, by singular value decompositions.
+# Rotations inside the heads
 
-    Let S_q = L_q L_q^T be the second moments of a head's queries, S_k = L_k L_k^T the covariance of its keys, and
-    L_q^T L_k = U S V^T. Then q' = S^.5 U^T L_q^-1 q and k' = S^.5 V^T L_k^-1 k have the same scores q' k' = q k, and
-    their first channels approximate the scores best. (The mean of the keys adds the same number to all scores of a
-    query, which the softmax does not notice.) The values are rotated in the same way, by W_o L_c = U S V^T with the
-    covariance L_c L_c^T of the head's output. The mean of the values passes through the attention, whose weights add
-    up to 1, so it moves into the bias of the output map first.
+
+class HeadMoments(NamedTuple):
+    """Moments of the vectors of each head, in float64."""
+
+    mean: torch.Tensor  # (heads, head_size)
+    second: torch.Tensor  # E[x x^T], (heads, head_size, head_size)
+
+    @classmethod
+    def of(cls, vectors: Iterable[torch.Tensor], num_heads: int) -> "HeadMoments":
+        """Return the moments of `vectors`, (tokens, hidden_size) each."""
+        heads = (
+            exact(vector).unflatten(1, (num_heads, -1)).transpose(0, 1) for vector in vectors
+        )  # (heads, tokens, size)
+        count, sums, products = add_up((torch.tensor(x.shape[1]), x.sum(dim=1), x.mT @ x) for x in heads)
+        return cls(sums / count, products / count)
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        return self.second - self.mean[:, :, None] * self.mean[:, None, :]
+
+    @property
+    def energy(self) -> torch.Tensor:
+        """E[x^2] of each head, (heads,), as a mean over its channels."""
+        return self.second.diagonal(dim1=1, dim2=2).mean(dim=1)
+
+
+class MeasuredHeads(NamedTuple):
+    """What the attention of a layer computes: queries and keys, and contexts, which are weighted means of values."""
+
+    queries: HeadMoments
+    keys: HeadMoments
+    contexts: HeadMoments
+
+
+def measure_heads(attention: Any, states: Sequence[States]) -> MeasuredHeads:
+    """Measure the heads of a layer's self-attention."""
+    queries = (attention.query(batch.inputs)[batch.real] for batch in states)
+    keys = (attention.key(batch.inputs)[batch.real] for batch in states)
+    contexts = (attention(batch.inputs, batch.mask)[0][batch.real] for batch in states)
+    return MeasuredHeads(*(HeadMoments.of(vectors, attention.num_heads) for vectors in (queries, keys, contexts)))
+
+
+def rotate_heads(attention: Any, measured: MeasuredHeads) -> None:
+    """Rotate the channels of each attention head so that the first ones carry most; the full width does not notice.
+
+    For the scores, let S_q = L_q L_q^T be the second moments of a head's queries, S_k = L_k L_k^T the covariance of its
+    keys, and L_q^T L_k = U S V^T. Then q' = S^.5 U^T L_q^-1 q and k' = S^.5 V^T L_k^-1 k have the same scores
+    q' k' = q k, and their first channels approximate the scores best. (The mean of the keys adds the same number to all
+    scores of a query, which the softmax does not notice.)
+
+    For the output, let C = L_c L_c^T be the covariance of the head's contexts, W_o its columns of the output map, and
+    W_o L_c = U S V^T. Then v' = S^.5 V^T L_c^-1 v and W_o' = U S^.5 give the same output. The mean of the contexts
+    passes through the attention unchanged, because its weights add up to 1. So it first moves from the bias of the
+    values into the bias of the output map, where a narrow layer keeps it.
     """
-    attention, output = layer.attention.self, layer.attention.output.dense
-    queries = Moments.of(elastic_linear(attention.query, b.inputs)[b.real] for b in states)
-    keys = Moments.of(elastic_linear(attention.key, b.inputs)[b.real] for b in states)
-    contexts = Moments.of(attention(b.inputs, b.mask)[0][b.real] for b in states)
-
-    mean = contexts.mean.to(output.weight)
+    projections, output = attention.self, attention.output.dense
+    mean = measured.contexts.mean.flatten().to(output.weight)
     output.bias += output.weight @ mean
-    attention.value.bias -= mean
+    projections.value.bias -= mean
 
-    for rows in torch.arange(output.in_features).view(attention.num_heads, -1):
-        block = rows[:, None], rows[None, :]
-        root_q, root_k = square_root(queries.second[block]), square_root(keys.covariance[block])
-        u, scores, v = torch.linalg.svd(root_q.T @ root_k)
-        weigh = scores.sqrt()[:, None]
-        rotate(attention.query, rows, weigh * (u.T @ torch.linalg.inv(root_q)))
-        rotate(attention.key, rows, weigh * (v @ torch.linalg.inv(root_k)))
+    root_q, inverse_q = square_root(measured.queries.second, measured.queries.energy)
+    root_k, inverse_k = square_root(measured.keys.covariance, measured.keys.energy)
+    u, scores, v_transposed = torch.linalg.svd(root_q.mT @ root_k)
+    scale = scores.sqrt()[:, :, None]
+    rotate(projections.query, scale * (u.mT @ inverse_q))
+    rotate(projections.key, scale * (v_transposed @ inverse_k))
 
-        root_c = square_root(contexts.covariance[block])
-        columns = output.weight[:, rows].double().cpu()
-        u, gains, v = torch.linalg.svd(columns @ root_c, full_matrices=False)
-        weigh = gains.clamp(min=gains.max() * 1e-6 + 1e-30).sqrt()
-        rotate(attention.value, rows, weigh[:, None] * (v @ torch.linalg.inv(root_c)))
-        output.weight[:, rows] = (columns @ (root_c @ v.T) / weigh).to(output.weight)
-
-
-def rotate(projection: nn.Linear, rows: torch.Tensor, rotation: torch.Tensor) -> None:
-    """Multiply the outputs `rows` of a linear map by a square matrix, in place."""
-    projection.weight[rows] = (rotation @ projection.weight[rows].double().cpu()).to(projection.weight)
-    projection.bias[rows] = (rotation @ projection.bias[rows].double().cpu()).to(projection.bias)
+    root_c, inverse_c = square_root(measured.contexts.covariance, measured.contexts.energy)
+    columns = exact(output.weight).unflatten(1, (projections.num_heads, -1)).transpose(0, 1)
+    _, gains, v_transposed = torch.linalg.svd(columns @ root_c, full_matrices=False)
+    scale = (gains.clamp(min=1e-6 * gains.max()) + TINY).sqrt()  # columns are divided by it
+    rotate(projections.value, scale[:, :, None] * (v_transposed @ inverse_c))
+    columns = columns @ root_c @ v_transposed.mT / scale[:, None, :]
+    output.weight.copy_(columns.transpose(0, 1).flatten(1))
 
 
-def square_root(moments: torch.Tensor) -> torch.Tensor:
-    """Return an invertible L with L L^T = `moments`, up to `JITTER`."""
-    jitter = JITTER * moments.diagonal().mean() + 1e-30
-    return torch.linalg.cholesky(moments + jitter * torch.eye(len(moments), dtype=moments.dtype))
+def square_root(moments: torch.Tensor, energy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return L with L L^T = `moments`, and its inverse, for each head.
+
+    Eigenvalues that are 0, or negative by rounding, are raised to a small share of the energy of the head.
+    """
+    values, vectors = torch.linalg.eigh(moments)
+    roots = torch.maximum(values, SMALLEST_SHARE * energy[:, None] + TINY).sqrt()
+    return vectors * roots[:, None, :], vectors.mT / roots[:, :, None]
+
+
+def rotate(projection: nn.Linear, rotations: torch.Tensor) -> None:
+    """Multiply the outputs of each head of a linear map by a matrix (head_size, head_size), in place."""
+    for parameter in (projection.weight, projection.bias):
+        heads = exact(parameter).reshape(*rotations.shape[:2], -1)
+        parameter.copy_((rotations @ heads).reshape(parameter.shape))
 
 
 # Regressions for what narrow widths have of their own
 
 
-class Moments:
-    """Mean, second moments and covariance of vectors x, and the covariance of other vectors y with them, in float64."""
+class Moments(NamedTuple):
+    """Means and covariances of inputs x and targets y, in float64."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.sums: list[torch.Tensor] = []  # of x, x x^T, y, y x^T
+    mean_x: torch.Tensor  # (inputs,)
+    mean_y: torch.Tensor  # (outputs,)
+    covariance_xx: torch.Tensor  # (inputs, inputs)
+    covariance_yx: torch.Tensor  # (outputs, inputs)
 
     @classmethod
-    def of(cls, xs: Iterable[torch.Tensor]) -> "Moments":
-        moments = cls()
-        for x in xs:
-            moments.add(x)
-        return moments
+    def of(cls, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> "Moments":
+        """Return the moments of pairs of x, (tokens, inputs), and y, (tokens, outputs)."""
+        pairs = ((exact(x), exact(y)) for x, y in pairs)
+        count, *sums = add_up((torch.tensor(len(x)), x.sum(dim=0), y.sum(dim=0), x.T @ x, y.T @ x) for x, y in pairs)
+        mean_x, mean_y, second_xx, second_yx = (total / count for total in sums)
+        return cls(mean_x, mean_y, second_xx - mean_x.outer(mean_x), second_yx - mean_y.outer(mean_x))
 
-    def add(self, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
-        """Add vectors x, (tokens, inputs), and y, (tokens, outputs)."""
-        new = [x.sum(0), x.T @ x] + ([] if y is None else [y.sum(0), y.T @ x])
-        new = [total.double().cpu() for total in new]
-        self.sums = [old + total for old, total in zip(self.sums, new)] if self.sums else new
-        self.count += len(x)
+    def coded(self, coding: torch.Tensor) -> "Moments":
+        """Return the moments of the code z = coding x as inputs, and of the channels of x beyond the code as targets.
 
-    @property
-    def mean(self) -> torch.Tensor:
-        return self.sums[0] / self.count
-
-    @property
-    def second(self) -> torch.Tensor:
-        return self.sums[1] / self.count
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        return self.second - self.mean.outer(self.mean)
-
-    def regression(self, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weight (outputs, inputs) and bias (outputs,) of the ridge regression of y on x.
-
-        The weight is drawn towards `start` instead of towards 0: where x says nothing about y, it stays.
+        Args:
+            coding: (w, inputs).
         """
-        mean_y = self.sums[2] / self.count
-        cross = self.sums[3] / self.count - mean_y.outer(self.mean)
-        covariance = self.covariance
-        ridge = covariance + (RIDGE * covariance.diagonal().mean() + 1e-30) * torch.eye(len(covariance)).double()
-        start = start.double().cpu()
-        weight = start + torch.linalg.solve(ridge, (cross - start @ covariance).T).T
-        return weight, mean_y - weight @ self.mean
+        coding, width = exact(coding), len(coding)
+        mean, covariance = self.mean_x, self.covariance_xx @ coding.T
+        return Moments(coding @ mean, mean[width:], coding @ covariance, covariance[width:])
+
+
+def ridge_regression(moments: Moments, start: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weight (outputs, inputs) and bias (outputs,) of the ridge regression of y on x.
+
+    The weight is drawn towards `start`: where x says nothing about y, it stays.
+    """
+    mean_x, mean_y, covariance_xx, covariance_yx = moments
+    # The second term is above the rounding errors of the covariance. It matters only where x does not vary.
+    strength = RIDGE * covariance_xx.diagonal().mean().clamp(min=0) + 1e-12 * mean_x.square().mean() + TINY
+    penalised = covariance_xx + strength * torch.eye(len(mean_x), dtype=mean_x.dtype)
+    start = torch.zeros_like(covariance_yx) + (exact(start) if isinstance(start, torch.Tensor) else start)
+    weight = start + torch.linalg.solve(penalised, (covariance_yx - start @ covariance_xx).T).T
+    return weight, mean_y - weight @ mean_x
 
 
 def fit_narrow_widths(encoder: Any, index: int, states: Sequence[States]) -> None:
-    """Fit the readers and the output bottleneck of every narrow width of a layer, one after the other."""
-    layer, full = encoder.layer[index], encoder.config.hidden_size
-    exit = encoder.exit(index, full)
-    inputs = Moments.of(batch.inputs[batch.real] for batch in states)
-    for width in (encoder.config.width_choices or [])[:-1]:
+    """Fit the codes and the output bottleneck of every narrow width of a layer, one after the other.
+
+    The narrow layer reads the code of what the full layer reads, so it does not depend on other layers.
+    """
+    layer, exit = encoder.layer[index], encoder.output_bottleneck[index]
+    gains = layer.attention.output.LayerNorm.weight
+    inputs = Moments.of((batch.inputs[batch.real],) * 2 for batch in states)
+    _, directions = torch.linalg.eigh(inputs.covariance_xx)
+    for width in encoder.config.width_choices[:-1]:
         narrow = encoder.narrow(index, width)
-        # Which channels the layer lacks does not depend on what it computes, so these moments serve every width.
-        missing = Moments()
-        missing.count = inputs.count
-        missing.sums = [
-            inputs.sums[0][:width],
-            inputs.sums[1][:width, :width],
-            inputs.sums[0][width:],
-            inputs.sums[1][width:, :width],
-        ]
-        assign(narrow.attention_reader, *missing.regression(torch.zeros(full - width, width)))
+        code, next_code = narrow.attention_code, narrow.intermediate_code
+        code.writer.weight.copy_(choose_writer(directions.flip(1)[:, :width]))
+        next_code.writer.weight.copy_(writer_after_gains(code.writer.weight, gains))
 
-        attended = [layer.attention(b.inputs[..., :width], b.mask, narrow.attention_reader) for b in states]
-        missing = Moments()
-        for batch, narrowed in zip(states, attended):
-            missing.add(narrowed[batch.real], batch.attended[..., width:][batch.real])
-        assign(narrow.intermediate_reader, *missing.regression(torch.zeros(full - width, width)))
-
-        outputs = Moments()
-        for batch, narrowed in zip(states, attended):
-            narrowed = layer.output(layer.intermediate(narrowed, narrow.intermediate_reader), narrowed)
-            outputs.add(narrowed[batch.real], exit(batch.outputs[batch.real]))
-        assign(narrow.output_bottleneck, *outputs.regression(exit.weight[:, :width]))
+        coding = torch.cat([torch.eye(width), code.writer.weight.cpu()], dim=1).to(gains)  # z = coding x
+        assign(code.reader, ridge_regression(inputs.coded(coding), 0))
+        attended = [layer.attention(b.inputs @ coding.T, b.mask, narrow) for b in states]
+        pairs = ((z[b.real], b.attended[b.real][:, width:]) for z, b in zip(attended, states))
+        assign(next_code.reader, ridge_regression(Moments.of(pairs), 0))
+        outputs = (layer.output(layer.intermediate(z, next_code), z, code=next_code) for z in attended)
+        pairs = ((z[b.real], exit(b.outputs[b.real])) for z, b in zip(outputs, states))
+        assign(narrow.output_bottleneck, ridge_regression(Moments.of(pairs), exit.weight[:, :width]))
 
 
-def assign(module: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    module.weight.copy_(weight)
-    module.bias.copy_(bias)
+def choose_writer(directions: torch.Tensor) -> torch.Tensor:
+    """Return the S of a code z = x_kept + S x_rest, (w, hidden_size - w), that keeps most of the variance of x.
+
+    The best linear code keeps the first principal components. Any w combinations of them keep as much, and those that
+    begin with the kept channels themselves are V_kept^-1 V_rest, where V = [V_kept, V_rest] are the components. A small
+    S keeps the code near the channels that the weights and the LayerNorms of the layer were made for, so S is
+    penalised: more for narrow widths, whose components are far from the kept channels.
+
+    Args:
+        directions: The first w principal components of x, (hidden_size, w).
+    """
+    full, width = directions.shape
+    kept, rest = directions[:width], directions[width:]
+    penalty = WRITER_PENALTY * full / width * torch.eye(width, dtype=directions.dtype)
+    return torch.linalg.solve(kept @ kept.T + penalty, kept @ rest.T)
+
+
+def writer_after_gains(writer: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    """Return the S of the code that comes out of a LayerNorm with `gains`, if `writer` is that of the code before it.
+
+    A LayerNorm multiplies each channel by its gain, so z = x_kept + S x_rest becomes g_kept z. A gain near 0 counts as
+    a tenth of the mean gain.
+    """
+    least = 0.1 * gains.abs().mean() + TINY
+    divisors = torch.where(gains.abs() < least, torch.copysign(least, gains), gains)
+    width = len(writer)
+    return gains[:width, None] * writer / divisors[None, width:]
+
+
+def assign(module: nn.Linear, values: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Copy a weight and a bias into a linear map."""
+    module.weight.copy_(values[0])
+    module.bias.copy_(values[1])

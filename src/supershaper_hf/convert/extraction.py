@@ -1,4 +1,4 @@
-"""Cut a subnet out of a saved supernet tensor by tensor, without building the supernet in memory."""
+"""Cut a subnet out of a saved supernet map by map, without building the supernet in memory."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +27,9 @@ TOKENIZER_FILES = (
 def extract_from_folder(source: str | Path, shape: Sequence[int], target: str | Path) -> Path:
     """Cut a subnet out of a supernet saved in `source` and save it in `target`, without building the supernet.
 
-    One tensor is read at a time, so the peak memory is the subnet plus the largest tensor. The weights are those that
-    `from_pretrained` reads. The tokenizer's files are copied.
+    One linear map is read at a time, and the map that it is multiplied with: the bottleneck before it, or a reader. So
+    the peak memory is the subnet plus the largest tensor, or plus two such maps where these are larger. The weights are
+    those that `from_pretrained` reads. The tokenizer's files are copied.
 
     Args:
         source: A folder written by `save_pretrained`. The weights can be one file or several (sharded).

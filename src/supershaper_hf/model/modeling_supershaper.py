@@ -46,9 +46,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_supershaper import SuperShaperConfig
 from .elastic import (
     SuperShaperBottleneck,
+    SuperShaperCodeMap,
     SuperShaperEncoder,
     SuperShaperLayer,
-    SuperShaperReader,
     SuperShaperSelfAttention,
     subnet_tensors,
 )
@@ -128,7 +128,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (SuperShaperBottleneck, SuperShaperReader)):
+        if isinstance(module, (SuperShaperBottleneck, SuperShaperCodeMap)):
             (init.eye_ if isinstance(module, SuperShaperBottleneck) else init.zeros_)(module.weight)
 
     @classmethod
@@ -245,8 +245,7 @@ class SuperShaperModel(SuperShaperPreTrainedModel):
         is `last_hidden_state` (batch, length, hidden_size). States of different widths cannot be stacked. In a supernet
         the bottleneck out of layer i maps its state to hidden_size:
 
-            state = nn.functional.pad(state, (0, config.hidden_size - state.shape[-1]))
-            state = model.base_model.encoder.output_bottleneck[i](state)
+            state = model.base_model.encoder.leave(i, state)
 
         `Trainer.predict` passes no `shape`: give it `extract_subnet(shape)`.
 
