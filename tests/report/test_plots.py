@@ -222,13 +222,6 @@ def test_evaluations_are_one_line_for_each_shape(tmp_path, figures):
     assert lines == {"largest": [[10, 5.0], [20, 4.0]], "smallest": [[10, 6.0], [20, 5.5]]}
 
 
-def test_evaluated_distances_are_drawn_and_named(tmp_path, figures):
-    entries = [{"step": step, "evaluation": {"smallest": {"distance": 1 / step, "cosine": 0.5}}} for step in (1, 2)]
-    plot_evaluations(tmp_path / "evaluations.png", entries)
-    assert figures[0].lines[0].get_xydata().tolist() == [[1, 1.0], [2, 0.5]]
-    assert figures[0].get_ylabel() == "distance to the original, held-out text"
-
-
 def test_one_evaluation_is_drawn(tmp_path):
     plot_evaluations(tmp_path / "evaluations.png", [evaluation(10, largest=5.0)])
     read(tmp_path / "evaluations.png")

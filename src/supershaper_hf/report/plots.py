@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..search.measures import MEASURES, measure_of
+from ..search.measures import MEASURES
 
 
 if TYPE_CHECKING:  # only for annotations: drawing the losses of a training run needs no search
@@ -22,14 +22,9 @@ AXES = {  # cost -> label of its axis, unit as a number, unit as text
     "flops": ("operations for one sequence", 1e9, " GFLOPs"),
     "latency": ("latency of a batch", 1e-3, " ms"),
 }
-DISTANCE = "distance to the original"
-LABELS = {  # measure -> labels of axes: of what is shown, of the value itself, of the value on held-out text
-    "loss": (
-        "perplexity of masked tokens, held-out text",
-        "loss (nats per masked token)",
-        "loss on held-out text (nats per masked token)",
-    ),
-    "distance": (f"{DISTANCE}, held-out text", DISTANCE, f"{DISTANCE}, held-out text"),
+LABELS = {  # measure -> label of the axis of what is shown, label of the axis of the value itself
+    "loss": ("perplexity of masked tokens, held-out text", "loss (nats per masked token)"),
+    "distance": ("distance to the original, held-out text", "distance to the original"),
 }
 Point = tuple[float, float]  # cost, and perplexity or distance
 
@@ -145,19 +140,18 @@ def plot_profile(file: str | Path, profile: "Profile") -> None:
 
 
 def plot_evaluations(file: str | Path, log_history: Sequence[Mapping[str, Any]]) -> None:
-    """Write a PNG of loss or distance over training steps, one line for each evaluated shape.
+    """Write a PNG of loss over training steps, one line for each evaluated shape.
 
     Args:
         file: The PNG file to write.
         log_history: The lines of a training run's log. Those with `evaluation` are drawn.
     """
     evaluations = [entry for entry in log_history if "evaluation" in entry]
-    measure = measure_of([record for entry in evaluations for record in entry["evaluation"].values()])
     figure, axes = new_figure()
     for name in evaluations[-1]["evaluation"]:
-        points = [(entry["step"], entry["evaluation"][name][measure.name]) for entry in evaluations]
+        points = [(entry["step"], entry["evaluation"][name]["loss"]) for entry in evaluations]
         axes.plot(*zip(*points), marker=".", label=name)
     axes.set_xlabel("training step")
-    axes.set_ylabel(LABELS[measure.name][2])
+    axes.set_ylabel("loss on held-out text (nats per masked token)")
     axes.legend()
     figure.savefig(file, dpi=120)

@@ -442,7 +442,10 @@ def fingerprint_model(model: PreTrainedModel, skipped: str | None = None) -> str
     processes have to call it. It gathers one tensor at a time, so it needs memory for the largest one only. Tensors
     whose names begin with `skipped` do not count.
     """
-    digest = hashlib.sha256(json.dumps({name: getattr(model.config, name, None) for name in SIZES}).encode())
+    settings = {name: getattr(model.config, name, None) for name in SIZES}
+    if getattr(model.config, "full_head_scale", False):  # named only if it is on, because it is newer than fingerprints
+        settings["full_head_scale"] = True
+    digest = hashlib.sha256(json.dumps(settings).encode())
     tensors = model.state_dict()
     for name in sorted(tensors.keys() - model.all_tied_weights_keys):
         tensor = tensors[name]
