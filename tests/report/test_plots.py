@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,6 +161,21 @@ def test_agreement_shows_each_shape_with_its_deviation_and_the_diagonal(tmp_path
     (bars,) = axes.containers[0].lines[2]
     spans = [(bottom, top) for (_, bottom), (_, top) in bars.get_segments()]
     np.testing.assert_allclose(spans, np.column_stack([predicted - deviations, predicted + deviations]))
+
+
+def test_distances_are_drawn_as_they_are_and_named(tmp_path, figures):
+    """No logarithm, no exponential, no perplexity."""
+    costs, distances = np.array([1e6, 2e6]), np.array([0.5, 0.25])
+    front = ParetoFront(np.full((2, 2), 8), {"parameters": costs}, distances, "distance")
+    plot_front(tmp_path / "front.png", front, measured=[(1.5e6, 0.4)])
+    plot_agreement(tmp_path / "agreement.png", distances, distances, distances / 10, "distance")
+    plot_profile(tmp_path / "profile.png", replace(made_profile(), measure="distance"))
+    front_axes, agreement = figures
+    assert front_axes.lines[-1].get_ydata().tolist() == distances.tolist()
+    assert front_axes.get_yscale() == "linear"
+    assert front_axes.get_ylabel() == "distance to the original, held-out text"
+    assert agreement.get_xlabel() == "measured distance to the original"
+    assert agreement.get_ylabel() == "predicted distance ± one standard deviation"
 
 
 def made_profile(layers=12):

@@ -15,7 +15,7 @@ from supershaper_hf import SuperShaperForMultipleChoice, SuperShaperModel
 from supershaper_hf.data.batches import fixed_masks
 from supershaper_hf.data.sequences import tokenize
 from supershaper_hf.search import evaluation
-from supershaper_hf.search.evaluation import evaluate_shapes, fingerprint_model
+from supershaper_hf.search.evaluation import evaluate_shapes, fingerprint_encoder
 from supershaper_hf.search.records import read_records
 
 
@@ -191,7 +191,7 @@ def test_records_are_kept_with_their_measure(batches, tmp_path):
     records = measure(model, batches, original=original, records_file=file)
     assert read_records(file) == records == measure(model, batches, original=original, records_file=file)
     header = header_of(file)
-    assert (header["measure"], header["original"]) == ("distance", fingerprint_model(original))
+    assert (header["measure"], header["original"]) == ("distance", fingerprint_encoder(original))
     assert header["tokens"] == sum(int(batch["attention_mask"].sum()) for batch in batches)
 
 
@@ -204,6 +204,20 @@ def test_file_of_another_measure_or_original_is_refused(batches, tmp_path, token
     with pytest.raises(ValueError, match="holds records of the distance to another original"):
         measure(model, batches, original=other, records_file=file)
     assert len(measure(model, batches, original=model, records_file=file)) == 3  # the same original, by name
+
+
+def test_heads_and_poolers_do_not_count_in_a_file_of_distances(batches, tmp_path, model_class):
+    """They may be random: a checkpoint that has none gets new ones whenever it is loaded."""
+    file, bert = tmp_path / "records.jsonl", randomize(BertModel(tiny_bert_config()), seed=1)
+    first = measure(tiny_model(), batches, original=bert, records_file=file)
+    model = model_class(tiny_model().config)
+    model.base_model.load_state_dict(tiny_model().base_model.state_dict(), strict=False)
+    torch.nn.init.normal_(bert.pooler.dense.weight)
+    assert measure(model, batches, [*SHAPES, [8, 8, 8]], original=bert, records_file=file)[:3] == first
+    with torch.no_grad():
+        model.base_model.embeddings.word_embeddings.weight[7] += 1
+    with pytest.raises(ValueError, match="another model"):
+        measure(model, batches, original=bert, records_file=file)
 
 
 def test_states_that_are_not_finite_have_a_record(batches, tmp_path):

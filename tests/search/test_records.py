@@ -351,6 +351,13 @@ def test_fingerprints_are_those_of_the_same_numbers(batches):
     assert fingerprint_data(strided) == fingerprint_data(batches)
 
 
+def test_scale_of_the_attention_scores_has_a_fingerprint():
+    """It changes every narrow shape, and no weight."""
+    model = tiny_model()
+    model.config.full_head_scale = True
+    assert fingerprint_model(model) != fingerprint_model(MODEL)
+
+
 def test_bfloat16_has_a_fingerprint():
     model = tiny_model().to(torch.bfloat16)
     assert fingerprint_model(model) == fingerprint_model(tiny_model().to(torch.bfloat16)) != fingerprint_model(MODEL)

@@ -411,8 +411,8 @@ def make_header(
         measure: `"loss"` or `"distance"`.
         original: The model that a distance is measured to. By default it is the largest shape of `model`.
     """
-    config, fingerprint = model.config, fingerprint_model(model)
-    compared = fingerprint if original is None else fingerprint_model(original)
+    config, fingerprint = model.config, fingerprint_model(model) if measure == "loss" else fingerprint_encoder(model)
+    compared = fingerprint if original is None else fingerprint_encoder(original)
     return {
         "version": version("supershaper-hf"),
         "measure": measure,
@@ -430,16 +430,28 @@ def make_header(
     }
 
 
-def fingerprint_model(model: PreTrainedModel) -> str:
+def fingerprint_encoder(model: PreTrainedModel) -> str:
+    """Return the fingerprint of what decides a model's last hidden states: neither a head nor a pooler counts."""
+    encoder: Any = model.base_model
+    return fingerprint_model(encoder, skipped="pooler.")
+
+
+def fingerprint_model(model: PreTrainedModel, skipped: str | None = None) -> str:
     """Return the SHA-256 of what decides a model's predictions: its sizes, and every weight with its dtype.
 
     It does not depend on the device, nor on how many processes FSDP (version 2) shards the weights over. With FSDP all
-    processes have to call it. It gathers one tensor at a time, so it needs memory for the largest one only.
+    processes have to call it. It gathers one tensor at a time, so it needs memory for the largest one only. Tensors
+    whose names begin with `skipped` do not count.
     """
-    digest = hashlib.sha256(json.dumps({name: getattr(model.config, name, None) for name in SIZES}).encode())
+    settings = {name: getattr(model.config, name, None) for name in SIZES}
+    if getattr(model.config, "full_head_scale", False):  # named only if it is on, because it is newer than fingerprints
+        settings["full_head_scale"] = True
+    digest = hashlib.sha256(json.dumps(settings).encode())
     tensors = model.state_dict()
     for name in sorted(tensors.keys() - model.all_tied_weights_keys):
         tensor = tensors[name]
+        if skipped is not None and name.startswith(skipped):
+            continue
         _add_tensor(digest, name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
     return digest.hexdigest()
 

@@ -25,6 +25,7 @@ class Measure:
         title: What a reader sees, in words.
         unit: The unit of the value with a blank before it, or nothing.
         text: The text that all shapes are measured on, in words.
+        digits: Digits after the point, where a table shows it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Measure:
     title: str
     unit: str
     text: str
+    digits: int
 
     @overload
     def show(self, values: float) -> float: ...
@@ -68,6 +70,7 @@ MEASURES = {
         title="perplexity",
         unit=" nats",
         text="masked text",
+        digits=2,
     ),
     "distance": Measure(
         name="distance",
@@ -77,6 +80,7 @@ MEASURES = {
         title="distance to the original",
         unit="",
         text="text",
+        digits=3,
     ),
 }
 
