@@ -220,6 +220,15 @@ def test_evaluations_are_one_line_for_each_shape(tmp_path, figures):
     read(tmp_path / "evaluations.png")
     lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].lines}
     assert lines == {"largest": [[10, 5.0], [20, 4.0]], "smallest": [[10, 6.0], [20, 5.5]]}
+    assert figures[0].get_ylabel() == "loss on held-out text (nats per masked token)"
+
+
+def test_distances_of_a_run_are_drawn(tmp_path, figures):
+    entries = [{"step": step, "evaluation": {"largest": {"distance": 1 / step, "cosine": 0.9}}} for step in (1, 2)]
+    plot_evaluations(tmp_path / "evaluations.png", entries)
+    read(tmp_path / "evaluations.png")
+    assert figures[0].lines[0].get_xydata().tolist() == [[1, 1.0], [2, 0.5]]
+    assert figures[0].get_ylabel() == "distance to the original on held-out text"
 
 
 def test_one_evaluation_is_drawn(tmp_path):

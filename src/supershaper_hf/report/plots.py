@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..search.measures import MEASURES
+from ..search.measures import MEASURES, measure_of
 
 
 if TYPE_CHECKING:  # only for annotations: drawing the losses of a training run needs no search
@@ -147,14 +147,17 @@ def plot_evaluations(file: str | Path, log_history: Sequence[Mapping[str, Any]])
         log_history: The lines of a training run's log. Those with `evaluation` are drawn.
     """
     evaluations = [entry for entry in log_history if "evaluation" in entry]
-    key, label = "loss", "loss on held-out text (nats per masked token)"
-    if any("distance" in row for row in evaluations[-1]["evaluation"].values()):
-        key, label = "distance", "distance to the original on held-out text"
+    measure = measure_of(list(evaluations[-1]["evaluation"].values())).name
     figure, axes = new_figure()
     for name in evaluations[-1]["evaluation"]:
-        points = [(entry["step"], entry["evaluation"][name][key]) for entry in evaluations]
+        points = [(entry["step"], entry["evaluation"][name][measure]) for entry in evaluations]
         axes.plot(*zip(*points), marker=".", label=name)
     axes.set_xlabel("training step")
-    axes.set_ylabel(label)
+    axes.set_ylabel(
+        {
+            "loss": "loss on held-out text (nats per masked token)",
+            "distance": "distance to the original on held-out text",
+        }[measure]
+    )
     axes.legend()
     figure.savefig(file, dpi=120)
