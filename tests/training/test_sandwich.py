@@ -6,6 +6,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import HEADS, assert_same, randomize, tiny_batch, tiny_bert_config, tiny_config, tiny_model
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from transformers import BertModel
 
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, SuperShaperForMultipleChoice, SuperShaperModel
@@ -15,10 +17,12 @@ from supershaper_hf.training.arguments import SuperPretrainingArguments
 from supershaper_hf.training.distillation import Largest, Objective, watch_layers
 from supershaper_hf.training.loop import checkpoint_layers
 from supershaper_hf.training.losses import pooled_loss, state_loss
+from supershaper_hf.training.preparing import freeze
 from supershaper_hf.training.sandwich import (
     count_positions,
     decay_groups,
     exchange_gradients,
+    order_of_passes,
     sandwich_step,
     shares_of_step,
     step_shapes,
@@ -452,6 +456,45 @@ def test_exchange_averages_the_gradients_there_are(monkeypatch, bucket):
     assert sum(exchanged) == sum(parameter.numel() for parameter in used.values())
     assert len(exchanged) == {1: len(used), 2**23: 1}.get(bucket, len(exchanged))
     assert max(exchanged) <= bucket + max(parameter.numel() for parameter in used.values())
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")  # that nothing writes to
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("last", [[48, 48, 48], [48, 0, 48], [20, 48, 48]], ids=str)
+def test_sharded_gradients_of_all_passes_are_exchanged_in_the_last(batch, monkeypatch, frozen, last):
+    """FSDP2 keeps the gradients of earlier passes until then. If shared weights are frozen, the last shape has none."""
+    shapes, results = [[8, 20, 8], [0, 36, 20], last], []
+    for sharded in (False, True):
+        model = undropped_model(SuperShaperModel, bottlenecks="by_width")
+        if frozen:
+            freeze(model, arguments(mlm_probability=0, state_weight=1.0, shared_learning_rate_scale=0))
+        if sharded:
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        try:
+            if sharded:
+                monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+                mesh = distributed.init_device_mesh("cpu", (1,))
+                for layer in model.encoder.layer:
+                    fully_shard(layer, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+            for _ in range(2):  # nothing is left over for the next step
+                found, _ = step(Accelerator(), model, [without_labels(batch)] * 2, without_labels_objective(), shapes)
+            results.append({name: grad.full_tensor() if sharded else grad for name, grad in found.items()})
+        finally:
+            if sharded:
+                distributed.destroy_process_group()
+    expected, actual = results
+    assert_same(actual, {name: gradient for name, gradient in expected.items() if name in actual}, atol=1e-6)
+    assert not any(expected[name].any() for name in expected.keys() - actual.keys())
+
+
+def test_shapes_that_learn_nothing_run_first():
+    model, shapes = tiny_model(bottlenecks="by_width"), [[48, 48, 48], [8, 8, 8], [48, 0, 48], [48, 36, 48], None]
+    assert order_of_passes(model, shapes) == [0, 1, 2, 3, 4]
+    freeze(model, arguments(shared_learning_rate_scale=0))
+    assert order_of_passes(model, shapes) == [0, 2, 4, 1, 3]
+    model.cls.requires_grad_(True)
+    assert order_of_passes(model, shapes) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("processes", [2, 5])

@@ -15,7 +15,7 @@ from ..checks import check_choice
 from ..data.batches import MicroBatches
 from ..data.sequences import check_vocabulary
 from ..model.configuration_supershaper import SuperShaperConfig
-from ..model.elastic import SuperShaperNarrowWidth, SuperShaperSelfAttention
+from ..model.elastic import SuperShaperSelfAttention
 from ..model.modeling_supershaper import (
     SuperShaperForMaskedLM,
     SuperShaperForMultipleChoice,
@@ -24,7 +24,7 @@ from ..model.modeling_supershaper import (
 from ..processes import start_accelerator
 from .arguments import PRECISIONS, SuperPretrainingArguments
 from .distillation import Objective
-from .sandwich import decay_groups
+from .sandwich import decay_groups, parameters_by_width
 from .teacher import OutsideTeacher
 
 
@@ -195,11 +195,6 @@ def unfreeze(model: torch.nn.Module, names: Sequence[str]) -> None:
     """Undo `freeze`, also where FSDP has replaced the parameters."""
     for name in names:
         model.get_parameter(name).requires_grad_(True)
-
-
-def parameters_by_width(model: torch.nn.Module) -> set[torch.nn.Parameter]:
-    """Return the parameters that one width of one layer uses alone; none without `bottlenecks="by_width"`."""
-    return {p for module in model.modules() if isinstance(module, SuperShaperNarrowWidth) for p in module.parameters()}
 
 
 def start_training_mode(model: torch.nn.Module, args: SuperPretrainingArguments) -> None:

@@ -16,7 +16,8 @@ from accelerate.utils import send_to_device
 from torch import distributed
 from transformers.modeling_outputs import MaskedLMOutput
 
-from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperForMaskedLM
+from ..model.elastic import SuperShaperNarrowWidth
+from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperForMaskedLM, SuperShaperPreTrainedModel
 from ..model.shapes import SearchSpace
 from .arguments import SuperPretrainingArguments
 from .distillation import Largest, Objective, watch_layers, watch_state
@@ -74,7 +75,11 @@ def sandwich_step(
     """
     bare = accelerator.unwrap_model(model)
     predict = run_masked_lm if isinstance(bare, SuperShaperForMaskedLM) else run_encoder
+    order = order_of_passes(bare, shapes)
+    # FSDP2 exchanges gradients in a backward pass, so it has to know the last one. DDP would wait in it for every
+    # parameter, so it never exchanges by itself.
     sharded = accelerator.is_fsdp2
+    last_pass = (len(micro_batches) - 1, order[-1]) if sharded else None
     losses = torch.zeros(len(shapes), device=accelerator.device)
     shares = shares_of_step(accelerator, micro_batches)
     for number, (batch, (label_share, token_share, sequence_share)) in enumerate(zip(micro_batches, shares)):
@@ -83,11 +88,9 @@ def sandwich_step(
         mask = batch["attention_mask"]
         outside = objective.teacher(batch) if objective.teacher else None
         largest = None
-        for index, shape in enumerate(shapes):
-            # FSDP2 exchanges in a backward pass, so it has to be told which one is the last. DDP would wait there for
-            # every parameter, so it never exchanges by itself.
-            last = (number, index) == (len(micro_batches) - 1, len(shapes) - 1)
-            with nullcontext() if last and sharded else accelerator.no_sync(model):
+        for index in order:
+            shape = shapes[index]
+            with nullcontext() if (number, index) == last_pass else accelerator.no_sync(model):
                 with (
                     watch_layers(model, objective.layers(shape or bare.config.hidden_sizes)) as activations,
                     watch_state(model, objective.compares_outputs) as states,
@@ -167,3 +170,23 @@ def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, 
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def parameters_by_width(model: torch.nn.Module) -> set[torch.nn.Parameter]:
+    """Return the parameters that one width of one layer uses alone; none without `bottlenecks="by_width"`."""
+    return {p for module in model.modules() if isinstance(module, SuperShaperNarrowWidth) for p in module.parameters()}
+
+
+def order_of_passes(model: SuperShaperPreTrainedModel, shapes: Sequence[Shape]) -> list[int]:
+    """Return the indices of the shapes in the order in which they run: as given, but those that learn nothing first.
+
+    If what all widths share is frozen, a shape without a narrow width learns nothing. FSDP2 exchanges gradients in the
+    last backward pass, so the last shape has to have one.
+    """
+    own = parameters_by_width(model)
+    if any(parameter.requires_grad and parameter not in own for parameter in model.parameters()):
+        return list(range(len(shapes)))
+    config = model.config
+    full: Sequence[int] = config.hidden_sizes or []  # a model always has them
+    learns = [any(width and config.has_own_maps(width) for width in shape or full) for shape in shapes]
+    return sorted(range(len(shapes)), key=learns.__getitem__)
