@@ -6,6 +6,12 @@ r"""Train a supernet from a BERT, or continue to train a supernet or a subnet, o
 
 In the second form the options are in a file, and the options after it change them. `--help` lists all options.
 
+The supernet learns to predict masked tokens. Without labels, it learns to compute what its BERT computes; then the BERT
+needs no masked-LM head:
+
+    accelerate launch examples/run_super_pretraining.py --model_name_or_path BERT --teacher BERT --state_weight 1 \
+        --mlm_probability 0 --sampling smallest --no_dropout --train_files corpus/*.txt.xz --output_dir outputs/supernet
+
 Stop the script with Ctrl-C or SIGTERM: it writes a checkpoint, and the same command continues from there. The exit
 status is then 0 as well, but a launcher of several processes may report the signal. Launchers kill processes that take
 longer than half a minute to save, unless an option gives them more time. The folder `last` in the output folder exists
@@ -28,6 +34,7 @@ from supershaper_hf import (
     SuperPretrainingArguments,
     SuperShaperConfig,
     SuperShaperForMaskedLM,
+    SuperShaperModel,
     fixed_masks,
     load_text,
     push_folder,
@@ -42,14 +49,16 @@ from supershaper_hf.data.sequences import check_vocabulary
 from supershaper_hf.devices import copy_mapped_weights
 from supershaper_hf.files import parse_json
 from supershaper_hf.model.costs import training_flops
+from supershaper_hf.model.modeling_supershaper import SuperShaperPreTrainedModel
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
 from supershaper_hf.publish.sentences import POOLINGS
 from supershaper_hf.training.arguments import HelpFormatter, option
 from supershaper_hf.training.checkpoints import list_checkpoints
-from supershaper_hf.training.distillation import OutsideTeacher
 from supershaper_hf.training.preparing import make_accelerator
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
+HEADS = ("ForMaskedLM", "ForPreTraining")  # ends of the names of classes that have a masked-LM head
 Batches = list[dict[str, torch.Tensor]]
 
 
@@ -93,7 +102,9 @@ class ScriptArguments:
     )
     preprocessing_num_workers: int | None = option(None, "Number of processes that tokenize stored text.")
     teacher: str | None = option(
-        None, "Folder or Hub id of an outside teacher that has the same tokenizer. It needs --teacher_weight."
+        None,
+        "Folder or Hub id of an outside teacher that has the same tokenizer. It needs --teacher_weight, --state_weight "
+        "or --pooled_weight. It may be the BERT that the supernet is made of.",
     )
     teacher_layer: int = option(-1, "Layer of the outside teacher to learn from. Negative numbers count from the end.")
     head_steps: int = option(
@@ -147,8 +158,16 @@ def parse_arguments(argv: list[str]) -> tuple[ScriptArguments, SuperPretrainingA
             parser.error(f"--{name} is missing. See --help.")
     if script.reorder and script.streaming:
         parser.error("--reorder measures importance on stored text: leave out --streaming, or order the model before.")
-    if (script.teacher is None) != (args.teacher_weight == 0):
-        parser.error("--teacher and a --teacher_weight above 0 need each other. Give both or none of them.")
+    weights = (args.teacher_weight, args.state_weight, args.pooled_weight)
+    if (script.teacher is None) != (max(weights) == 0):
+        parser.error(
+            "--teacher and a --teacher_weight above 0 need each other. Give both or none of them. Instead of "
+            "--teacher_weight it may be --state_weight or --pooled_weight."
+        )
+    if args.mlm_probability == 0 and (script.head_steps or script.reorder):
+        parser.error(
+            "--head_steps and --reorder need labels: leave them out, or give --mlm_probability a value above 0."
+        )
     return script, args
 
 
@@ -203,14 +222,19 @@ def load_pretrained(flag: str, name: str, load: Callable[[str], Any]) -> Any:
         ) from error
 
 
-def load_model(script: ScriptArguments, args: SuperPretrainingArguments) -> SuperShaperForMaskedLM:
-    """Return the supernet or subnet to train. It is made of a BERT if a BERT was given."""
+def load_model(script: ScriptArguments, args: SuperPretrainingArguments) -> SuperShaperPreTrainedModel:
+    """Return the supernet or subnet to train. It is made of a BERT if a BERT was given.
+
+    It has a masked-LM head, unless nothing is labelled and the model in the folder has none.
+    """
     name = str(script.model_name_or_path)
     config = load_pretrained("model_name_or_path", name, AutoConfig.from_pretrained)
     choices = {"width_choices": script.width_choices, "head_slicing": script.head_slicing}
     given = {flag: value for flag, value in choices.items() if value is not None}
+    has_head = any(architecture.endswith(HEADS) for architecture in config.architectures or [])
+    model_class = SuperShaperForMaskedLM if has_head or args.mlm_probability > 0 else SuperShaperModel
     if not isinstance(config, SuperShaperConfig):
-        return load_pretrained("model_name_or_path", name, partial(SuperShaperForMaskedLM.from_bert, **given))
+        return load_pretrained("model_name_or_path", name, partial(model_class.from_bert, **given))
     if given:
         raise ValueError(
             f"--{' and --'.join(given)} can be chosen when a supernet is made of a BERT, but {name} is a supernet or a "
@@ -218,12 +242,12 @@ def load_model(script: ScriptArguments, args: SuperPretrainingArguments) -> Supe
         )
     if config.merged_bottlenecks and args.sampling != "fixed":
         raise ValueError(f"{name} is a subnet, which has one shape only: add --sampling fixed.")
-    return load_pretrained("model_name_or_path", name, SuperShaperForMaskedLM.from_pretrained)
+    return load_pretrained("model_name_or_path", name, model_class.from_pretrained)
 
 
 def load_models(
     script: ScriptArguments, args: SuperPretrainingArguments
-) -> tuple[SuperShaperForMaskedLM, PreTrainedTokenizerBase, OutsideTeacher | None]:
+) -> tuple[SuperShaperPreTrainedModel, PreTrainedTokenizerBase, OutsideTeacher | None]:
     """Return the model to train, its tokenizer, and the outside teacher if there is one."""
     torch.manual_seed(args.seed)  # a head that the checkpoint lacks starts equal on every process and in every run
     model, teacher = load_model(script, args), None

@@ -14,14 +14,16 @@ import yaml
 from accelerate.commands import launch
 from conftest import assert_same, randomize, tiny_bert_config, tiny_model
 from hub_server import HubServer
+from safetensors.torch import load_file
 from texts import random_documents
-from transformers import AutoModelForMaskedLM, BertForMaskedLM, BertModel
+from transformers import AutoConfig, AutoModelForMaskedLM, BertForMaskedLM, BertModel
 
 from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM, read_sentence_encoder
 from supershaper_hf.processes import main_process_first
 from supershaper_hf.publish.sentences import sentence_encoder_files, write_files
 
 
+WITHOUT_LABELS = ["--teacher=t", "--state_weight=1"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "run_super_pretraining.py"
 STEPS = ["--max_steps=2", "--per_device_train_batch_size=4", "--max_length=12", "--logging_steps=1"]
@@ -200,6 +202,11 @@ def test_every_option_has_help(script, capsys):
         (["--streaming", "--reorder"], "--reorder measures importance on stored text"),
         (["--teacher=t"], "--teacher and a --teacher_weight above 0 need each other."),
         (["--teacher_weight=1"], "--teacher and a --teacher_weight above 0 need each other."),
+        (["--state_weight=1"], "Instead of --teacher_weight it may be --state_weight or --pooled_weight."),
+        (["--pooled_weight=1"], "--teacher and a --teacher_weight above 0 need each other."),
+        (["--mlm_probability=0", *WITHOUT_LABELS, "--reorder"], "--head_steps and --reorder need labels"),
+        (["--mlm_probability=0", *WITHOUT_LABELS, "--head_steps=1"], "--head_steps and --reorder need labels"),
+        (["--mlm_probability=0"], "mlm_probability=0.0 labels nothing"),
         (["--unknown=1"], "unknown"),
         (["other.yaml"], "other.yaml"),
     ],
@@ -384,6 +391,23 @@ def test_streaming_trains_without_storing_the_text(run, bert, text):
 def test_outside_teacher_and_ordered_channels(run, bert):
     _, folder = run(bert, "--teacher", bert, "--teacher_weight=1", "--reorder")
     assert summary(folder)["arguments"]["teacher_weight"] == 1.0
+
+
+@pytest.mark.parametrize("folder", ["bert", "headless"])
+def test_the_bert_itself_teaches_without_labels(run, request, folder):
+    """A masked-LM head is kept where there is one. It is not trained."""
+    source = request.getfixturevalue(folder)
+    options = ["--mlm_probability=0", "--state_weight=1", "--pooled_weight=1", "--sampling=smallest", "--no_dropout"]
+    printed, output = run(source, "--teacher", source, *options, "--learning_rate=1e-3")
+    assert re.search(r"shape +distance +cosine\n", printed)
+    config = AutoConfig.from_pretrained(output / "last")
+    assert config.architectures == ["SuperShaperForMaskedLM" if folder == "bert" else "SuperShaperModel"]
+    assert config.hidden_dropout_prob == 0.1
+    run(output / "last", "--teacher", source, *options, output="second")
+    assert AutoConfig.from_pretrained(tmp := output.parent / "second" / "last").architectures == config.architectures
+    if folder == "bert":
+        head = "cls.predictions.transform.dense.weight"
+        assert torch.equal(load_file(tmp / "model.safetensors")[head], load_file(source / "model.safetensors")[head])
 
 
 # Preparing a model: its head, the order of its channels
