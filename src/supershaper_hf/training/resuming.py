@@ -40,6 +40,7 @@ MODEL_CONDITIONS = (
     "vocab_size", "hidden_size", "hidden_sizes", "num_attention_heads", "intermediate_size", "hidden_act",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "type_vocab_size",
     "layer_norm_eps", "pad_token_id", "tie_word_embeddings", "width_choices", "head_slicing", "merged_bottlenecks",
+    "bottlenecks", "full_head_scale",
 )  # fmt: skip
 
 
