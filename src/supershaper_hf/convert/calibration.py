@@ -10,7 +10,7 @@ to rounding. Every layer is looked at by itself, between two states of the full 
    estimate the channels that the layer lacks from those it has, and the full layer's output from the narrow one's.
 
 The text passes through the full supernet layer by layer, once to measure what the first two steps need, and once more
-for the third. In memory are the embeddings of the text and what one layer computes of it: about 8 numbers of float32
+for the third. In memory are the embeddings of the text and what one layer computes of it: about six float32 numbers
 for each token and hidden channel.
 """
 
@@ -167,10 +167,10 @@ def states_by_layer(encoder: Any, text: Sequence[Text]) -> Iterator[list[States]
             inputs = encoder.input_bottleneck[index](flow[position])
             attended = layer.attention(inputs, batch.mask)
             outputs = layer.output(layer.intermediate(attended), attended)
-            if not outputs[batch.real].isfinite().all():
-                raise ValueError(f"The output of layer {index} is not finite. Check the weights of the supernet.")
             states.append(States(inputs, attended, outputs, batch.mask, batch.real))
             flow[position] = encoder.output_bottleneck[index](outputs)
+            if not flow[position][batch.real].isfinite().all():
+                raise ValueError(f"The output of layer {index} is not finite. Check the weights of the supernet.")
         yield states
         states.clear()
 

@@ -277,6 +277,20 @@ class SuperShaperNarrowWidth(nn.Module):
         self.output_bottleneck = SuperShaperBottleneck(width, config.hidden_size)
 
 
+# Which reader a map of a layer reads its input through. The other maps read the channels that the layer has.
+READERS = {
+    "attention.self.query": "attention_reader",
+    "attention.self.key": "attention_reader",
+    "attention.self.value": "attention_reader",
+    "intermediate.dense": "intermediate_reader",
+}
+
+
+def has_own_maps(config: SuperShaperConfig, width: int) -> bool:
+    """Return whether every layer has a `SuperShaperNarrowWidth` for `width`."""
+    return config.bottlenecks == "by_width" and width < config.hidden_size
+
+
 class SuperShaperEncoder(nn.Module):
     """The layers and the bottlenecks between them.
 
@@ -309,8 +323,7 @@ class SuperShaperEncoder(nn.Module):
 
     def narrow(self, layer: int, width: int) -> SuperShaperNarrowWidth | None:
         """Return what layer `layer` has for `width` alone; `None` where it has nothing."""
-        has_own = self.config.bottlenecks == "by_width" and width < self.config.hidden_size
-        return self.by_width[layer][str(width)] if has_own else None
+        return self.by_width[layer][str(width)] if has_own_maps(self.config, width) else None
 
     def exit(self, layer: int, width: int) -> SuperShaperBottleneck:
         """Return the output bottleneck of layer `layer` at `width`: its own, or the shared one, which is narrowed."""
@@ -405,9 +418,8 @@ def narrow_module(
     if name != "intermediate.dense":  # the FFN's inner channels are never narrowed
         out_heads = heads if projection else 1
         weight, bias = channels(weight, 0, width, out_heads), channels(bias, 0, width, out_heads)
-    reader = "attention_reader" if projection else "intermediate_reader" if name == "intermediate.dense" else None
-    if reader and config.bottlenecks == "by_width" and width < config.hidden_size:
-        weight, bias = read(weight, bias, *load(f"by_width.{layer}.{width}.{reader}"))
+    if name in READERS and has_own_maps(config, width):
+        weight, bias = read(weight, bias, *load(f"by_width.{layer}.{width}.{READERS[name]}"))
     elif weight.ndim == 2 and name != "output.dense":
         weight = channels(weight, 1, width, heads if name == "attention.output.dense" else 1)
     if name == "attention.self.query" and config.full_head_scale:  # a subnet scales scores by its own head size
@@ -436,7 +448,7 @@ def merged_bottlenecks(
         if source is not None:
             weight, bias = merge(*source, weight, bias)
         yield f"input_bottleneck.{index}", weight, bias
-        own = config.bottlenecks == "by_width" and width < config.hidden_size
+        own = has_own_maps(config, width)
         exit_weight, exit_bias = load(
             f"by_width.{layer}.{width}.output_bottleneck" if own else f"output_bottleneck.{layer}"
         )
