@@ -71,8 +71,8 @@ class ScriptArguments:
     bottlenecks: str | None = option(
         None,
         "What the widths of a layer of the new supernet share: shared (one output bottleneck, as in the paper; the "
-        "default) or by_width (each narrow width has an output bottleneck of its own, and maps that estimate the "
-        "channels which it lacks).",
+        "default) or by_width (each narrow width has an output bottleneck of its own, and codes that stand for all "
+        "channels by the few that it has).",
     )
     calibration_tokens: int = option(
         0,

@@ -389,7 +389,7 @@ def test_supernet_is_calibrated_on_unmasked_text_of_the_run(run, script, bert, m
     supernet = AutoModelForMaskedLM.from_pretrained(folder / "last")
     assert supernet.config.head_slicing == "per_head"
     assert supernet.config.full_head_scale
-    assert supernet.bert.encoder.narrow(0, supernet.config.width_choices[0]).attention_reader.weight.any()
+    assert supernet.bert.encoder.narrow(0, supernet.config.width_choices[0]).attention_code.reader.weight.any()
     inputs = tokenizer("the cat sat on the mat .", return_tensors="pt")
     with torch.no_grad():
         assert_same(supernet(**inputs).logits, AutoModelForMaskedLM.from_pretrained(bert)(**inputs).logits, atol=1e-4)

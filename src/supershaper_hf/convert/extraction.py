@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
 def extract_from_folder(source: str | Path, shape: Sequence[int], target: str | Path) -> Path:
     """Cut a subnet out of a supernet saved in `source` and save it in `target`, without building the supernet.
 
-    One linear map is read at a time, and the map that it is multiplied with: the bottleneck before it, or a reader. So
+    One linear map is read at a time, and the map that it is multiplied with: the bottleneck before it, or a code. So
     the peak memory is the subnet plus the largest tensor, or plus two such maps where these are larger. The weights are
     those that `from_pretrained` reads. The tokenizer's files are copied.
 

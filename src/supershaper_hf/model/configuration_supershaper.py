@@ -126,7 +126,7 @@ class SuperShaperConfig(PreTrainedConfig):
         merged_bottlenecks: Whether each output bottleneck is multiplied with the next input bottleneck, as in a subnet.
         bottlenecks: What the widths of a layer share. With `"shared"`, the paper's way, a narrow layer uses a part of
             the layer's one output bottleneck. With `"by_width"` each narrow width of a layer has an output bottleneck
-            of its own, and linear maps that estimate the channels which it lacks; see `SuperShaperNarrowWidth`. A
+            of its own, and codes that stand for all channels by the few that it has; see `SuperShaperNarrowWidth`. A
             subnet has neither: these maps are merged with the weights beside them.
         full_head_scale: Whether attention scores are divided by the square root of the full head size at every width,
             as `calibrate` needs it, instead of that of the narrowed head, as in the paper. In a subnet the factor is
@@ -332,6 +332,10 @@ class SuperShaperConfig(PreTrainedConfig):
         if not any(widths):
             raise ValueError(f"shape={widths} drops every layer: at least one layer must stay. {allowed}")
         return widths
+
+    def has_own_maps(self, width: int) -> bool:
+        """Return whether a layer has linear maps that only this width uses; the full width never has."""
+        return self.bottlenecks == "by_width" and width < self.hidden_size
 
     def subnet_config(self, shape: Sequence[int]) -> "SuperShaperConfig":
         """Return the configuration of the subnet cut at `shape`. It has the kept layers only, and the same labels.

@@ -20,9 +20,9 @@ plus `encoder.input_bottleneck` and `encoder.output_bottleneck`.
 With `config.bottlenecks="by_width"`, every layer also has a few modules that only one narrow width uses: see
 `SuperShaperNarrowWidth`. They disappear in a subnet, which stores their products with the weights beside them.
 
-In reading order: `channels`, `read` and `elastic_linear` narrow one linear map, and `merge` multiplies two bottlenecks.
-Then come the layer, the encoder that runs a shape, and `subnet_tensors`, which stores what the encoder would have used.
-Source: SuperShaper, arXiv 2110.04711. This file travels to the Hub beside `modeling_supershaper.py`.
+In reading order: `channels`, `write`, `read` and `elastic_linear` narrow one linear map, and `merge` multiplies two
+bottlenecks. Then come the layer, the encoder that runs a shape, and `subnet_tensors`, which stores what the encoder
+would have used. Source: SuperShaper, arXiv 2110.04711. This file travels to the Hub beside `modeling_supershaper.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,25 +52,56 @@ def channels(tensor: torch.Tensor, axis: int, width: int, num_heads: int = 1) ->
     return heads.narrow(axis + 1, 0, width // num_heads).flatten(axis, axis + 1)
 
 
-def read(
-    weight: torch.Tensor, bias: torch.Tensor, reader_weight: torch.Tensor, reader_bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Narrow the inputs of a linear map to w channels, from which a reader estimates the others.
+def write(weight: torch.Tensor, bias: torch.Tensor, writer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Narrow the outputs x of a linear map to their code z = x_kept + S x_rest, see `SuperShaperCode`.
 
-    The map reads x = [z, R z + c], where z are the first w channels and the reader R, c estimates the rest. Nothing is
-    computed between the two, so the product is exact: W' = W_kept + W_rest R, b' = b + W_rest c.
-
-    Args:
-        weight: (outputs, hidden_size).
-        bias: (outputs,).
-        reader_weight: R, (hidden_size - w, w).
-        reader_bias: c, (hidden_size - w,).
-
-    Returns:
-        The weight (outputs, w) and the bias (outputs,) of the narrow map.
+    From weight (hidden_size, inputs), bias (hidden_size,) and writer S (w, hidden_size - w) follow the weight
+    (w, inputs) and the bias (w,) of the narrow map.
     """
-    kept, rest = weight.split([reader_weight.shape[1], reader_weight.shape[0]], dim=1)
-    return kept + rest @ reader_weight, bias + rest @ reader_bias
+    width = len(writer)
+    return weight[:width] + writer @ weight[width:], bias[:width] + writer @ bias[width:]
+
+
+def read(
+    weight: torch.Tensor, bias: torch.Tensor, writer: torch.Tensor, reader: torch.Tensor, reader_bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Narrow the inputs x of a linear map to a code z, from which x_rest = R z + c and x_kept = z - S x_rest follow.
+
+    From weight (outputs, hidden_size), bias (outputs,), writer S (w, hidden_size - w), reader R (hidden_size - w, w)
+    and its bias c follow the weight (outputs, w) and the bias (outputs,) of the narrow map. Nothing is computed between
+    this estimate and the map, so their product is exact.
+    """
+    width = len(writer)
+    kept = weight[:, :width]
+    rest = weight[:, width:] - kept @ writer
+    return kept + rest @ reader, bias + rest @ reader_bias
+
+
+class SuperShaperCode(nn.Module):
+    """How a layer of width w stands for a state x of all `hidden_size` channels: by a linear code of w channels.
+
+    The code is z = x_kept + S x_rest: the first w channels, to which `writer` adds what is known of the others. From
+    it, `reader` estimates x_rest = R z + c, and x_kept = z - S x_rest. All three start at 0: then the code is the first
+    w channels, and the others count as 0, as in a supernet with shared bottlenecks.
+    """
+
+    def __init__(self, config: SuperShaperConfig, width: int):
+        super().__init__()
+        rest = config.hidden_size - width
+        self.writer = SuperShaperCodeMap(rest, width, bias=False)
+        self.reader = SuperShaperCodeMap(width, rest)
+
+    def write(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Narrow the outputs of a linear map to this code."""
+        return write(weight, bias, self.writer.weight)
+
+    def read(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Narrow the inputs of a linear map to this code."""
+        return read(weight, bias, self.writer.weight, self.reader.weight, self.reader.bias)
+
+
+class SuperShaperCodeMap(nn.Linear):
+    """A linear map between kept and other channels. It starts at 0."""
 
 
 def elastic_linear(
@@ -79,31 +110,42 @@ def elastic_linear(
     width: int | None = None,
     in_heads: int = 1,
     out_heads: int = 1,
-    reader: nn.Linear | None = None,
+    reads: SuperShaperCode | None = None,
+    writes: SuperShaperCode | None = None,
 ) -> torch.Tensor:
     """Apply the part of `layer` that maps `inputs` (..., in_width) to (..., width); `width=None` keeps every output.
 
-    The inputs that are missing count as 0, or as what `reader` estimates them to be. A layer that is not narrowed is
-    called as a module, so that replacements of `nn.Linear` (quantised ones, adapters) work in subnets.
+    Inputs and outputs are the first channels, or a code of all channels if `reads` or `writes` is given. A layer that
+    is not narrowed is called as a module, so that replacements of `nn.Linear` (quantised ones, adapters) work in
+    subnets.
     """
     in_width = inputs.shape[-1]
     width = layer.out_features if width is None else width
     if (in_width, width) == (layer.in_features, layer.out_features):
         return layer(inputs)
-    weight, bias = channels(layer.weight, 0, width, out_heads), channels(layer.bias, 0, width, out_heads)
-    if reader is None:
+    weight, bias = layer.weight, layer.bias
+    if reads is None:
         weight = channels(weight, 1, in_width, in_heads)
+    if writes is None:
+        weight, bias = channels(weight, 0, width, out_heads), channels(bias, 0, width, out_heads)
     else:
-        weight, bias = read(weight, bias, reader.weight, reader.bias)
+        weight, bias = writes.write(weight, bias)
+    if reads is not None:
+        weight, bias = reads.read(weight, bias)
     return nn.functional.linear(inputs, weight, bias)
 
 
-def elastic_layer_norm(norm: nn.LayerNorm, inputs: torch.Tensor) -> torch.Tensor:
-    """Normalise `inputs` (..., width) over its own width, with the first `width` weights and biases of `norm`."""
+def elastic_layer_norm(norm: nn.LayerNorm, inputs: torch.Tensor, writes: SuperShaperCode | None = None) -> torch.Tensor:
+    """Normalise `inputs` (..., width) over its own width, with the first `width` weights and biases of `norm`.
+
+    If its outputs are a code, the bias is coded too.
+    """
     width = inputs.shape[-1]
     if (width,) == norm.normalized_shape:
         return norm(inputs)
-    return nn.functional.layer_norm(inputs, (width,), norm.weight[:width], norm.bias[:width], norm.eps)
+    weight = norm.weight[:width]
+    bias = norm.bias[:width] if writes is None else writes.write(norm.weight, norm.bias)[1]
+    return nn.functional.layer_norm(inputs, (width,), weight, bias, norm.eps)
 
 
 def merge(
@@ -157,13 +199,13 @@ class SuperShaperSelfAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        reader: nn.Linear | None = None,
+        code: SuperShaperCode | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, length, width = hidden_states.shape
 
         def project(layer: nn.Linear) -> torch.Tensor:
-            projected = elastic_linear(layer, hidden_states, width, out_heads=self.sliced_heads, reader=reader)
+            projected = elastic_linear(layer, hidden_states, width, out_heads=self.sliced_heads, reads=code)
             return projected.view(batch, length, self.num_heads, width // self.num_heads).transpose(1, 2)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -185,7 +227,8 @@ class SuperShaperSelfAttention(nn.Module):
 class SuperShaperResidual(nn.Module):
     """Both halves of a post-LN layer end in this: LayerNorm(residual + dropout(dense(inputs))).
 
-    The outputs have the width of `residual` (batch, length, w).
+    The outputs have the width of `residual` (batch, length, w). `code` is that of the residual, and `next_code` that of
+    the outputs.
     """
 
     def __init__(self, config: SuperShaperConfig, in_features: int, width: int):
@@ -194,9 +237,16 @@ class SuperShaperResidual(nn.Module):
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, inputs: torch.Tensor, residual: torch.Tensor, in_heads: int = 1) -> torch.Tensor:
-        outputs = elastic_linear(self.dense, inputs, residual.shape[-1], in_heads=in_heads)
-        return elastic_layer_norm(self.LayerNorm, residual + self.dropout(outputs))
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        residual: torch.Tensor,
+        in_heads: int = 1,
+        code: SuperShaperCode | None = None,
+        next_code: SuperShaperCode | None = None,
+    ) -> torch.Tensor:
+        outputs = elastic_linear(self.dense, inputs, residual.shape[-1], in_heads=in_heads, writes=code)
+        return elastic_layer_norm(self.LayerNorm, residual + self.dropout(outputs), writes=next_code)
 
 
 class SuperShaperAttention(nn.Module):
@@ -209,11 +259,12 @@ class SuperShaperAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        reader: nn.Linear | None = None,
+        narrow: "SuperShaperNarrowWidth | None" = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        context, _ = self.self(hidden_states, attention_mask, reader, **kwargs)
-        return self.output(context, hidden_states, in_heads=self.self.sliced_heads)
+        code, next_code = (None, None) if narrow is None else (narrow.attention_code, narrow.intermediate_code)
+        context, _ = self.self(hidden_states, attention_mask, code, **kwargs)
+        return self.output(context, hidden_states, self.self.sliced_heads, code, next_code)
 
 
 class SuperShaperIntermediate(nn.Module):
@@ -222,8 +273,8 @@ class SuperShaperIntermediate(nn.Module):
         self.dense = nn.Linear(width, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor, reader: nn.Linear | None = None) -> torch.Tensor:
-        return self.activation(elastic_linear(self.dense, hidden_states, reader=reader))
+    def forward(self, hidden_states: torch.Tensor, code: SuperShaperCode | None = None) -> torch.Tensor:
+        return self.activation(elastic_linear(self.dense, hidden_states, reads=code))
 
 
 class SuperShaperLayer(GradientCheckpointingLayer):
@@ -245,50 +296,27 @@ class SuperShaperLayer(GradientCheckpointingLayer):
         narrow: "SuperShaperNarrowWidth | None" = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attention_reader, intermediate_reader = (
-            (None, None) if narrow is None else (narrow.attention_reader, narrow.intermediate_reader)
-        )
-        attended = self.attention(hidden_states, attention_mask, attention_reader, **kwargs)
-        return self.output(self.intermediate(attended, intermediate_reader), attended)
+        code = None if narrow is None else narrow.intermediate_code
+        attended = self.attention(hidden_states, attention_mask, narrow, **kwargs)
+        return self.output(self.intermediate(attended, code), attended, code=code)
 
 
 class SuperShaperBottleneck(nn.Linear):
     """The linear map into or out of a layer. It starts as the identity, so that a new supernet equals its BERT."""
 
 
-class SuperShaperReader(nn.Linear):
-    """Estimates the channels that a narrow layer lacks from those that it has: w -> hidden_size - w.
-
-    It starts at 0, so that a new supernet reads nothing but the channels that a layer has.
-    """
-
-
 class SuperShaperNarrowWidth(nn.Module):
-    """What a layer has for one of its narrow widths alone: two readers, and an output bottleneck.
+    """What a layer has for one of its narrow widths alone: the codes of its two halves, and an output bottleneck.
 
-    The attention's query, key and value maps read their input through `attention_reader`, and the first map of the FFN
-    reads its own through `intermediate_reader`. `output_bottleneck` leads from this width to hidden_size.
+    `attention_code` stands for the state that the attention reads and adds to, `intermediate_code` for the one that the
+    FFN reads and adds to. `output_bottleneck` leads from this width to hidden_size.
     """
 
     def __init__(self, config: SuperShaperConfig, width: int):
         super().__init__()
-        self.attention_reader = SuperShaperReader(width, config.hidden_size - width)
-        self.intermediate_reader = SuperShaperReader(width, config.hidden_size - width)
+        self.attention_code = SuperShaperCode(config, width)
+        self.intermediate_code = SuperShaperCode(config, width)
         self.output_bottleneck = SuperShaperBottleneck(width, config.hidden_size)
-
-
-# Which reader a map of a layer reads its input through. The other maps read the channels that the layer has.
-READERS = {
-    "attention.self.query": "attention_reader",
-    "attention.self.key": "attention_reader",
-    "attention.self.value": "attention_reader",
-    "intermediate.dense": "intermediate_reader",
-}
-
-
-def has_own_maps(config: SuperShaperConfig, width: int) -> bool:
-    """Return whether every layer has a `SuperShaperNarrowWidth` for `width`."""
-    return config.bottlenecks == "by_width" and width < config.hidden_size
 
 
 class SuperShaperEncoder(nn.Module):
@@ -323,7 +351,7 @@ class SuperShaperEncoder(nn.Module):
 
     def narrow(self, layer: int, width: int) -> SuperShaperNarrowWidth | None:
         """Return what layer `layer` has for `width` alone; `None` where it has nothing."""
-        return self.by_width[layer][str(width)] if has_own_maps(self.config, width) else None
+        return self.by_width[layer][str(width)] if self.config.has_own_maps(width) else None
 
     def exit(self, layer: int, width: int) -> SuperShaperBottleneck:
         """Return the output bottleneck of layer `layer` at `width`: its own, or the shared one, which is narrowed."""
@@ -353,18 +381,20 @@ class SuperShaperEncoder(nn.Module):
 
     def _enter(self, hidden_states: torch.Tensor, previous: int | None, index: int, width: int) -> torch.Tensor:
         """Map the output of layer `previous` (`None`: the embeddings) to the input of layer `index` at `width`."""
-        entry = self.input_bottleneck[index]
+        entry, narrow = self.input_bottleneck[index], self.narrow(index, width)
+        code = None if narrow is None else narrow.attention_code
         if previous is None or self.merged_bottlenecks:
-            return elastic_linear(entry, hidden_states, width)
+            return elastic_linear(entry, hidden_states, width, writes=code)
         source, full = hidden_states.shape[-1], entry.in_features
         exit = self.exit(previous, source)
         tokens = hidden_states.numel() // source
         # Take the way with fewer multiplications. Merging costs one product of (width, full) and (full, source). Each
         # token then goes from `source` to `width` directly instead of through `full`.
         if source * width * (full + tokens) < tokens * full * (source + width):
-            weight, bias = merge(exit.weight[:, :source], exit.bias, entry.weight[:width], entry.bias[:width])
-            return nn.functional.linear(hidden_states, weight, bias)
-        return elastic_linear(entry, elastic_linear(exit, hidden_states), width)
+            kept = entry.weight[:width], entry.bias[:width]
+            into = kept if code is None else code.write(entry.weight, entry.bias)
+            return nn.functional.linear(hidden_states, *merge(exit.weight[:, :source], exit.bias, *into))
+        return elastic_linear(entry, elastic_linear(exit, hidden_states), width, writes=code)
 
 
 def subnet_tensors(
@@ -373,85 +403,97 @@ def subnet_tensors(
     """Yield name and value of every tensor that `subnet` stores, cut out of its supernet one linear map at a time.
 
     Args:
-        subnet: An `empty_model` of the subnet, for the names and the sizes of its tensors.
+        subnet: An `empty_model` of the subnet, for the names of its tensors.
         config: The configuration of the supernet.
         shape: The shape as given to the supernet, dropped layers included.
         load: Returns a tensor of the supernet by name, from memory or from disk. It is called when a tensor is needed.
     """
     prefix = "encoder." if subnet.base_model is subnet else f"{subnet.base_model_prefix}.encoder."
-    yield from whole_tensors(subnet, prefix, load)
+    # Embeddings, pooler and head are not cut. Tied tensors are yielded once.
+    for name in subnet.state_dict():
+        if not name.startswith(prefix) and name not in subnet.all_tied_weights_keys:
+            yield name, load(name)
 
-    def load_linear(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return load(f"{prefix}{name}.weight"), load(f"{prefix}{name}.bias")
+    def load_inner(name: str) -> torch.Tensor:
+        return load(f"{prefix}{name}")
 
     kept = [(layer, width) for layer, width in enumerate(shape) if width]
     for index, (layer, width) in enumerate(kept):
         for name, module in subnet.base_model.encoder.layer[index].named_modules():
             if isinstance(module, nn.Linear | nn.LayerNorm):
-                weight, bias = narrow_module(config, layer, width, name, load_linear)
+                weight, bias = narrow_module(config, layer, width, name, load_inner)
                 yield f"{prefix}layer.{index}.{name}.weight", weight
                 yield f"{prefix}layer.{index}.{name}.bias", bias
-    for name, weight, bias in merged_bottlenecks(config, kept, load_linear):
+    for name, weight, bias in merge_bottlenecks(config, kept, load_inner):
         yield f"{prefix}{name}.weight", weight
         yield f"{prefix}{name}.bias", bias
 
 
-def whole_tensors(
-    subnet: PreTrainedModel, encoder_prefix: str, load: Callable[[str], torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors outside the encoder (embeddings, pooler, head), uncut. Tied tensors are yielded once."""
-    for name in subnet.state_dict():
-        if not name.startswith(encoder_prefix) and name not in subnet.all_tied_weights_keys:
-            yield name, load(name)
-
-
-LoadLinear = Callable[[str], tuple[torch.Tensor, torch.Tensor]]  # name in the encoder -> weight and bias
+# Which linear maps of a layer read a code, and which modules write one.
+READS = {
+    "attention.self.query": "attention_code",
+    "attention.self.key": "attention_code",
+    "attention.self.value": "attention_code",
+    "intermediate.dense": "intermediate_code",
+}
+WRITES = {
+    "attention.output.dense": "attention_code",
+    "attention.output.LayerNorm": "intermediate_code",
+    "output.dense": "intermediate_code",
+}
+Load = Callable[[str], torch.Tensor]  # name in the encoder of the supernet -> tensor
 
 
 def narrow_module(
-    config: SuperShaperConfig, layer: int, width: int, name: str, load: LoadLinear
+    config: SuperShaperConfig, layer: int, width: int, name: str, load: Load
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weight and bias of the linear map or LayerNorm `name` of a layer at `width`."""
     heads = config.num_attention_heads if config.head_slicing == "per_head" else 1
-    weight, bias = load(f"layer.{layer}.{name}")
-    projection = name.startswith("attention.self.")  # query, key or value
-    if name != "intermediate.dense":  # the FFN's inner channels are never narrowed
-        out_heads = heads if projection else 1
-        weight, bias = channels(weight, 0, width, out_heads), channels(bias, 0, width, out_heads)
-    if name in READERS and has_own_maps(config, width):
-        weight, bias = read(weight, bias, *load(f"by_width.{layer}.{width}.{READERS[name]}"))
-    elif weight.ndim == 2 and name != "output.dense":
+    own = f"by_width.{layer}.{width}" if config.has_own_maps(width) else None
+    weight, bias = load(f"layer.{layer}.{name}.weight"), load(f"layer.{layer}.{name}.bias")
+    if name == "attention.output.dense" or (name in READS and own is None):
         weight = channels(weight, 1, width, heads if name == "attention.output.dense" else 1)
+    if own is not None and name in WRITES:
+        coded, bias = write(weight, bias, load(f"{own}.{WRITES[name]}.writer.weight"))
+        weight = coded if weight.ndim == 2 else weight[:width]  # of a LayerNorm, only the bias is coded
+    elif name != "intermediate.dense":  # the channels inside the FFN are never cut
+        out_heads = heads if name in READS else 1
+        weight, bias = channels(weight, 0, width, out_heads), channels(bias, 0, width, out_heads)
+    if own is not None and name in READS:
+        code = f"{own}.{READS[name]}"
+        reader = load(f"{code}.reader.weight"), load(f"{code}.reader.bias")
+        weight, bias = read(weight, bias, load(f"{code}.writer.weight"), *reader)
     if name == "attention.self.query" and config.full_head_scale:  # a subnet scales scores by its own head size
         factor = (width / config.hidden_size) ** 0.5
         weight, bias = weight * factor, bias * factor
     return weight, bias
 
 
-def merged_bottlenecks(
-    config: SuperShaperConfig, kept: Sequence[tuple[int, int]], load: LoadLinear
+def merge_bottlenecks(
+    config: SuperShaperConfig, kept: Sequence[tuple[int, int]], load: Load
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield the bottlenecks: into the first kept layer, merged ones between kept layers, and out of the last one.
 
     Args:
         config: The configuration of the supernet.
         kept: Layer and width of each kept layer.
-        load: Returns weight and bias of a linear map of the supernet's encoder by name.
+        load: Returns a tensor of the supernet's encoder by name.
 
     Yields:
         The name in the subnet's encoder, weight and bias.
     """
-    source = None  # the map out of the layer before: weight (hidden_size, w) and bias (hidden_size,)
+    exit = None  # the map out of the layer before: weight (hidden_size, w) and bias (hidden_size,)
     for index, (layer, width) in enumerate(kept):
-        weight, bias = load(f"input_bottleneck.{layer}")
-        weight, bias = weight[:width], bias[:width]
-        if source is not None:
-            weight, bias = merge(*source, weight, bias)
+        own = f"by_width.{layer}.{width}" if config.has_own_maps(width) else None
+        weight, bias = load(f"input_bottleneck.{layer}.weight"), load(f"input_bottleneck.{layer}.bias")
+        if own is None:
+            weight, bias = weight[:width], bias[:width]
+        else:
+            weight, bias = write(weight, bias, load(f"{own}.attention_code.writer.weight"))
+        if exit is not None:
+            weight, bias = merge(*exit, weight, bias)
         yield f"input_bottleneck.{index}", weight, bias
-        own = has_own_maps(config, width)
-        exit_weight, exit_bias = load(
-            f"by_width.{layer}.{width}.output_bottleneck" if own else f"output_bottleneck.{layer}"
-        )
-        source = exit_weight[:, :width], exit_bias
-    assert source is not None
-    yield "output_bottleneck.0", *source
+        name = f"output_bottleneck.{layer}" if own is None else f"{own}.output_bottleneck"
+        exit = load(f"{name}.weight")[:, :width], load(f"{name}.bias")
+    assert exit is not None
+    yield "output_bottleneck.0", *exit

@@ -46,9 +46,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_supershaper import SuperShaperConfig
 from .elastic import (
     SuperShaperBottleneck,
+    SuperShaperCodeMap,
     SuperShaperEncoder,
     SuperShaperLayer,
-    SuperShaperReader,
     SuperShaperSelfAttention,
     subnet_tensors,
 )
@@ -128,7 +128,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (SuperShaperBottleneck, SuperShaperReader)):
+        if isinstance(module, (SuperShaperBottleneck, SuperShaperCodeMap)):
             (init.eye_ if isinstance(module, SuperShaperBottleneck) else init.zeros_)(module.weight)
 
     @classmethod

@@ -97,9 +97,9 @@ def watch_layers(model: nn.Module, layers: Sequence[int] | None) -> Iterator[dic
         def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             states, _, narrow = inputs
             width = states.shape[-1]
-            reader = None if narrow is None else narrow.attention_reader
+            code = None if narrow is None else narrow.attention_code
             query, key, value = (
-                elastic_linear(projection, states, width, out_heads=attention.sliced_heads, reader=reader)
+                elastic_linear(projection, states, width, out_heads=attention.sliced_heads, reads=code)
                 for projection in (attention.query, attention.key, attention.value)
             )
             if attention.config.full_head_scale:  # as in a subnet, which divides scores by the size of its own heads
