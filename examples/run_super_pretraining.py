@@ -28,7 +28,6 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from supershaper_hf import (
@@ -37,6 +36,7 @@ from supershaper_hf import (
     SuperShaperForMaskedLM,
     SuperShaperModel,
     calibrate,
+    calibration_batches,
     fixed_masks,
     load_text,
     push_folder,
@@ -367,27 +367,6 @@ def train_head(
     return summary.status
 
 
-def calibration_batches(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num_tokens: int, args: SuperPretrainingArguments
-) -> Batches:
-    """Return unmasked sequences from anywhere in the text: so many that they have `num_tokens`, or all there are."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
-    sequences: list[torch.Tensor] = []
-    for index in order.tolist():
-        if sum(map(len, sequences)) >= num_tokens:
-            break
-        sequences.append(torch.tensor(dataset[index]["input_ids"]))
-    sequences.sort(key=len)  # little padding
-    size = args.per_device_train_batch_size
-    return [
-        {
-            "input_ids": pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-        }
-        for rows in (sequences[start : start + size] for start in range(0, len(sequences), size))
-    ]
-
-
 def main() -> int:
     script, args = parse_arguments(sys.argv[1:])
     accelerator = make_accelerator(args)
@@ -404,7 +383,9 @@ def main() -> int:
             accelerator.print("Start the same command again: it begins from the start.")
             return 0
         if script.calibration_tokens:
-            batches = calibration_batches(dataset, tokenizer, script.calibration_tokens, args)
+            batches = calibration_batches(
+                dataset, tokenizer, script.calibration_tokens, args.per_device_train_batch_size, args.seed
+            )
             model.to(accelerator.device)
             on_every_process(partial(calibrate, model, batches, accelerator.is_main_process), accelerator)
 
