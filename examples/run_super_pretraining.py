@@ -6,6 +6,12 @@ r"""Train a supernet from a BERT, or continue to train a supernet or a subnet, o
 
 In the second form the options are in a file, and the options after it change them. `--help` lists all options.
 
+The supernet learns to predict masked tokens. Without labels, it learns to compute what its BERT computes; then the BERT
+needs no masked-LM head:
+
+    accelerate launch examples/run_super_pretraining.py --model_name_or_path BERT --teacher BERT --state_weight 1 \
+        --mlm_probability 0 --sampling smallest --no_dropout --train_files corpus/*.txt.xz --output_dir outputs/supernet
+
 Stop the script with Ctrl-C or SIGTERM: it writes a checkpoint, and the same command continues from there. The exit
 status is then 0 as well, but a launcher of several processes may report the signal. Launchers kill processes that take
 longer than half a minute to save, unless an option gives them more time. The folder `last` in the output folder exists
@@ -16,23 +22,25 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 
 from supershaper_hf import (
     SuperPretrainingArguments,
     SuperShaperConfig,
     SuperShaperForMaskedLM,
+    SuperShaperModel,
     calibrate,
     fixed_masks,
     load_text,
     push_folder,
+    read_sentence_encoder,
     split_text,
     super_pretrain,
     tokenize,
@@ -42,13 +50,16 @@ from supershaper_hf.data.sequences import check_vocabulary
 from supershaper_hf.devices import copy_mapped_weights
 from supershaper_hf.files import parse_json
 from supershaper_hf.model.costs import training_flops
+from supershaper_hf.model.modeling_supershaper import SuperShaperPreTrainedModel
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
+from supershaper_hf.publish.sentences import POOLINGS
 from supershaper_hf.training.arguments import HelpFormatter, option
 from supershaper_hf.training.checkpoints import list_checkpoints
-from supershaper_hf.training.distillation import OutsideTeacher
 from supershaper_hf.training.preparing import make_accelerator
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
+HEADS = ("ForMaskedLM", "ForPreTraining")  # ends of the names of classes that have a masked-LM head
 Batches = list[dict[str, torch.Tensor]]
 
 
@@ -103,7 +114,9 @@ class ScriptArguments:
     )
     preprocessing_num_workers: int | None = option(None, "Number of processes that tokenize stored text.")
     teacher: str | None = option(
-        None, "Folder or Hub id of an outside teacher that has the same tokenizer. It needs --teacher_weight."
+        None,
+        "Folder or Hub id of an outside teacher that has the same tokenizer. It needs --teacher_weight, --state_weight "
+        "or --pooled_weight. It may be the BERT that the supernet is made of.",
     )
     teacher_layer: int = option(-1, "Layer of the outside teacher to learn from. Negative numbers count from the end.")
     head_steps: int = option(
@@ -111,6 +124,11 @@ class ScriptArguments:
     )
     match_compute: str | None = option(
         None, "File training_summary.json of another run. Its FLOPs then decide the number of steps, not --max_steps."
+    )
+    pooling: str | None = option(
+        None,
+        "How the saved models make sentence embeddings of token states: mean or cls. They are then sentence encoders, "
+        "which sentence-transformers loads. By default the pooling of the model given, if it has one.",
     )
     push_to_hub: str | None = option(None, "Repository, user/name, that the last model is published to.")
 
@@ -120,6 +138,8 @@ class ScriptArguments:
         if self.bottlenecks is not None:
             check_choice("bottlenecks", self.bottlenecks, ("shared", "by_width"))
         check_count("calibration_tokens", self.calibration_tokens, 0)
+        if self.pooling is not None:
+            check_choice("pooling", self.pooling, POOLINGS)
         check_number("validation_split_percentage", self.validation_split_percentage, above=0, below=100)
         check_count("max_eval_samples", self.max_eval_samples)
         if self.preprocessing_num_workers is not None:
@@ -150,8 +170,14 @@ def parse_arguments(argv: list[str]) -> tuple[ScriptArguments, SuperPretrainingA
             parser.error(f"--{name} is missing. See --help.")
     if script.calibration_tokens and script.streaming:
         parser.error("--calibration_tokens are taken from stored text: leave out --streaming or --calibration_tokens.")
-    if (script.teacher is None) != (args.teacher_weight == 0):
-        parser.error("--teacher and a --teacher_weight above 0 need each other. Give both or none of them.")
+    weights = (args.teacher_weight, args.state_weight, args.pooled_weight)
+    if (script.teacher is None) != (max(weights) == 0):
+        parser.error(
+            "--teacher and a --teacher_weight above 0 need each other. Give both or none of them. Instead of "
+            "--teacher_weight it may be --state_weight or --pooled_weight."
+        )
+    if args.mlm_probability == 0 and script.head_steps:
+        parser.error("--head_steps need labels: leave them out, or give --mlm_probability a value above 0.")
     return script, args
 
 
@@ -206,16 +232,21 @@ def load_pretrained(flag: str, name: str, load: Callable[[str], Any]) -> Any:
         ) from error
 
 
-def load_model(script: ScriptArguments, args: SuperPretrainingArguments) -> SuperShaperForMaskedLM:
-    """Return the supernet or subnet to train. It is made of a BERT if a BERT was given."""
+def load_model(script: ScriptArguments, args: SuperPretrainingArguments) -> SuperShaperPreTrainedModel:
+    """Return the supernet or subnet to train. It is made of a BERT if a BERT was given.
+
+    It has a masked-LM head, unless nothing is labelled and the model in the folder has none.
+    """
     name = str(script.model_name_or_path)
     config = load_pretrained("model_name_or_path", name, AutoConfig.from_pretrained)
     flags = ("width_choices", "head_slicing", "bottlenecks", "calibration_tokens")
     given = {flag: getattr(script, flag) for flag in flags if getattr(script, flag)}
+    has_head = any(architecture.endswith(HEADS) for architecture in config.architectures or [])
+    model_class = SuperShaperForMaskedLM if has_head or args.mlm_probability > 0 else SuperShaperModel
     if not isinstance(config, SuperShaperConfig):
         if given.pop("calibration_tokens", 0):
             given = {"head_slicing": "per_head"} | given
-        model = load_pretrained("model_name_or_path", name, partial(SuperShaperForMaskedLM.from_bert, **given))
+        model = load_pretrained("model_name_or_path", name, partial(model_class.from_bert, **given))
         # `calibrate` does the same. A run that resumes has calibrated weights in its checkpoint.
         model.config.full_head_scale = bool(script.calibration_tokens) and model.config.head_slicing == "per_head"
         return model
@@ -226,12 +257,12 @@ def load_model(script: ScriptArguments, args: SuperPretrainingArguments) -> Supe
         )
     if config.merged_bottlenecks and args.sampling != "fixed":
         raise ValueError(f"{name} is a subnet, which has one shape only: add --sampling fixed.")
-    return load_pretrained("model_name_or_path", name, SuperShaperForMaskedLM.from_pretrained)
+    return load_pretrained("model_name_or_path", name, model_class.from_pretrained)
 
 
 def load_models(
     script: ScriptArguments, args: SuperPretrainingArguments
-) -> tuple[SuperShaperForMaskedLM, PreTrainedTokenizerBase, OutsideTeacher | None]:
+) -> tuple[SuperShaperPreTrainedModel, PreTrainedTokenizerBase, OutsideTeacher | None]:
     """Return the model to train, its tokenizer, and the outside teacher if there is one."""
     torch.manual_seed(args.seed)  # a head that the checkpoint lacks starts equal on every process and in every run
     model, teacher = load_model(script, args), None
@@ -251,6 +282,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise OSError(f"{name} has no tokenizer that can be loaded. Name another one by --tokenizer_name.") from error
+
+
+def sentence_options(script: ScriptArguments) -> dict[str, Any]:
+    """Return what makes sentence encoders of the saved models: what the model given says of itself, and `--pooling`."""
+    options = read_sentence_encoder(str(script.model_name_or_path))
+    return options if script.pooling is None else options | {"pooling": script.pooling}
 
 
 def load_data(
@@ -334,21 +371,11 @@ def calibration_batches(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num_tokens: int, args: SuperPretrainingArguments
 ) -> Batches:
     """Return unmasked sequences from anywhere in the text: so many that they have `num_tokens`, or all there are."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
-    sequences: list[torch.Tensor] = []
-    for index in order.tolist():
-        if sum(map(len, sequences)) >= num_tokens:
-            break
-        sequences.append(torch.tensor(dataset[index]["input_ids"]))
-    sequences.sort(key=len)  # little padding
-    size = args.per_device_train_batch_size
-    return [
-        {
-            "input_ids": pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-        }
-        for rows in (sequences[start : start + size] for start in range(0, len(sequences), size))
-    ]
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    lengths = (len(dataset[index]["input_ids"]) for index in order)
+    enough = next((n for n, total in enumerate(accumulate(lengths), start=1) if total >= num_tokens), len(order))
+    sample = dataset.select(order[:enough])
+    return fixed_masks(sample, tokenizer, args.per_device_train_batch_size, mlm_probability=0)
 
 
 def main() -> int:
@@ -371,7 +398,9 @@ def main() -> int:
             model.to(accelerator.device)
             on_every_process(partial(calibrate, model, batches, accelerator.is_main_process), accelerator)
 
-    card = {"repo_id": script.push_to_hub} if script.push_to_hub else {}
+    card = on_main_process(partial(sentence_options, script), accelerator)
+    if script.push_to_hub:
+        card["repo_id"] = script.push_to_hub
     if not Path(str(script.model_name_or_path)).exists():
         card["base_model"] = str(script.model_name_or_path)
     summary = super_pretrain(model, tokenizer, dataset, args, eval_batches=eval_batches, teacher=teacher, card=card)

@@ -1,7 +1,11 @@
 """Measure shapes of a supernet, predict all others, and find the best shape for every budget.
 
     python examples/search_shapes.py --model_name_or_path outputs/supernet/last --eval_files held_out.txt
+    python examples/search_shapes.py --model_name_or_path outputs/encoder --original PATH_OR_ID --eval_files FILE
     accelerate launch --num_processes 8 examples/search_shapes.py --model_name_or_path user/supernet --eval_files FILE
+
+A supernet with a masked-LM head is measured by its masked-LM loss. Any other one is measured by its distance to the
+original model, and so is every one with --original or --measure distance.
 
 The output folder gets `records.jsonl` (every measurement, as soon as it is made), `predictor.json`, `front.csv`,
 `report.md` with its plots, and with --latency also `latency.json`. You can stop the script at any time: the same
@@ -21,9 +25,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
-from supershaper_hf import LatencyTable, SearchSpace, ShapePredictor, SuperShaperForMaskedLM, evaluate_shapes
+from supershaper_hf import (
+    LatencyTable,
+    SearchSpace,
+    ShapePredictor,
+    SuperShaperConfig,
+    SuperShaperForMaskedLM,
+    SuperShaperModel,
+    evaluate_shapes,
+)
 from supershaper_hf.checks import check_choice, check_count, check_number
 from supershaper_hf.data.batches import MLM_PROBABILITY, fixed_masks
 from supershaper_hf.data.documents import load_text
@@ -32,10 +44,12 @@ from supershaper_hf.devices import copy_mapped_weights, parse_device
 from supershaper_hf.files import lock
 from supershaper_hf.latency.insensitivity import compare_equal_sizes, save_comparisons
 from supershaper_hf.model.costs import Cost
+from supershaper_hf.model.modeling_supershaper import SuperShaperPreTrainedModel
 from supershaper_hf.processes import on_every_process, on_main_process, start_accelerator
 from supershaper_hf.publish.hub import push_folder
 from supershaper_hf.report.findings import CONFIG_FILE, INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE
 from supershaper_hf.report.page import write_report
+from supershaper_hf.search.measures import MEASURES
 from supershaper_hf.search.pareto import pareto_front, shapes_at
 from supershaper_hf.search.predictor import MINIMUM_SHAPES
 from supershaper_hf.search.records import Record, read_records, to_dataset
@@ -57,7 +71,15 @@ class SearchArguments:
     max_length: int = option(128, "Largest number of tokens per sequence.")
     max_eval_samples: int = option(1000, "Largest number of sequences that each shape is measured on.")
     per_device_eval_batch_size: int = option(64, "Sequences in a batch.")
-    mlm_probability: float = option(MLM_PROBABILITY, "Share of the tokens that are masked.")
+    measure: str | None = option(
+        None,
+        "What is measured: loss (of masked tokens) or distance (to the original). By default it is distance with "
+        "--original or for a model without a masked-LM head, and loss otherwise.",
+    )
+    original: str | None = option(
+        None, "Folder or Hub id of the model that a distance is measured to. By default it is the largest shape."
+    )
+    mlm_probability: float = option(MLM_PROBABILITY, "Share of the tokens that are masked to measure a loss.")
     num_shapes: int = option(60, "Number of shapes to measure before the front is computed.")
     rounds: int = option(
         4, "Number of rounds with --max_cost. The first measures random shapes, the others look for the best ones."
@@ -84,6 +106,10 @@ class SearchArguments:
         for name in (*counts, "latency_batch_size"):
             check_count(f"--{name}", getattr(self, name))
         check_count("--num_shapes", self.num_shapes, least=MINIMUM_SHAPES)
+        if self.measure is not None:
+            check_choice("--measure", self.measure, MEASURES)
+        if self.measure == "loss" and self.original:
+            raise ValueError("--original is for --measure distance only.")
         check_number("--mlm_probability", self.mlm_probability, above=0, most=1)
         check_number("--drop_rate", self.drop_rate, least=0, below=1)
         check_choice("--cost", self.cost, ("parameters", "flops", "latency"))
@@ -104,9 +130,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> SearchArguments:
         parser.error(str(error))
 
 
-def load_model(name: str) -> SuperShaperForMaskedLM:
+def load_model(args: SearchArguments) -> SuperShaperPreTrainedModel:
+    """Return the supernet: with its masked-LM head if it has one, else its encoder alone."""
+    name: Any = args.model_name_or_path
     try:
-        return SuperShaperForMaskedLM.from_pretrained(name)
+        with_head = "MaskedLM" in str(SuperShaperConfig.from_pretrained(name).architectures)
+        if not with_head and args.measure == "loss":
+            raise ValueError(f"--model_name_or_path {name} has no masked-LM head. Use --measure distance.")
+        return (SuperShaperForMaskedLM if with_head else SuperShaperModel).from_pretrained(name)
     except OSError as error:
         what = (
             "is a folder, but holds no model"
@@ -116,13 +147,24 @@ def load_model(name: str) -> SuperShaperForMaskedLM:
         raise OSError(f"--model_name_or_path {name} {what}: {error}") from error
 
 
-def load_batches(args: SearchArguments, model: SuperShaperForMaskedLM, length: int) -> list[dict[str, torch.Tensor]]:
-    """Return the held-out text, masked once for all shapes."""
+def load_original(name: str) -> PreTrainedModel:
+    """Return the model that distances are measured to."""
+    try:
+        return AutoModel.from_pretrained(name)
+    except OSError as error:
+        raise OSError(f"--original {name} is neither a folder with a model nor a model on the Hub: {error}") from error
+
+
+def load_batches(
+    args: SearchArguments, model: SuperShaperPreTrainedModel, length: int, measure: str
+) -> list[dict[str, torch.Tensor]]:
+    """Return the held-out text, masked once for all shapes, or without masks to measure distances."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path)
     check_vocabulary(tokenizer, model.config)
     sequences = tokenize(load_text(args.eval_files, args.text_column), tokenizer, length)
     sequences = sequences.select(range(min(len(sequences), args.max_eval_samples)))
-    return fixed_masks(sequences, tokenizer, args.per_device_eval_batch_size, args.mlm_probability, args.seed)
+    masked = args.mlm_probability if measure == "loss" else 0.0
+    return fixed_masks(sequences, tokenizer, args.per_device_eval_batch_size, masked, args.seed)
 
 
 def measure_latency(args: SearchArguments, space: SearchSpace, length: int, folder: Path) -> LatencyTable:
@@ -142,11 +184,17 @@ def measure_latency(args: SearchArguments, space: SearchSpace, length: int, fold
 
 
 def search(args: SearchArguments, folder: Path, accelerator: Accelerator) -> None:
-    model = on_every_process(partial(load_model, args.model_name_or_path), accelerator).to(accelerator.device)
+    model = on_every_process(partial(load_model, args), accelerator).to(accelerator.device)
     copy_mapped_weights(model)  # before the text is read, which may take minutes
+    has_loss = isinstance(model, SuperShaperForMaskedLM) and args.original is None
+    options: dict[str, Any] = {"measure": args.measure or ("loss" if has_loss else "distance")}
+    if args.original is not None:
+        original = on_every_process(partial(load_original, args.original), accelerator).to(accelerator.device)
+        copy_mapped_weights(original)
+        options["original"] = original
     space = SearchSpace.from_config(model.config)
     length = min(args.max_length, model.config.max_position_embeddings)
-    batches = on_main_process(partial(load_batches, args, model, length), accelerator)
+    batches = on_main_process(partial(load_batches, args, model, length, options["measure"]), accelerator)
     cost: Cost = args.cost
     if args.latency:
         table = on_main_process(partial(measure_latency, args, space, length, folder), accelerator)
@@ -154,7 +202,9 @@ def search(args: SearchArguments, folder: Path, accelerator: Accelerator) -> Non
 
     def measure(shapes: list[list[int]]) -> list[Record]:
         try:
-            return evaluate_shapes(model, batches, shapes, accelerator=accelerator, records_file=folder / RECORDS_FILE)
+            return evaluate_shapes(
+                model, batches, shapes, accelerator=accelerator, records_file=folder / RECORDS_FILE, **options
+            )
         except (OSError, RuntimeError, ValueError) as error:
             error.add_note(f"The records_file is {RECORDS_FILE} in the folder that --output_dir names: {folder}")
             raise
@@ -171,7 +221,7 @@ def search(args: SearchArguments, folder: Path, accelerator: Accelerator) -> Non
 
 
 def write_results(
-    args: SearchArguments, model: SuperShaperForMaskedLM, predictor: ShapePredictor, length: int, folder: Path
+    args: SearchArguments, model: SuperShaperPreTrainedModel, predictor: ShapePredictor, length: int, folder: Path
 ) -> None:
     model.config.to_json_file(folder / CONFIG_FILE)
     predictor.save(folder / PREDICTOR_FILE)

@@ -69,6 +69,16 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def summing_dtype(device: torch.device) -> torch.dtype:
+    """Return the type in which many numbers are added on a device: float64, or float32 where there is no float64.
+
+    Example:
+        >>> summing_dtype(torch.device("cpu"))
+        torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True)
 class Clock:
     """Records the times at which a device reaches points of the program.

@@ -482,14 +482,22 @@ def test_without_a_penalty_a_code_keeps_the_principal_components(width, monkeypa
     torch.testing.assert_close(projection @ components, components, atol=1e-5, rtol=0)
 
 
-def test_code_after_a_layer_norm_is_that_of_its_outputs():
-    """With any gains but those near 0: coding and then multiplying is multiplying and then coding."""
-    before, gains, states = torch.randn(20, 28), torch.rand(48) + 0.5, torch.randn(5, 48)
-    after = calibration.writer_after_gains(before, gains)
-    coded_after = (gains * states)[:, :20] + (gains * states)[:, 20:] @ after.T
-    torch.testing.assert_close(coded_after, gains[:20] * (states[:, :20] + states[:, 20:] @ before.T))
-    gains[30] = 0
-    assert calibration.writer_after_gains(before, gains).isfinite().all()
+def test_code_between_attention_and_ffn_differs_by_the_gains_of_the_layer_norm_alone():
+    model = tiny_model(SuperShaperModel, bottlenecks="by_width")
+    calibrate(model, texts())
+    gains = model.encoder.layer[1].attention.output.LayerNorm.weight
+    narrow, states = model.encoder.narrow(1, 20), torch.randn(5, 48)
+    before = states[:, :20] + narrow.attention_code.writer(states[:, 20:])
+    after = (gains * states)[:, :20] + narrow.intermediate_code.writer((gains * states)[:, 20:])
+    torch.testing.assert_close(after, gains[:20] * before, atol=1e-5, rtol=1e-4)
+
+
+def test_gains_near_zero_are_not_divided_by():
+    norm = torch.nn.LayerNorm(4)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, -2.0, 0.0, -1e-9]))
+    gains = calibration.safe_gains(norm).tolist()
+    assert gains == pytest.approx([1.0, -2.0, 0.075, -0.075])
 
 
 # Narrow shapes come closer

@@ -95,11 +95,22 @@ def test_a_sequence_may_have_no_label(tokenizer, sequences):
     assert (batch["labels"] == IGNORE_INDEX).all()
 
 
-@pytest.mark.parametrize("rate", [0, -0.1, 1.01])
+def test_nothing_is_masked_with_a_probability_of_0(tokenizer, sequences):
+    """Then no mask token is needed, and everything else is as in masked batches."""
+    masked = fixed_masks(sequences, tokenizer, batch_size=8, mlm_probability=0.4)
+    tokenizer.mask_token = None
+    for batch, expected in zip(fixed_masks(sequences, tokenizer, 8, mlm_probability=0), masked, strict=True):
+        assert (batch["labels"] == IGNORE_INDEX).all()
+        assert torch.equal(batch["input_ids"], original_tokens(expected))
+        assert torch.equal(batch["attention_mask"], expected["attention_mask"])
+        assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.01])
 def test_rate_out_of_range_is_refused(tokenizer, rate):
     with pytest.raises(
         ValueError,
-        match=f"mlm_probability={rate} must be a finite number above 0 and at most 1",
+        match=f"mlm_probability={rate} must be a finite number at least 0 and at most 1",
     ):
         MaskingCollator(tokenizer, rate)
 

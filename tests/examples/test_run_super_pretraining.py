@@ -14,13 +14,16 @@ import yaml
 from accelerate.commands import launch
 from conftest import assert_same, randomize, tiny_bert_config, tiny_model
 from hub_server import HubServer
+from safetensors.torch import load_file
 from texts import random_documents
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, BertModel
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, BertModel
 
-from supershaper_hf import SuperShaperForMaskedLM
+from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM, read_sentence_encoder
 from supershaper_hf.processes import main_process_first
+from supershaper_hf.publish.sentences import sentence_encoder_files, write_files
 
 
+WITHOUT_LABELS = ["--teacher=t", "--state_weight=1"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "run_super_pretraining.py"
 CALIBRATION = ["--calibration_tokens=100", "--bottlenecks=by_width"]
@@ -154,6 +157,7 @@ def test_a_value_in_yaml_means_what_it_means_on_the_command_line(script, tmp_pat
         ("bottlenecks: both", "bottlenecks='both' is unknown. Allowed: 'shared', 'by_width'."),
         ("mixed_precision: fp8", "mixed_precision='fp8' is unknown. Allowed: 'no', 'bf16', 'fp16'."),
         ("report_to: paper", "report_to='paper' is unknown. Allowed: "),
+        ("pooling: max", "pooling='max' is unknown. Allowed: 'mean', 'cls'."),
         ("head_slicing: both", "head_slicing='both' is unknown. Allowed: 'prefix', 'per_head'."),
         ("validation_split_percentage: 100", "validation_split_percentage=100.0 must be a finite number above 0"),
         ("max_eval_samples: 0", "max_eval_samples=0 must be an integer of at least 1."),
@@ -201,6 +205,10 @@ def test_every_option_has_help(script, capsys):
         (["--streaming", "--calibration_tokens=9"], "--calibration_tokens are taken from stored text: leave out --str"),
         (["--teacher=t"], "--teacher and a --teacher_weight above 0 need each other."),
         (["--teacher_weight=1"], "--teacher and a --teacher_weight above 0 need each other."),
+        (["--state_weight=1"], "Instead of --teacher_weight it may be --state_weight or --pooled_weight."),
+        (["--pooled_weight=1"], "--teacher and a --teacher_weight above 0 need each other."),
+        (["--mlm_probability=0", *WITHOUT_LABELS, "--head_steps=1"], "--head_steps need labels: leave them out"),
+        (["--mlm_probability=0"], "mlm_probability=0.0 labels nothing"),
         (["--unknown=1"], "unknown"),
         (["other.yaml"], "other.yaml"),
     ],
@@ -217,6 +225,27 @@ def test_missing_option_is_named(script, capsys, missing):
 
 
 # Runs
+
+
+def test_sentence_encoder_stays_one(run, bert, tokenizer):
+    """The pooling of the model that was given reaches all models of the run, also when it is resumed or continued."""
+    files = sentence_encoder_files(SuperShaperConfig(), tokenizer, "cls", normalize=True, max_seq_length=9)
+    write_files(bert, files)
+    expected = {"pooling": "cls", "normalize": True, "max_seq_length": 9}
+    _, folder = run(bert, "--eval_steps=1", "--max_steps=1")
+    assert read_sentence_encoder(folder / "last") == expected
+    run(bert, "--eval_steps=1", "--max_steps=2")
+    assert summary(folder)["step"] == 2
+    assert read_sentence_encoder(folder / "last") == read_sentence_encoder(folder / "best") == expected
+    _, second = run(folder / "last", "--pooling=mean", output="second")
+    assert read_sentence_encoder(second / "last") == expected | {"pooling": "mean"}
+
+
+def test_any_model_can_become_a_sentence_encoder(run, bert):
+    _, plain = run(bert)
+    assert read_sentence_encoder(plain / "last") == {}
+    _, encoder = run(bert, "--pooling=mean", output="second")
+    assert read_sentence_encoder(encoder / "last") == {"pooling": "mean", "normalize": False, "max_seq_length": 24}
 
 
 def test_supernet_of_a_bert_is_trained_and_saved(run, bert):
@@ -365,6 +394,23 @@ def test_streaming_trains_without_storing_the_text(run, bert, text):
 def test_outside_teacher(run, bert):
     _, folder = run(bert, "--teacher", bert, "--teacher_weight=1")
     assert summary(folder)["arguments"]["teacher_weight"] == 1.0
+
+
+@pytest.mark.parametrize("folder", ["bert", "headless"])
+def test_the_bert_itself_teaches_without_labels(run, request, folder):
+    """A masked-LM head is kept where there is one. It is not trained."""
+    source = request.getfixturevalue(folder)
+    options = ["--mlm_probability=0", "--state_weight=1", "--pooled_weight=1", "--sampling=smallest", "--no_dropout"]
+    printed, output = run(source, "--teacher", source, *options, "--learning_rate=1e-3")
+    assert re.search(r"shape +distance +cosine\n", printed)
+    config = AutoConfig.from_pretrained(output / "last")
+    assert config.architectures == ["SuperShaperForMaskedLM" if folder == "bert" else "SuperShaperModel"]
+    assert config.hidden_dropout_prob == 0.1
+    run(output / "last", "--teacher", source, *options, output="second")
+    assert AutoConfig.from_pretrained(tmp := output.parent / "second" / "last").architectures == config.architectures
+    if folder == "bert":
+        head = "cls.predictions.transform.dense.weight"
+        assert torch.equal(load_file(tmp / "model.safetensors")[head], load_file(source / "model.safetensors")[head])
 
 
 # Preparing a model: its head, its calibration

@@ -22,7 +22,14 @@ from huggingface_hub import close_session, constants
 from launching import ENVIRONMENT, launcher
 from texts import random_documents
 
-from supershaper_hf import LatencyTable, SearchSpace, ShapePredictor, SuperShaperConfig, SuperShaperForMaskedLM
+from supershaper_hf import (
+    LatencyTable,
+    SearchSpace,
+    ShapePredictor,
+    SuperShaperConfig,
+    SuperShaperForMaskedLM,
+    SuperShaperModel,
+)
 from supershaper_hf.files import lock
 from supershaper_hf.search.records import read_records
 
@@ -100,6 +107,63 @@ def test_everything_is_written_and_the_page_is_printed(first_run):
     assert set(files.split()) <= names
     assert (folder / "report.md").read_text().strip() in printed
     assert "Predictor: R2" in printed
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """Options that name an encoder without a masked-LM head; its BERT; a tokenizer without a mask token."""
+    folder = tmp_path_factory.mktemp("encoder")
+    from conftest import BERT_SIZES
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    save_supernet(folder / "other", num_hidden_layers=3)
+    tokenizer = BertTokenizer.from_pretrained(folder / "other")
+    bert = randomize(BertModel(BertConfig(**{**BERT_SIZES, "vocab_size": len(tokenizer)})))
+    bert.save_pretrained(folder / "bert")
+    supernet = SuperShaperModel.from_bert(bert, width_choices=[8, 20, 36, 48])
+    supernet.save_pretrained(folder / "supernet")
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(folder / "supernet")
+    return ["--model_name_or_path", str(folder / "supernet")], folder / "bert"
+
+
+def test_an_encoder_without_a_masked_lm_head_is_searched_by_distance(search, encoder, tmp_path):
+    folder, (options, bert) = tmp_path / "search", encoder
+    printed = search(folder, *options, "--max_cost=60000")
+    assert "measured distance to the original" in printed
+    assert not re.search("perplexity|nats|loss", (folder / "report.md").read_text())
+    records = read_records(folder / "records.jsonl")
+    assert set(records[0]) == {"shape", "distance", "cosine"}
+    largest = next(record for record in records if record["shape"] == [48, 48, 48])
+    assert largest["distance"] == 0.0
+    assert ShapePredictor.load(folder / "predictor.json").measure == "distance"
+    stored = Dataset.from_parquet(str(folder / "records.parquet"), cache_dir=str(folder / "cache"))
+    assert stored.column_names == ["shape", "distance", "cosine", "parameters"]
+    before = (folder / "records.jsonl").read_bytes()
+    search(folder, *options, "--max_cost=60000", "--measure=distance")  # the same again, although poolers are random
+    assert (folder / "records.jsonl").read_bytes() == before
+    # The BERT that the supernet was made of is another original by name, and gives the same distances.
+    search(tmp_path / "bert", *options, "--max_cost=60000", "--original", str(bert))
+    for found, expected in zip(read_records(tmp_path / "bert" / "records.jsonl"), records, strict=False):
+        assert found["distance"] == pytest.approx(expected["distance"], abs=1e-5)
+
+
+def test_a_supernet_with_a_masked_lm_head_can_be_searched_by_distance(search, tmp_path):
+    printed = search(tmp_path / "search", "--num_shapes=8", "--measure=distance")
+    assert "predicted distance to the original" in printed
+    with pytest.raises(ValueError, match="holds records of another measure"):
+        search(tmp_path / "search", "--num_shapes=8")
+
+
+def test_loss_of_an_encoder_is_refused(search, encoder, tmp_path):
+    """Its masked-LM head would be a random one."""
+    with pytest.raises(ValueError, match=r"has no masked-LM head\. Use --measure distance"):
+        search(tmp_path / "search", *encoder[0], "--measure=loss")
+
+
+def test_original_that_is_not_there_is_named(search, tmp_path):
+    with pytest.raises(OSError, match="--original nowhere/at/all is neither a folder with a model nor"):
+        search(tmp_path / "search", "--original=nowhere/at/all")
 
 
 def check_that_the_front_was_measured(folder):
@@ -259,6 +323,8 @@ def test_second_search_in_the_same_folder_says_so(search, tmp_path):
         ("--max_cost=nan", "--max_cost=nan must be a finite number above 0."),
         ("--num_budgets=0", "--num_budgets=0 must be an integer of at least 1."),
         ("--num_shapes=5", "--num_shapes=5 must be an integer of at least 8."),
+        ("--measure=perplexity", "--measure='perplexity' is unknown. Allowed: 'loss', 'distance'."),
+        ("--measure=loss --original=bert", "--original is for --measure distance only."),
         ("--rounds=0", "--rounds=0 must be an integer of at least 1."),
         ("--drop_rate=1", "--drop_rate=1.0 must be a finite number at least 0 and below 1."),
         ("--mlm_probability=0", "--mlm_probability=0.0 must be a finite number above 0 and at most 1."),
@@ -271,7 +337,7 @@ def test_second_search_in_the_same_folder_says_so(search, tmp_path):
 )
 def test_options_that_make_no_sense_are_refused_before_anything_is_read(search, tmp_path, option, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        search(tmp_path / "search", option)
+        search(tmp_path / "search", *option.split())
     assert caught.value.code == 2
     assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
     assert not (tmp_path / "search").exists()

@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_model
 from matplotlib.image import imread
 from texts import random_documents
 
-from supershaper_hf import LatencyTable, SearchSpace, ShapePredictor, evaluate_shapes
+from supershaper_hf import LatencyTable, SearchSpace, ShapePredictor, SuperShaperModel, evaluate_shapes
 from supershaper_hf.data.batches import fixed_masks
 from supershaper_hf.data.sequences import tokenize
 from supershaper_hf.latency.insensitivity import Insensitivity, compare_equal_sizes, save_comparisons
@@ -81,6 +82,43 @@ def test_page_table_and_plots_are_written(folder):
     assert "Good shapes have" in text
     assert f"Latency on {LatencyTable.load(folder / LATENCY_FILE).device}" in text
     assert "verdict" in text
+
+
+def test_page_of_distances_speaks_of_distances_only(model, tmp_path):
+    """A model without a masked-LM head has no perplexity, and no exponential of a distance is shown."""
+    encoder = tiny_model(SuperShaperModel)
+    space = SearchSpace.from_config(encoder.config)
+    ids = torch.randint(5, 60, (6, 9), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    shapes = np.unique(np.vstack([space.sample(40, seed=0), [[8] * 3], [[48] * 3]]), axis=0)[:30].tolist()
+    records = evaluate_shapes(encoder, batches, shapes, records_file=tmp_path / RECORDS_FILE, measure="distance")
+    predictor = ShapePredictor.fit_records(records[:13] + records[17:])
+    predictor.save(tmp_path / PREDICTOR_FILE)
+    encoder.config.to_json_file(tmp_path / "config.json")
+    budget = space.num_parameters([36, 36, 36])
+    text = write_report(tmp_path, max_cost=[budget]).read_text()
+    assert "perplexity" not in text
+    assert "nats" not in text
+    assert "loss" not in text
+    assert "front of parameters against predicted distance to the original" in text
+    (shown,) = column(text, "measured distance to the original")
+    within = [record["distance"] for record in records if space.num_parameters(record["shape"]) <= budget]
+    assert shown == f"{min(within):.3f}"
+    with (tmp_path / FRONT_FILE).open() as stream:
+        row = next(csv.DictReader(stream))
+    shape = [int(width) for width in row["shape"].split()]
+    assert float(row["predicted_distance"]) == pytest.approx(predictor.predict(shape))
+    assert not {"predicted_loss", "predicted_perplexity", "measured_perplexity"} & set(row)
+
+
+def test_predictor_of_another_measure_is_refused(folder):
+    findings = Findings.read(folder)
+    fitted = ShapePredictor.fit(
+        findings.predictor.evidence.shapes, findings.predictor.evidence.losses, measure="distance"
+    )
+    fitted.save(folder / PREDICTOR_FILE)
+    with pytest.raises(ValueError, match=r"predictor\.json predicts distances, but .*records\.jsonl holds losses"):
+        write_report(folder)
 
 
 def test_page_without_latency_has_no_word_of_it(folder):

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,6 +163,21 @@ def test_agreement_shows_each_shape_with_its_deviation_and_the_diagonal(tmp_path
     np.testing.assert_allclose(spans, np.column_stack([predicted - deviations, predicted + deviations]))
 
 
+def test_distances_are_drawn_as_they_are_and_named(tmp_path, figures):
+    """No logarithm, no exponential, no perplexity."""
+    costs, distances = np.array([1e6, 2e6]), np.array([0.5, 0.25])
+    front = ParetoFront(np.full((2, 2), 8), {"parameters": costs}, distances, "distance")
+    plot_front(tmp_path / "front.png", front, measured=[(1.5e6, 0.4)])
+    plot_agreement(tmp_path / "agreement.png", distances, distances, distances / 10, "distance")
+    plot_profile(tmp_path / "profile.png", replace(made_profile(), measure="distance"))
+    front_axes, agreement = figures
+    assert front_axes.lines[-1].get_ydata().tolist() == distances.tolist()
+    assert front_axes.get_yscale() == "linear"
+    assert front_axes.get_ylabel() == "distance to the original, held-out text"
+    assert agreement.get_xlabel() == "measured distance to the original"
+    assert agreement.get_ylabel() == "predicted distance ± one standard deviation"
+
+
 def made_profile(layers=12):
     values = np.arange(1.0, layers + 1)
     return Profile(values / values.mean(), np.full(layers, 0.1), values / 10, np.full(layers, 0.02))
@@ -204,6 +220,15 @@ def test_evaluations_are_one_line_for_each_shape(tmp_path, figures):
     read(tmp_path / "evaluations.png")
     lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].lines}
     assert lines == {"largest": [[10, 5.0], [20, 4.0]], "smallest": [[10, 6.0], [20, 5.5]]}
+    assert figures[0].get_ylabel() == "loss on held-out text (nats per masked token)"
+
+
+def test_distances_of_a_run_are_drawn(tmp_path, figures):
+    entries = [{"step": step, "evaluation": {"largest": {"distance": 1 / step, "cosine": 0.9}}} for step in (1, 2)]
+    plot_evaluations(tmp_path / "evaluations.png", entries)
+    read(tmp_path / "evaluations.png")
+    assert figures[0].lines[0].get_xydata().tolist() == [[1, 1.0], [2, 0.5]]
+    assert figures[0].get_ylabel() == "distance to the original on held-out text"
 
 
 def test_one_evaluation_is_drawn(tmp_path):

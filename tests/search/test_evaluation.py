@@ -218,7 +218,7 @@ def test_one_shape_has_one_record(batches, kind):
 
 def test_example():
     results = doctest.testmod(evaluation)
-    assert (results.failed, results.attempted) == (0, 7)
+    assert (results.failed, results.attempted) == (0, 9)
 
 
 # Weights that are mapped to a file
@@ -366,6 +366,15 @@ def test_mixed_precision_of_the_accelerator_is_computed_in_and_recorded(batches,
     assert found["loss"] != full["loss"]
     assert found["loss"] == pytest.approx(full["loss"], rel=0.05)
     assert found == evaluate_shapes(mixed.prepare(tiny_model()), batches, [None], accelerator=mixed)[0]
+
+
+def test_distances_are_measured_in_mixed_precision_too(batches, tmp_path, fresh_accelerate):
+    file, mixed = tmp_path / "mixed.jsonl", Accelerator(cpu=True, mixed_precision="bf16")
+    full = evaluate_shapes(tiny_model(), batches, SHAPES[1], measure="distance")
+    found = evaluate_shapes(tiny_model(), batches, SHAPES[1], accelerator=mixed, records_file=file, measure="distance")
+    assert precision_of(file) == "bfloat16"
+    assert found["distance"] != full["distance"]
+    assert found["distance"] == pytest.approx(full["distance"], rel=0.05)
 
 
 def test_precision_of_a_prepared_model_is_seen_without_its_accelerator(batches, tmp_path, fresh_accelerate):

@@ -447,6 +447,50 @@ def test_resumes_with_several_measures_and_dropped_layers(tmp_path):
     assert facts(search(**arguments, checkpoint=str(file))) == facts(whole)
 
 
+class Distances(Falling):
+    measure = "distance"
+
+
+def test_distances_are_searched_as_losses_are(tmp_path):
+    """In the same numbers, by other names."""
+    of_losses, file = search({"parameters": MIDDLE}), tmp_path / "search.json"
+    found = search({"parameters": MIDDLE}, Distances(), checkpoint=file)
+    assert (found.shape, found.distance) == (of_losses.shape, of_losses.loss)
+    assert (found.loss, found.perplexity, of_losses.distance) == (None, None, None)
+    assert found.history[-1]["distance"] == of_losses.history[-1]["loss"]
+    assert search({"parameters": MIDDLE}, Distances(), checkpoint=file) == found
+    bound = found.distance + 0.5
+    small = search({"distance": bound}, Distances(), minimize="parameters")
+    assert small.distance <= bound
+    assert small.costs["parameters"] < found.costs["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("predictor", "arguments", "message"),
+    [
+        (
+            Distances(),
+            {"minimize": "loss"},
+            "predicts a distance, so the loss of a shape is unknown. Minimise 'distance'",
+        ),
+        (Distances(), {"constraints": {"perplexity": 9.0}}, "so the perplexity of a shape is unknown"),
+        (
+            Falling(),
+            {"minimize": "distance"},
+            "predicts a loss, so the distance of a shape is unknown. Minimise 'loss'",
+        ),
+        (
+            Falling(),
+            {"constraints": {"distance": 0.5}},
+            "constrain 'perplexity' instead, or fit a predictor on distances",
+        ),
+    ],
+)
+def test_what_the_predictor_does_not_predict_is_refused(predictor, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        search(predictor=predictor, **arguments)
+
+
 def test_finished_search_is_read_from_its_checkpoint(tmp_path):
     file = tmp_path / "search.json"
     first = search(checkpoint=file)
@@ -627,7 +671,10 @@ def test_fewer_iterations_than_the_checkpoint_has_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("constraints", "message"),
     [
-        ({"params": 1e6}, "Unknown constraint 'params'. Allowed: 'parameters', 'flops', 'latency', 'perplexity'."),
+        (
+            {"params": 1e6},
+            "Unknown constraint 'params'. Allowed: 'parameters', 'flops', 'latency', 'perplexity', 'distance'.",
+        ),
         ({"loss": 2.0}, "Unknown constraint 'loss'. Allowed"),
         ({"parameters": 0}, "constraints['parameters']=0 must be a finite number above 0."),
         ({"flops": -1.0}, "constraints['flops']=-1.0 must be"),
@@ -650,7 +697,7 @@ def test_bad_constraints_are_refused(constraints, message):
     [
         (
             {"minimize": "perplexity"},
-            "minimize='perplexity' is unknown. Allowed: 'loss', 'parameters', 'flops', 'latency'.",
+            "minimize='perplexity' is unknown. Allowed: 'loss', 'distance', 'parameters', 'flops', 'latency'.",
         ),
         ({"minimize": "latency"}, "but not known. Pass latency=LatencyTable(...)"),
         ({"latency": "parameters"}, "latency='parameters' must be a LatencyTable, or have its method chain_cost"),

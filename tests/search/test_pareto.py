@@ -364,6 +364,17 @@ def test_budget_of_seconds_is_named_with_its_digits():
     assert front.best(max_cost=0.25) == [8, 8]
 
 
+def test_front_of_distances_says_so():
+    """Its table has no perplexity: the exponential of a distance means nothing."""
+    predictor = ShapePredictor(FALLING.width_choices, 1.0, FALLING.effects, measure="distance")
+    front = pareto_front(SPACE, predictor)
+    assert front.measure == "distance"
+    assert pareto_front(SPACE, FALLING).measure == "loss"
+    for row, value in zip(front.table(), front.losses.tolist(), strict=True):
+        assert set(row) == {"shape", "parameters", "distance"}
+        assert row["distance"] == value
+
+
 TWO = ParetoFront(
     np.array([[8, 48], [48, 8]]),
     {"parameters": np.array([1000, 2000]), "latency": np.array([0.5, 0.25])},

@@ -900,6 +900,55 @@ def test_too_few_records_are_counted(noisy, count):
         ShapePredictor.fit_records(records_of(*noisy[1:])[:count])
 
 
+# Distances
+
+
+def test_distances_are_predicted_as_losses_are(noisy, tmp_path):
+    """In the same numbers; only the words differ, and the file keeps them."""
+    of_losses, shapes, losses = noisy
+    records = [{"shape": shape, "distance": loss} for shape, loss in zip(shapes.tolist(), losses.tolist(), strict=True)]
+    for predictor in (
+        ShapePredictor.fit(shapes, losses, measure="distance"),
+        ShapePredictor.fit_records(records),
+    ):
+        assert predictor.predict(shapes).tolist() == of_losses.predict(shapes).tolist()
+        predictor.save(tmp_path / "predictor.json")
+        loaded = ShapePredictor.load(tmp_path / "predictor.json")
+        for each in (predictor, loaded, *predictor.draw(1, seed=0)):
+            assert each.measure == "distance"
+        assert "nats" not in str(loaded.quality)
+        assert str(loaded.quality) == str(of_losses.quality).replace(" nats", "")
+
+
+def test_file_without_a_measure_predicts_losses(noisy, tmp_path):
+    file = tmp_path / "predictor.json"
+    noisy[0].save(file)
+    content = read_json(file, FORMAT)
+    assert content.pop("measure") == content["quality"].pop("measure") == "loss"
+    write_json(file, FORMAT, content)
+    loaded = ShapePredictor.load(file)
+    assert (loaded.measure, loaded.quality) == ("loss", noisy[0].quality)
+
+
+def test_records_of_two_measures_are_refused(noisy):
+    records = records_of(*noisy[1:])
+    del records[3]["loss"]
+    with pytest.raises(ValueError, match="has neither 'loss' nor 'distance'"):
+        ShapePredictor.fit_records(records)
+    records[3]["distance"] = 0.5
+    with pytest.raises(ValueError, match="Some records hold losses and others distances"):
+        ShapePredictor.fit_records(records)
+
+
+def test_messages_about_distances_name_them(noisy):
+    with pytest.raises(ValueError, match="All 40 distances are 1"):
+        ShapePredictor.fit(noisy[1], np.ones(40), measure="distance")
+    with pytest.raises(ValueError, match="measure='perplexity' is unknown"):
+        ShapePredictor.fit(*noisy[1:], measure="perplexity")
+    with pytest.raises(ValueError, match="quality is that of a loss, but the predictor predicts a distance"):
+        ShapePredictor([8, 20], 1.0, np.zeros((1, 2)), quality=noisy[0].quality, measure="distance")
+
+
 def test_poor_fit_on_records_warns_at_the_line_that_called():
     shapes = random_shapes(40)
     with pytest.warns(UserWarning, match="predicted poorly") as caught:

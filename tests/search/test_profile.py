@@ -103,6 +103,18 @@ def test_sentence_names_narrow_mean_and_wide_layers_and_the_most_important():
     )
 
 
+def test_profile_of_distances_has_no_nats():
+    shapes = SPACE.sample(40, seed=0)
+    values = 1 - shapes @ np.linspace(1, 2, 5) / 500
+    of_losses, of_distances = (
+        derive_profile(SPACE, ShapePredictor.fit(shapes, values, measure=measure), 2, 4)
+        for measure in ("loss", "distance")
+    )
+    assert of_distances.measure == "distance"
+    assert of_distances.sentence() == of_losses.sentence().replace(" nats", " of distance")
+    assert " nats" in of_losses.sentence()
+
+
 def test_shape_is_the_largest_within_the_budget_and_follows_the_profile(profile):
     low, high = SPACE.num_parameters(SPACE.smallest), SPACE.num_parameters(SPACE.largest)
     for budget in np.linspace(low, high, 20).astype(int).tolist():

@@ -36,9 +36,9 @@ from supershaper_hf.search.evaluation import (
     make_header,
     measure_batch,
 )
+from supershaper_hf.search.measures import MEASURES
 from supershaper_hf.search.records import (
     FORMAT,
-    KEYS,
     append_record,
     open_records,
     parse_line,
@@ -52,6 +52,7 @@ MODEL = tiny_model()
 SPACE = SearchSpace(MODEL.config)
 SHAPES = [[20, 36, 8], [48, 36, 0], [0, 8, 8], [0, 36, 48], [36, 36, 36], [8, 20, 36], SPACE.largest]
 STOPPED_AT = SHAPES[3]  # where runs wait to be killed
+KEYS = MEASURES["loss"].keys
 ODD = {"nan": math.nan, "inf": math.inf}
 
 
@@ -173,7 +174,9 @@ def test_header_tells_what_was_measured(written, batches):
     assert header == {
         "format": "supershaper-hf records 2",
         "version": __version__,
+        "measure": "loss",
         "model": fingerprint_model(MODEL),
+        "original": None,
         "data": fingerprint_data(batches),
         "precision": "no",
         "num_layers": 3,
@@ -346,6 +349,13 @@ def test_fingerprints_are_those_of_the_same_numbers(batches):
     assert fingerprint_model(model.train()) == fingerprint_model(MODEL)
     strided = [{name: tensor.T.contiguous().T for name, tensor in reversed(batch.items())} for batch in batches]
     assert fingerprint_data(strided) == fingerprint_data(batches)
+
+
+def test_scale_of_the_attention_scores_has_a_fingerprint():
+    """It changes every narrow shape, and no weight."""
+    model = tiny_model()
+    model.config.full_head_scale = True
+    assert fingerprint_model(model) != fingerprint_model(MODEL)
 
 
 def test_bfloat16_has_a_fingerprint():
@@ -755,6 +765,13 @@ def test_fingerprint_of_a_model_spread_by_fsdp_is_that_of_the_model(resumed, who
             assert record == {key: pytest.approx(value, abs=1e-5) for key, value in expected.items()}
 
 
+def test_distances_of_a_model_spread_by_fsdp_are_those_of_the_model(resumed, batches):
+    expected = evaluate_shapes(MODEL, batches, SHAPES[:2], measure="distance")
+    for rank in resumed[1][2]:
+        for found, record in zip(rank["fsdp"]["distances"], expected, strict=True):
+            assert found == {key: pytest.approx(value, abs=1e-5) for key, value in record.items()}
+
+
 # What is started
 
 
@@ -777,8 +794,8 @@ def work_together(folder, given, disk):
     batches, measure = masked_batches(), evaluation.Evaluation.measure
     found = {"processes": accelerator.num_processes, "measured": []}
 
-    def evaluate(model, records_file=None, shapes=SHAPES):
-        return evaluate_shapes(model, batches, shapes, accelerator=accelerator, records_file=records_file)
+    def evaluate(model, records_file=None, shapes=SHAPES, measure="loss"):
+        return evaluate_shapes(model, batches, shapes, "", accelerator, records_file, measure)
 
     evaluation.Evaluation.measure = lambda self, shape: found["measured"].append(shape) or measure(self, shape)
     found["records"] = evaluate(MODEL, folder / "records.jsonl")
@@ -814,5 +831,6 @@ def work_spread(accelerator, evaluate, file):
     return {
         "parameter": type(next(model.parameters())).__name__,
         "fingerprint": fingerprint_model(model),
+        "distances": evaluate(model, None, SHAPES[:2], measure="distance"),  # first: FSDP begins with the encoder
         "records": evaluate(model, file, SHAPES[:2]),
     }

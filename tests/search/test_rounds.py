@@ -295,6 +295,22 @@ def test_best_measured_is_the_lowest_loss_within_the_budget():
         best_measured(SPACE, records, "parameters", float("nan"))
 
 
+def test_rounds_of_distances_measure_the_shapes_of_losses():
+    """What is measured has another name, and the same numbers."""
+    measure = Measure()
+
+    def measure_distances(shapes):
+        return [{"shape": record["shape"], "distance": record["loss"]} for record in measure(shapes)]
+
+    losses, distances = in_rounds(SPACE, Measure(), 20), in_rounds(SPACE, measure_distances, 20)
+    assert [[*record.values()] for record in distances] == [[*record.values()] for record in losses]
+    budget = SPACE.num_parameters([20, 36, 20, 36, 20])
+    best = [best_measured(SPACE, records, "parameters", budget) for records in (losses, distances)]
+    assert best[0] == best[1]
+    with pytest.raises(ValueError, match="No measured shape with a distance costs at most"):
+        best_measured(SPACE, distances, "parameters", 5)
+
+
 def test_large_costs_are_written_out():
     config = tiny_config(num_hidden_layers=2, vocab_size=2_000_000)
     space = SearchSpace.from_config(config)

@@ -41,9 +41,14 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"dataloader_num_workers": -1}, "dataloader_num_workers=-1 must be an integer of at least 0."),
         ({"relation_heads": 0}, "relation_heads=0 must be an integer of at least 1."),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be a finite number at least 0."),
-        ({"mlm_probability": 1.5}, "mlm_probability=1.5 must be a finite number above 0 and at most 1."),
-        ({"mlm_probability": -0.5}, "mlm_probability=-0.5 must be a finite number above 0 and at most 1."),
-        ({"mlm_probability": 0}, "mlm_probability=0 must be a finite number above 0 and at most 1."),
+        ({"mlm_probability": 1.5}, "mlm_probability=1.5 must be a finite number at least 0 and at most 1."),
+        ({"mlm_probability": -0.5}, "mlm_probability=-0.5 must be a finite number at least 0 and at most 1."),
+        (
+            {"shared_learning_rate_scale": -1.0},
+            "shared_learning_rate_scale=-1.0 must be a finite number at least 0.",
+        ),
+        ({"state_weight": -1.0}, "state_weight=-1.0 must be a finite number at least 0."),
+        ({"pooled_weight": -1.0}, "pooled_weight=-1.0 must be a finite number at least 0."),
         ({"drop_rate": 1.0}, "drop_rate=1.0 must be a finite number at least 0 and below 1."),
         ({"drop_rate": -0.1}, "drop_rate=-0.1 must be a finite number at least 0 and below 1."),
         ({"distillation_weight": 1.1}, "distillation_weight=1.1 must be a finite number at least 0 and at most 1."),
@@ -105,7 +110,8 @@ def test_numbers_of_numpy_become_plain_ones():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampling": "all"}, "sampling='all' is unknown. Allowed: 'sandwich', 'random', 'fixed'."),
+        ({"sampling": "all"}, "sampling='all' is unknown. Allowed: 'sandwich', 'smallest', 'random', 'fixed'."),
+        ({"pooling": "max"}, "pooling='max' is unknown. Allowed: 'mean', 'cls'."),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8' is unknown. Allowed: 'no', 'bf16', 'fp16'."),
         ({"distribution": "normal"}, "distribution='normal' is unknown. Allowed: 'uniform', 'parameters', 'budget'."),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type='reduce_lr_on_plateau' is unknown. Allowed"),
@@ -167,7 +173,7 @@ def test_folder_may_be_a_path():
     assert SuperPretrainingArguments(output_dir=Path("runs") / "first").output_dir == "runs/first"
 
 
-@pytest.mark.parametrize("sampling", ["sandwich", "random"])
+@pytest.mark.parametrize("sampling", ["sandwich", "smallest", "random"])
 def test_a_shape_is_for_fixed_sampling_only(sampling):
     message = f"shape=[8, 8] is for sampling='fixed', not '{sampling}'."
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -180,7 +186,7 @@ def test_random_sampling_needs_a_random_shape():
         SuperPretrainingArguments(sampling="random", random_shapes=0)
 
 
-@pytest.mark.parametrize("sampling", ["random", "fixed"])
+@pytest.mark.parametrize("sampling", ["smallest", "random", "fixed"])
 @pytest.mark.parametrize("name", ["distillation_weight", "hidden_weight", "attention_weight"])
 def test_only_the_sandwich_has_a_largest_shape_to_learn_from(name, sampling):
     message = (
@@ -196,6 +202,30 @@ def test_compiled_layers_cannot_be_looked_into(name):
     message = "torch_compile=True does not go with hidden_weight, attention_weight or teacher_weight"
     with pytest.raises(ValueError, match=message):
         SuperPretrainingArguments(torch_compile=True, **{name: 0.5})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {},
+            "mlm_probability=0.0 labels nothing, so shapes learn from an outside teacher: give state_weight a",
+        ),
+        ({"pooled_weight": 1.0}, "give state_weight a value above 0, or mlm_probability."),
+        (
+            {"state_weight": 1.0, "distillation_weight": 0.5},
+            "distillation_weight=0.5 compares predictions of labelled tokens, and mlm_probability=0 labels none.",
+        ),
+        (
+            {"state_weight": 1.0, "target_perplexity": 20.0, "eval_steps": 1},
+            "target_perplexity=20.0 is measured on labelled tokens, and mlm_probability=0 labels none. Leave it out.",
+        ),
+    ],
+    ids=str,
+)
+def test_what_needs_labels_is_refused_without_them(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SuperPretrainingArguments(mlm_probability=0, **changes)
 
 
 def test_target_perplexity_needs_evaluations():
@@ -223,6 +253,8 @@ LIMITS = [
     {"sampling": "fixed", "torch_compile": True},
     {"torch_compile": True, "distillation_weight": 0.5},
     {"target_perplexity": 1.0, "eval_steps": 1},
+    {"mlm_probability": 0.0, "state_weight": 1.0, "distillation_weight": 0.0, "hidden_weight": 1.0},
+    {"sampling": "smallest", "random_shapes": 0, "state_weight": 1.0, "pooled_weight": 1.0, "torch_compile": True},
 ]
 
 
@@ -232,9 +264,13 @@ def test_limits_themselves_are_allowed(values):
     assert {name: getattr(arguments, name) for name in values} == values
 
 
-@pytest.mark.parametrize(("sampling", "weight"), [("sandwich", 0.5), ("random", 0.0), ("fixed", 0.0)])
+@pytest.mark.parametrize(
+    ("sampling", "weight"), [("sandwich", 0.5), ("smallest", 0.0), ("random", 0.0), ("fixed", 0.0)]
+)
 def test_distillation_is_on_by_default_in_a_sandwich_only(sampling, weight):
     assert SuperPretrainingArguments(sampling=sampling).distillation_weight == weight
+    unlabelled = SuperPretrainingArguments(sampling=sampling, mlm_probability=0, state_weight=1.0)
+    assert unlabelled.distillation_weight == 0
 
 
 def test_distillation_can_be_switched_off_in_a_sandwich():

@@ -3,13 +3,17 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_same, run, tiny_batch, tiny_model
+from conftest import assert_same, randomize, run, tiny_batch, tiny_bert_config, tiny_model
 from torch._dynamo.testing import CompileCounter
+from transformers import BertModel
 
+from supershaper_hf import SuperPretrainingArguments, SuperShaperModel
 from supershaper_hf.training import compilation
 from supershaper_hf.training.compilation import STEPS_THAT_PAY, compile_layers, release_layers
 from supershaper_hf.training.distillation import Objective
+from supershaper_hf.training.preparing import start_training_mode
 from supershaper_hf.training.sandwich import sandwich_step
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
 # Dynamo looks whether activations have a gradient. It keeps torch from showing this warning, but not from raising it.
@@ -83,6 +87,25 @@ def test_compiled_layers_train_the_same(graphs):
     assert_same(train(compiled, SHAPES), train(plain, SHAPES))
     assert_same(compiled.state_dict(), plain.state_dict())
     assert graphs.frame_count > 0
+
+
+@pytest.mark.parametrize("bottlenecks", ["shared", "by_width"])
+def test_compiled_layers_learn_the_same_from_the_original(graphs, bottlenecks):
+    """Without dropout, and with one graph for each width, also where layers have weights by width."""
+    teacher = OutsideTeacher(randomize(BertModel(tiny_bert_config()), seed=1))
+    objective = Objective(teacher=teacher, state_weight=1.0, pooled_weight=1.0, labels=False)
+    batch = batch_of()
+    batch["labels"].fill_(-100)
+    found = []
+    for compiled in (False, True):
+        model = tiny_model(SuperShaperModel, bottlenecks=bottlenecks, width_choices=WIDTHS)
+        start_training_mode(model, SuperPretrainingArguments(no_dropout=True))
+        if compiled:
+            compile_layers(model, len(WIDTHS), 1000, torch.device("cpu"))
+        losses = sandwich_step(Accelerator(), model, [batch], SHAPES, objective)
+        found.append([losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}])
+    assert_same(*found)
+    assert graphs.frame_count == len(WIDTHS)
 
 
 def test_every_width_has_a_graph_and_no_shape_or_layer_has_one_of_its_own(graphs):

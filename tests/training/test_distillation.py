@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import assert_same, randomize, tiny_batch, tiny_model
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -24,18 +25,23 @@ from transformers import (
 )
 from transformers.modeling_outputs import MaskedLMOutput
 
+from supershaper_hf import SuperShaperForMaskedLM, SuperShaperModel
 from supershaper_hf.training import distillation
 from supershaper_hf.training.distillation import (
     Largest,
     LayerActivations,
     Objective,
-    OutsideTeacher,
     alpha_divergence,
     attention_loss,
+    pooled_loss,
     relation_loss,
     soft_cross_entropy,
+    state_loss,
     watch_layers,
+    watch_state,
 )
+from supershaper_hf.training.sandwich import sandwich_step
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
 FULL, NARROW, DROPPED = [48, 48, 48], [20, 36, 8], [8, 0, 36]
@@ -174,6 +180,67 @@ class TestWatchLayers:
         assert_same(gradients(model, activations[1].state.square().sum()), expected, atol=1e-5)
 
 
+class TestWatchState:
+    @pytest.mark.parametrize("shape", [None, NARROW, [8, 20, 0]], ids=str)
+    def test_keeps_what_the_bare_model_returns(self, model_class, shape):
+        model, batch = tiny_model(model_class), tiny_batch(model_class)
+        with watch_state(nn.ModuleDict({"module": model})) as states:
+            model(**batch, shape=shape)
+        inputs = {name: tensor.flatten(0, -2) for name, tensor in batch.items()}
+        assert_same(states, [model.base_model(**inputs, shape=shape).last_hidden_state], atol=0)
+
+    def test_nothing_asked_for_costs_nothing(self):
+        model = tiny_model()
+        with watch_state(model, False) as states:
+            assert all_hooks(model) == []
+            model(**tiny_batch())
+        assert states == []
+
+    def test_hook_is_removed(self):
+        model = tiny_model()
+        before = all_hooks(model)
+        with watch_state(model):
+            assert len(all_hooks(model)) == len(before) + 1
+        assert all_hooks(model) == before
+        with pytest.raises(KeyboardInterrupt), watch_state(model):
+            raise KeyboardInterrupt
+        assert all_hooks(model) == before
+
+    def test_other_models_are_refused(self):
+        with pytest.raises(ValueError, match=r"Linear has no SuperShaperEncoder\. Give a SuperShaper model\."):
+            watch_state(nn.Linear(2, 2)).__enter__()
+
+    @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")  # that nothing writes to
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    @pytest.mark.parametrize("model_class", [SuperShaperModel, SuperShaperForMaskedLM])
+    def test_sharded_model_gives_the_same_gradients(self, model_class, checkpointing):
+        """Nothing but the state has a loss, in bfloat16 too, where FSDP2 returns a cast copy of what the model does."""
+        batch = {name: tensor for name, tensor in tiny_batch().items() if name != "token_type_ids"}
+        batch["labels"] = torch.full_like(batch["input_ids"], -100)
+        teacher = OutsideTeacher(randomize(BertModel(BertConfig(**{**WIDE, "hidden_size": 48})), seed=1))
+        objective = Objective(teacher=teacher, state_weight=1.0, labels=False)
+        results = []
+        for sharded in (False, True):
+            model = tiny_model(model_class, **NO_DROPOUT).train()
+            checkpoint_layers(model, checkpointing)
+            if sharded:
+                distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+            try:
+                if sharded:
+                    options = {"mesh": distributed.init_device_mesh("cpu", (1,)), "reshard_after_forward": True}
+                    options["mp_policy"] = MixedPrecisionPolicy(output_dtype=torch.bfloat16)
+                    for layer in model.base_model.encoder.layer:
+                        fully_shard(layer, **options | {"mp_policy": MixedPrecisionPolicy()})
+                    fully_shard(model, **options)
+                sandwich_step(Accelerator(), model, [batch], [FULL, DROPPED], objective)
+                grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+                results.append({name: grad.full_tensor() if sharded else grad for name, grad in grads.items()})
+            finally:
+                if sharded:
+                    distributed.destroy_process_group()
+        assert_same(*results, atol=1e-6)
+
+
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
@@ -217,22 +284,23 @@ class TestOutsideTeacher:
     def test_projections_of_the_layer(self, family, layer, index):
         """The input of layer i is hidden state i; its projections are applied to it here by name."""
         model, batch = outside_model(family), tiny_batch()
-        qkv = OutsideTeacher(model, layer)(batch)
+        output = OutsideTeacher(model, layer)(batch)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            states = model(**inputs, output_hidden_states=True).hidden_states[index]
+            states = model(**inputs, output_hidden_states=True).hidden_states
             parent = model.get_submodule(TEACHERS[family][2].format(index))
-            expected = [getattr(parent, name)(states) for name in TEACHERS[family][3]]
-        assert qkv[0].shape == (2, 9, 72)
-        assert_same(list(qkv), expected, atol=1e-6)
+            expected = [getattr(parent, name)(states[index]) for name in TEACHERS[family][3]]
+        assert output.query.shape == (2, 9, 72)
+        assert_same([output.query, output.key, output.value, output.state], [*expected, states[-1]], atol=1e-6)
 
     def test_supershaper_teacher(self):
         model, batch = tiny_model(), tiny_batch()
         del batch["token_type_ids"]
         with watch_layers(model, [2]) as activations:
-            model(**batch)
-        last = activations[2].detach()
-        assert_same(list(OutsideTeacher(model)(batch)), [last.query, last.key, last.value])
+            state = model.bert(**batch).last_hidden_state
+        last, output = activations[2].detach(), OutsideTeacher(model)(batch)
+        expected = [last.query, last.key, last.value, state.detach()]
+        assert_same([output.query, output.key, output.value, output.state], expected)
 
     def test_frozen_and_without_traces(self):
         model = outside_model()
@@ -240,12 +308,12 @@ class TestOutsideTeacher:
         model.cls.register_forward_hook(lambda *args: ran.append(args))
         before = all_hooks(model)
         teacher = OutsideTeacher(model)
-        qkv = teacher(tiny_batch())
+        tensors = vars(teacher(tiny_batch())).values()
         assert not any(module.training for module in teacher.model.modules())
         assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
-        assert not any(tensor.is_inference() for tensor in qkv)  # autograd could not save such a tensor
+        assert not any(tensor.is_inference() for tensor in tensors)  # autograd could not save such a tensor
         teacher.model.requires_grad_(True)
-        assert not any(tensor.requires_grad for tensor in (*qkv, *teacher(tiny_batch())))
+        assert not any(tensor.requires_grad for tensor in (*tensors, *vars(teacher(tiny_batch())).values()))
         assert all_hooks(model) == before
         assert ran == []  # the head is not needed
 
@@ -253,8 +321,9 @@ class TestOutsideTeacher:
         teacher, batch = OutsideTeacher(outside_model()), tiny_batch()
         changed = dict(batch, input_ids=batch["input_ids"].where(batch["attention_mask"] == 1, 7))
         real = batch["attention_mask"].bool()
-        for tensor, other in zip(teacher(batch), teacher(changed)):
-            assert_same(tensor[real], other[real])
+        output, other = teacher(batch), teacher(changed)
+        for name, tensor in vars(output).items():
+            assert_same(tensor[real], getattr(other, name)[real])
 
     def test_moves_to_the_batch(self):
         teacher = OutsideTeacher(outside_model())
@@ -294,11 +363,21 @@ class TestOutsideTeacher:
         ({"hidden_weight": -1.0}, "hidden_weight=-1.0 must be a finite number at least 0."),
         ({"attention_weight": math.nan}, "attention_weight=nan must be a finite number at least 0."),
         ({"teacher_weight": -1.0}, "teacher_weight=-1.0 must be a finite number at least 0."),
+        ({"state_weight": -1.0}, "state_weight=-1.0 must be a finite number at least 0."),
+        ({"pooled_weight": math.nan}, "pooled_weight=nan must be a finite number at least 0."),
+        ({"pooling": "max"}, "pooling='max' is unknown. Allowed: 'mean', 'cls'."),
         ({"hidden_weight": "0.5"}, "hidden_weight='0.5' must be a finite number at least 0."),
         ({"relation_heads": 0}, "relation_heads=0 must be an integer of at least 1."),
         ({"divergence": "alpha", "temperature": 2.0}, "temperature=2.0 does not go with divergence='alpha'"),
         ({"teacher_weight": 1.0}, "teacher_weight=1.0 needs a teacher."),
-        ({"teacher": object()}, "A teacher is given, but teacher_weight=0."),
+        ({"state_weight": 1.0, "pooled_weight": 2.0}, "state_weight=1.0 needs a teacher."),
+        ({"pooled_weight": 2.0}, "pooled_weight=2.0 needs a teacher."),
+        ({"teacher": object()}, "A teacher is given, but teacher_weight=0, state_weight=0, pooled_weight=0."),
+        ({"labels": False}, "labels=False leaves state_weight=0 nothing to report."),
+        (
+            {"labels": False, "teacher": object(), "state_weight": 1.0, "distillation_weight": 0.5},
+            "distillation_weight=0.5 compares predictions of labelled tokens, and with labels=False there are none.",
+        ),
     ],
 )
 def test_objective_refuses(values, message):
@@ -334,7 +413,7 @@ def step(model, objective, batch, shapes, outside=None):
 
 
 def checkpoint_layers(model, on):
-    for layer in model.bert.encoder.layer:
+    for layer in model.base_model.encoder.layer:
         layer.gradient_checkpointing = on
         layer._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
@@ -354,6 +433,7 @@ class TestObjective:
         assert Objective(attention_weight=1.0).layers(FULL) == [0, 1, 2]
         assert Objective(**outside).layers([8, 36, 0]) == [1]
         assert Objective(**outside, hidden_weight=1.0).layers(DROPPED) == [0, 2]
+        assert Objective(teacher=teacher, state_weight=1.0, pooled_weight=1.0).layers(DROPPED) == []
 
     def test_labels_alone(self):
         model, batch = tiny_model(), labelled_batch()
@@ -422,23 +502,24 @@ class TestObjective:
         outside_teacher = OutsideTeacher(outside_model(family), layer=3)
         objective = Objective(teacher=outside_teacher, teacher_weight=3.0, relation_heads=relation_heads)
         model, batch = tiny_model(), labelled_batch()
-        qkv = outside_teacher(batch)
-        losses = step(model, objective, batch, [FULL, [8, 20, 0]], qkv)
+        outside = outside_teacher(batch)
+        losses = step(model, objective, batch, [FULL, [8, 20, 0]], outside)
         for (_, layer_loss), shape, last in zip(losses, [FULL, [8, 20, 0]], [2, 1]):
             with torch.no_grad(), watch_layers(model, [0, 1, 2]) as activations:
                 model(**batch, shape=shape)
             student = [activations[last].query, activations[last].key, activations[last].value]
             # the tiny student has 4 attention heads
-            expected = relation_loss(student, qkv, relation_heads or 4, batch["attention_mask"])
+            taught = [outside.query, outside.key, outside.value]
+            expected = relation_loss(student, taught, relation_heads or 4, batch["attention_mask"])
             assert_same(layer_loss, 3 * expected)
 
     def test_subnet_learns_as_the_supernet_at_its_shape(self, teacher):
         objective = Objective(teacher=teacher, teacher_weight=2.0)
         supernet, batch = tiny_model(), labelled_batch()
-        qkv = teacher(batch)
+        outside = teacher(batch)
         subnet = supernet.extract_subnet(DROPPED)
-        (expected,) = step(supernet, objective, batch, [DROPPED], qkv)
-        (losses,) = step(subnet, objective, batch, [None], qkv)
+        (expected,) = step(supernet, objective, batch, [DROPPED], outside)
+        (losses,) = step(subnet, objective, batch, [None], outside)
         assert_same(losses, expected)
         grads = gradients(subnet, sum(losses))
         assert grads["bert.encoder.layer.1.attention.self.value.weight"].abs().max() > 0
@@ -478,6 +559,28 @@ class TestObjective:
     def test_missing_outside(self, teacher):
         with pytest.raises(ValueError, match=r"The outside teacher's output is missing\. Pass outside="):
             step(tiny_model(), Objective(teacher=teacher, teacher_weight=1.0), labelled_batch(), [FULL])
+
+    def test_missing_state(self, teacher):
+        objective, batch = Objective(teacher=teacher, state_weight=1.0), tiny_batch()
+        with pytest.raises(ValueError, match=r"No state was watched\. Run the forward pass inside watch_state"):
+            objective.output_losses([], batch["attention_mask"], teacher(batch))
+        with pytest.raises(ValueError, match=r"The outside teacher's output is missing\. Pass outside="):
+            objective.output_losses([torch.zeros(2, 9, 72)], batch["attention_mask"], None)
+
+    @pytest.mark.parametrize("pooling", ["mean", "cls"])
+    def test_output_losses(self, teacher, pooling):
+        """Without their factors, and 0 for the one that is not asked for."""
+        batch, state = tiny_batch(), torch.randn(2, 9, 72)
+        mask, outside = batch["attention_mask"], teacher(batch)
+        expected = [state_loss(state, outside.state, mask), pooled_loss(state, outside.state, mask, pooling)]
+        values = {"state_weight": 3.0, "pooled_weight": 5.0}
+        both = Objective(teacher=teacher, pooling=pooling, **values)
+        assert_same(list(both.output_losses([state], mask, outside)), expected)
+        for index, name in enumerate(values):
+            one = Objective(teacher=teacher, pooling=pooling, **{name: values[name]})
+            found = one.output_losses([state], mask, outside)
+            assert_same(found[index], expected[index])
+            assert found[1 - index].item() == 0
 
     def test_checkpointing_gives_the_same_gradients(self, teacher):
         """Layers run again in backward, when the hooks are gone."""

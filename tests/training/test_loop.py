@@ -31,9 +31,9 @@ from supershaper_hf.model.costs import training_flops
 from supershaper_hf.model.elastic import SuperShaperLayer
 from supershaper_hf.model.modeling_supershaper import IGNORE_INDEX
 from supershaper_hf.training import loop as training_module
-from supershaper_hf.training.distillation import OutsideTeacher
-from supershaper_hf.training.loop import derive_seed, make_accelerator
+from supershaper_hf.training.loop import derive_seed
 from supershaper_hf.training.sandwich import sandwich_step, step_shapes
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
 pytestmark = pytest.mark.usefixtures("no_measured_peak")
@@ -209,11 +209,12 @@ def test_every_round_reads_all_sequences_in_an_order_of_its_own(tokenizer, datas
 
 def test_losses_of_the_arguments_reach_the_step(tokenizer, dataset, steps):
     given = {"distillation_weight": 0.3, "temperature": 2.0, "hidden_weight": 0.1, "attention_weight": 0.2}
-    given |= {"teacher_weight": 0.4, "relation_heads": 2}
-    teacher = outside_teacher()
+    given |= {"teacher_weight": 0.4, "relation_heads": 2, "state_weight": 0.5, "pooled_weight": 0.6, "pooling": "cls"}
+    teacher = outside_teacher(hidden_size=48)
     pretrain(tokenizer, dataset, max_steps=1, teacher=teacher, **given)
     assert {name: getattr(steps[0]["objective"], name) for name in given} == given
     assert steps[0]["objective"].teacher is teacher
+    assert steps[0]["objective"].labels
 
 
 def test_divergence_reaches_the_step(tokenizer, dataset, steps):
@@ -225,6 +226,8 @@ def test_divergence_reaches_the_step(tokenizer, dataset, steps):
     ("changes", "message"),
     [
         ({"teacher_weight": 0.5}, "teacher_weight=0.5 needs a teacher."),
+        ({"state_weight": 0.5}, "state_weight=0.5 needs a teacher."),
+        ({"pooled_weight": 0.5}, "pooled_weight=0.5 needs a teacher."),
         ({"max_length": 25}, "25"),
     ],
     ids=str,
@@ -254,6 +257,13 @@ def test_fixed_sampling_trains_one_shape(tokenizer, dataset, steps):
     assert not any(".layer.0." in name or ".layer.2." in name for name in unchanged)
 
 
+def test_smallest_sampling_never_trains_the_largest_shape(tokenizer, dataset, steps):
+    _, summary = pretrain(tokenizer, dataset, sampling="smallest", random_shapes=2)
+    expected = [[SPACE.smallest, *SPACE.sample(2, (0, n)).tolist()] for n in range(3)]
+    assert [step["shapes"] for step in steps] == expected
+    assert [len(values) for values in losses(summary)] == [3] * 3
+
+
 @pytest.mark.parametrize("shape", [None, [8, 0, 36]], ids=["supernet", "subnet"])
 def test_fixed_sampling_without_a_shape_trains_the_models_own(tokenizer, dataset, steps, shape):
     model = tiny_model() if shape is None else tiny_model().extract_subnet(shape)
@@ -264,7 +274,7 @@ def test_fixed_sampling_without_a_shape_trains_the_models_own(tokenizer, dataset
     assert [name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])] == []
 
 
-@pytest.mark.parametrize("sampling", ["sandwich", "random"])
+@pytest.mark.parametrize("sampling", ["sandwich", "smallest", "random"])
 def test_subnet_has_no_shapes_to_sample(tokenizer, dataset, sampling):
     with pytest.raises(ValueError, match=re.escape("belongs to a subnet with fixed hidden_sizes=[8, 36]")):
         pretrain(tokenizer, dataset, tiny_model().extract_subnet([8, 0, 36]), sampling=sampling)
@@ -273,22 +283,6 @@ def test_subnet_has_no_shapes_to_sample(tokenizer, dataset, sampling):
 def test_tokenizer_of_another_vocabulary_is_refused(tokenizer, dataset):
     with pytest.raises(ValueError, match="The tokenizer has 20 tokens, but the model has vocab_size=19"):
         pretrain(tokenizer, dataset, tiny_model(vocab_size=19))
-
-
-@pytest.mark.parametrize(
-    ("changes", "unused"),
-    [
-        ({}, False),
-        ({"drop_rate": 0.1}, True),
-        ({"sampling": "fixed"}, False),
-        ({"sampling": "fixed", "shape": [8, 20, 36]}, False),
-        ({"sampling": "fixed", "shape": [8, 0, 36]}, True),
-    ],
-    ids=str,
-)
-def test_only_dropped_layers_let_processes_expect_missing_gradients(changes, unused):
-    handler = make_accelerator(arguments(**changes)).ddp_handler
-    assert handler.find_unused_parameters == unused
 
 
 # The optimiser
@@ -339,6 +333,32 @@ def test_step_without_any_label_changes_nothing_but_goes_by(tokenizer, dataset, 
     assert losses(summary) == [[0.0, 0.0, 0.0]] * 4
     assert_same(steps[0]["weights"], steps[-1]["weights"], atol=0)
     assert (summary.progress.step, summary.progress.labelled, summary.progress.skipped_steps) == (4, 0, 0)
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_without_dropout_is_that_of_a_model_without_it(tokenizer, dataset, eval_batches, checkpointing):
+    """Also after an evaluation."""
+    changes = {"eval_batches": eval_batches, "eval_steps": 1, "gradient_checkpointing": checkpointing}
+    model, _ = pretrain(tokenizer, dataset, no_dropout=True, **changes)
+    expected, _ = pretrain(tokenizer, dataset, tiny_model(**NO_DROPOUT), **changes)
+    assert_same(model.state_dict(), expected.state_dict(), atol=0)
+    rates = [getattr(model.config, name) for name in NO_DROPOUT] + [model.bert.embeddings.dropout.p]
+    assert rates == [0.1, 0.1, 0.1]
+
+
+def test_layers_are_checkpointed_without_dropout_too(tokenizer, dataset, monkeypatch):
+    seen = []
+
+    def record(accelerator, model, *args):
+        seen.append({layer.training for layer in model.modules() if isinstance(layer, SuperShaperLayer)})
+        return sandwich_step(accelerator, model, *args)
+
+    monkeypatch.setattr(training_module, "sandwich_step", record)
+    pretrain(tokenizer, dataset, max_steps=1, no_dropout=True, gradient_checkpointing=True)
+    assert seen == [{True}]
 
 
 # The model afterwards
@@ -585,6 +605,18 @@ def test_teacher_of_shorter_texts_is_refused(tokenizer, dataset):
     with pytest.raises(ValueError, match=re.escape(message)):
         pretrain(tokenizer, dataset, teacher=outside_teacher(max_position_embeddings=11), teacher_weight=1.0)
     pretrain(tokenizer, dataset, teacher=outside_teacher(max_position_embeddings=12), teacher_weight=1.0, max_steps=1)
+
+
+def test_last_hidden_state_of_another_width_cannot_be_compared(tokenizer, dataset):
+    message = "state_weight and pooled_weight compare last hidden states, but the teacher has hidden_size=32 and"
+    for name in ("state_weight", "pooled_weight"):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            pretrain(tokenizer, dataset, teacher=outside_teacher(), **{name: 1.0})
+
+
+def test_relations_are_not_checked_unless_they_are_compared(tokenizer, dataset):
+    teacher = outside_teacher(hidden_size=48, num_attention_heads=3)
+    pretrain(tokenizer, dataset, teacher=teacher, state_weight=1.0, relation_heads=7, max_steps=1)
 
 
 # Trackers

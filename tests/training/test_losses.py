@@ -10,8 +10,10 @@ from supershaper_hf.training.losses import (
     alpha_divergence,
     attention_loss,
     hidden_state_loss,
+    pooled_loss,
     relation_loss,
     soft_cross_entropy,
+    state_loss,
 )
 
 
@@ -328,3 +330,64 @@ class TestEveryLossOfLayers:
         assert_same(LOSSES[name](*changed, MASK), LOSSES[name](student, teacher, MASK), atol=1e-6)
         gradient = gradient_of(lambda s: LOSSES[name](s, changed[1], MASK), changed[0])
         assert gradient[MASK == 0].abs().max() == 0
+
+
+def two_sequences():
+    """States of a student and a teacher; the second sequence ends in two tokens of padding, whose states are huge."""
+    student, teacher = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    student[1, 2:], teacher[1, 2:] = 1e6, -1e6
+    return student, teacher, mask
+
+
+class TestStateLoss:
+    def test_mean_over_tokens_of_the_relative_error(self):
+        student, teacher, mask = two_sequences()
+        each = [((s - t) @ (s - t)) / (t @ t) for s, t in zip(student[mask == 1], teacher[mask == 1])]
+        assert_same(state_loss(student, teacher, mask), torch.stack(each).mean())
+
+    def test_size_of_the_states_does_not_matter(self):
+        student, teacher, mask = two_sequences()
+        assert_same(state_loss(7 * student, 7 * teacher, mask), state_loss(student, teacher, mask))
+
+    @pytest.mark.parametrize(("factor", "expected"), [(1.0, 0.0), (0.0, 1.0), (2.0, 1.0), (-1.0, 4.0)])
+    def test_scale(self, factor, expected):
+        _, teacher, mask = two_sequences()
+        assert state_loss(factor * teacher, teacher, mask).item() == pytest.approx(expected, abs=1e-6)
+
+    def test_half_precision_is_computed_in_full(self):
+        student, teacher, mask = (tensor.bfloat16() for tensor in two_sequences())
+        loss = state_loss(student, teacher, mask)
+        assert loss.dtype == torch.float32
+        assert_same(loss, state_loss(student.float(), teacher.float(), mask), atol=0)
+
+
+class TestPooledLoss:
+    def test_mean_over_sequences_of_the_cosine_of_means(self):
+        student, teacher, mask = two_sequences()
+        cosines = []
+        for s, t, real in zip(student, teacher, mask == 1):
+            s, t = s[real].mean(0), t[real].mean(0)
+            cosines.append((s @ t) / (s.norm() * t.norm()))
+        assert_same(pooled_loss(student, teacher, mask), 1 - torch.stack(cosines).mean())
+
+    def test_first_tokens(self):
+        student, teacher, mask = two_sequences()
+        expected = pooled_loss(student[:, :1], teacher[:, :1], mask[:, :1])
+        assert_same(pooled_loss(student, teacher, mask, "cls"), expected)
+
+    def test_only_the_direction_counts(self):
+        _, teacher, mask = two_sequences()
+        assert pooled_loss(3 * teacher, teacher, mask).item() == pytest.approx(0, abs=1e-6)
+        assert pooled_loss(-teacher, teacher, mask, "cls").item() == pytest.approx(2, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [state_loss, pooled_loss])
+def test_gradients_of_states_flow_into_real_tokens_of_the_student_only(loss):
+    student, teacher, mask = two_sequences()
+    student.requires_grad_()
+    teacher.requires_grad_()
+    loss(student, teacher, mask).backward()
+    assert teacher.grad is None
+    assert student.grad[mask == 1].abs().min() > 0
+    assert not student.grad[mask == 0].any()

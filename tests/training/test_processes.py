@@ -16,11 +16,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from conftest import SPECIAL_TOKENS, WORDS, assert_same, tiny_model
+from conftest import SPECIAL_TOKENS, WORDS, assert_same, randomize, tiny_bert_config, tiny_model
 from launching import launch
 from safetensors.torch import load_file
 from texts import random_documents
-from transformers import AutoModelForMaskedLM, BertTokenizer
+from transformers import AutoModelForMaskedLM, BertModel, BertTokenizer
 
 from supershaper_hf import SearchSpace
 from supershaper_hf.data.batches import fixed_masks
@@ -35,6 +35,7 @@ from supershaper_hf.training.checkpoints import find_damage, list_checkpoints
 from supershaper_hf.training.loop import super_pretrain
 from supershaper_hf.training.resuming import read_state
 from supershaper_hf.training.sandwich import sandwich_step, step_shapes
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
 STEPS = 7
@@ -47,6 +48,22 @@ COMPARED = {
     "layer losses": {"hidden_weight": 1.0, "attention_weight": 1.0, "gradient_accumulation_steps": 2},
     "random": {"sampling": "random", "random_shapes": 2, "drop_rate": 0.5, "gradient_accumulation_steps": 2},
     "adaptive": {"divergence": "alpha", "weight_decay": 0.1, "lr_scheduler_type": "cosine"},
+    "by width": {
+        "bottlenecks": "by_width",
+        "shared_learning_rate_scale": 0.1,
+        "sampling": "random",
+        "drop_rate": 0.2,
+        "weight_decay": 0.1,
+    },
+    "without labels": {
+        "bottlenecks": "by_width",
+        "mlm_probability": 0,
+        "state_weight": 1.0,
+        "pooled_weight": 1.0,
+        "sampling": "smallest",
+        "drop_rate": 0.5,
+        "gradient_accumulation_steps": 2,
+    },
 }
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -71,11 +88,11 @@ def evaluation_batches(count=3):
     return fixed_masks(tokenize(random_documents(8, seed=1), tokenizer, 12), tokenizer, 8, mlm_probability=0.4)[:count]
 
 
-def train(folder=None, stream=False, dropout=True, batch_size=4, **changes):
+def train(folder=None, stream=False, dropout=True, batch_size=4, bottlenecks="shared", **changes):
     """Train a tiny model for some steps; return it and the summary."""
     tokenizer = make_tokenizer()
     text = documents().to_iterable_dataset() if stream else tokenize(documents(), tokenizer, 12)
-    model = tiny_model(**({} if dropout else NO_DROPOUT))
+    model = tiny_model(bottlenecks=bottlenecks, **({} if dropout else NO_DROPOUT))
     values = {
         "max_steps": STEPS,
         "save_steps": 2,
@@ -85,7 +102,8 @@ def train(folder=None, stream=False, dropout=True, batch_size=4, **changes):
     }
     values |= {"learning_rate": 1e-3, "max_length": 12, "output_dir": None if folder is None else str(folder)}
     args = SuperPretrainingArguments(**{**values, **changes})
-    return model, super_pretrain(model, tokenizer, text, args, eval_batches=evaluation_batches())
+    teacher = OutsideTeacher(randomize(BertModel(tiny_bert_config()), seed=1)) if args.state_weight else None
+    return model, super_pretrain(model, tokenizer, text, args, eval_batches=evaluation_batches(), teacher=teacher)
 
 
 def step_losses(summary):
@@ -226,6 +244,25 @@ def test_two_processes_compute_what_one_does_at_the_same_global_batch(ranks, nam
         assert_same(without_key_biases(rank[name]["weights"]), without_key_biases(model.state_dict()), atol=1e-4)
 
 
+def moments(run):
+    return load_file(list_checkpoints(run)[0] / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_parameters_that_no_shape_of_a_step_uses_are_left_alone(ranks, folder, tmp_path, kind):
+    """With weights by width and no largest shape. Each parameter has the same number of updates as on one process."""
+    model, _ = train(tmp_path / "run", dropout=False, batch_size=8, **COMPARED["by width"])
+    expected, found = moments(tmp_path / "run"), moments(folder / f"{kind} unused")
+    updates = {int(value) for name, value in expected.items() if name.endswith("/step")}
+    assert len(updates) > 1
+    assert updates <= set(range(1, STEPS + 1))
+    kept = {name: value for name, value in found.items() if "key.bias/" not in name}
+    assert_same(kept, {name: value for name, value in expected.items() if "key.bias/" not in name}, atol=1e-4)
+    weights = load_file(folder / f"{kind} unused" / "last" / "model.safetensors")
+    trained = {name: tensor for name, tensor in model.state_dict().items() if name in weights}
+    assert_same(without_key_biases(weights), without_key_biases(trained), atol=1e-3)
+
+
 @pytest.mark.parametrize("name", [*COMPARED, "whole", "resumed", "stream", "resumed stream", *DISTURBED])
 def test_processes_end_with_the_same_weights(ranks, name):
     """And measured the same; only the main one keeps records of what was before a run went on."""
@@ -354,6 +391,13 @@ def test_fsdp_trains_as_ddp_does(ranks, folder):
     assert_same(without_key_biases(last), without_key_biases(expected), atol=1e-3)
 
 
+def test_fsdp_trains_without_labels_as_ddp_does(ranks):
+    for rank in ranks:
+        run, expected = rank["fsdp without labels"], rank["without labels"]
+        torch.testing.assert_close(run["losses"], expected["losses"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(run["evaluations"], expected["evaluations"], atol=1e-3, rtol=1e-3)
+
+
 def test_fsdp_run_goes_on(ranks, folder):
     losses = [rank["losses"] for rank in (ranks[0]["resumed fsdp"], ranks[0]["fsdp"])]
     assert losses[0] == losses[1]
@@ -434,7 +478,7 @@ def work_together(accelerator, folder):
 
     for name, changes in COMPARED.items():
         training.sandwich_step = record if name == "dropped layers" else sandwich_step
-        model, summary = train(dropout=False, **changes)
+        model, summary = train(folder / "ddp unused" if name == "by width" else None, dropout=False, **changes)
         found[name] = result(model, summary)
         if name == "sandwich":
             counters = ("step", "sequences", "tokens", "labelled", "skipped_steps")
@@ -478,5 +522,8 @@ def work_under_fsdp(folder, found):
         "losses": step_losses(summary),
         "evaluations": evaluations(summary),
     }
+    train(folder / "fsdp unused", dropout=False, **COMPARED["by width"])
+    _, summary = train(dropout=False, **COMPARED["without labels"])
+    found["fsdp without labels"] = {"losses": step_losses(summary), "evaluations": evaluations(summary)}
     _, summary = interrupted_and_resumed(folder / "resumed fsdp", dropout=False)
     found["resumed fsdp"] = {"losses": step_losses(summary)}

@@ -134,6 +134,21 @@ def test_description_tells_the_sampling(sampling, words):
     assert "distillation weight 0," in description
 
 
+def test_description_tells_the_original_that_teaches():
+    values = {"state_weight": 1.0, "pooled_weight": 0.5, "pooling": "cls", "sampling": "smallest", "no_dropout": True}
+    unlabelled = summary(mlm_probability=0.0, **values).describe()
+    assert unlabelled.startswith(
+        "Distillation from a frozen model without labels, the smallest shape and 4 random one(s) per step. 1,234 steps"
+    )
+    assert unlabelled.endswith(
+        "(linear), weights 1 of the last hidden state, 0.5 of its pooled form (cls), 0 of attention relations, no "
+        "dropout, precision bf16, seed 7."
+    )
+    both = summary(**values).describe()
+    assert both.startswith("Masked language modelling and distillation from a frozen model, the smallest shape and 4")
+    assert "masking 15%, distillation weight 0, weights 1 of the last hidden state" in both
+
+
 def test_description_tells_changed_conditions():
     done = summary()
     done.progress.changes = [{"step": 1000, "name": "learning_rate", "before": 2e-4, "after": 1e-4}]

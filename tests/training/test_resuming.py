@@ -29,10 +29,10 @@ from supershaper_hf.search.evaluation import evaluate_shapes
 from supershaper_hf.training import loop as training_module
 from supershaper_hf.training import run_folder
 from supershaper_hf.training.checkpoints import list_checkpoints, seal
-from supershaper_hf.training.distillation import OutsideTeacher
 from supershaper_hf.training.loop import evaluation_shapes, super_pretrain
 from supershaper_hf.training.resuming import read_state, write_state
 from supershaper_hf.training.sandwich import sandwich_step
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
 pytestmark = pytest.mark.usefixtures("no_measured_peak")

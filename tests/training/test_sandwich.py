@@ -5,15 +5,29 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import assert_same, randomize, tiny_batch, tiny_bert_config, tiny_config, tiny_model
+from conftest import HEADS, assert_same, randomize, tiny_batch, tiny_bert_config, tiny_config, tiny_model
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from transformers import BertModel
 
-from supershaper_hf import SearchSpace
+from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, SuperShaperForMultipleChoice, SuperShaperModel
 from supershaper_hf.model.modeling_supershaper import IGNORE_INDEX
+from supershaper_hf.training import sandwich
 from supershaper_hf.training.arguments import SuperPretrainingArguments
-from supershaper_hf.training.distillation import Largest, Objective, OutsideTeacher, watch_layers
+from supershaper_hf.training.distillation import Largest, Objective, watch_layers
 from supershaper_hf.training.loop import checkpoint_layers
-from supershaper_hf.training.sandwich import count_positions, decay_groups, sandwich_step, step_shapes
+from supershaper_hf.training.losses import pooled_loss, state_loss
+from supershaper_hf.training.preparing import freeze
+from supershaper_hf.training.sandwich import (
+    count_positions,
+    decay_groups,
+    exchange_gradients,
+    order_of_passes,
+    sandwich_step,
+    shares_of_step,
+    step_shapes,
+)
+from supershaper_hf.training.teacher import OutsideTeacher
 
 
 SPACE = SearchSpace(tiny_config())
@@ -21,8 +35,8 @@ SHAPES = [[48, 48, 48], [8, 8, 8], [20, 0, 36]]
 PADDING = 0
 
 
-def undropped_model(**changes):
-    return tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **changes)
+def undropped_model(model_class=SuperShaperForMaskedLM, **changes):
+    return tiny_model(model_class, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **changes)
 
 
 def labelled(batch, every):
@@ -60,6 +74,11 @@ def outside_teacher():
     return OutsideTeacher(randomize(BertModel(tiny_bert_config(hidden_size=32, num_hidden_layers=2)), seed=1))
 
 
+def original():
+    """A teacher of the width of the student."""
+    return OutsideTeacher(randomize(BertModel(tiny_bert_config()), seed=1))
+
+
 OBJECTIVES = {
     "labels": lambda: Objective(),
     "distillation": lambda: Objective(distillation_weight=0.4, temperature=2.0),
@@ -67,13 +86,17 @@ OBJECTIVES = {
     "hidden": lambda: Objective(hidden_weight=0.5),
     "attention": lambda: Objective(attention_weight=0.5),
     "outside": lambda: Objective(teacher=outside_teacher(), teacher_weight=0.5),
+    "original": lambda: Objective(teacher=original(), state_weight=0.5, pooled_weight=0.3),
     "all": lambda: Objective(
         distillation_weight=0.3,
         hidden_weight=0.2,
         attention_weight=0.3,
-        teacher=outside_teacher(),
+        teacher=original(),
         teacher_weight=0.4,
         relation_heads=2,
+        state_weight=0.5,
+        pooled_weight=0.6,
+        pooling="cls",
     ),
 }
 
@@ -127,6 +150,12 @@ def test_random_sampling_has_random_shapes_only():
     drawn = step_shapes(SPACE, arguments(sampling="random", random_shapes=3), 5)
     assert drawn == SPACE.sample(3, (0, 5)).tolist()
     assert drawn == step_shapes(SPACE, arguments(random_shapes=3), 5)[2:]
+
+
+def test_smallest_sampling_is_a_sandwich_without_the_largest():
+    _, smallest, *drawn = step_shapes(SPACE, arguments(random_shapes=3, drop_rate=0.3), 5)
+    assert step_shapes(SPACE, arguments(sampling="smallest", random_shapes=3, drop_rate=0.3), 5) == [smallest, *drawn]
+    assert step_shapes(SPACE, arguments(sampling="smallest", random_shapes=0), 5) == [SPACE.smallest]
 
 
 @pytest.mark.parametrize("shape", [None, [8, 0, 36]], ids=str)
@@ -206,7 +235,10 @@ def test_layer_losses_enter_with_their_gradients(accelerator, batch):
         with watch_layers(model, objective.layers(shape)) as activations:
             output = model(**batch, shape=shape, sparse_prediction=True)
         layer_loss = objective.layer_loss(activations, batch["attention_mask"], largest, outside)
-        (objective.label_loss(output, largest) + layer_loss).backward()
+        states = model.bert(batch["input_ids"], batch["attention_mask"], shape=shape).last_hidden_state, outside.state
+        end_loss = 0.5 * state_loss(*states, batch["attention_mask"])
+        end_loss = end_loss + 0.6 * pooled_loss(*states, batch["attention_mask"], "cls")
+        (objective.label_loss(output, largest) + layer_loss + end_loss).backward()
         largest = largest or Largest.of(output, activations)
     expected = gradients(model)
     actual, _ = step(accelerator, model, [batch], objective)
@@ -312,6 +344,70 @@ def test_tokens_without_labels_still_learn_from_the_layers(accelerator, micro_ba
     assert_equal_but_for_rounding(actual, expected)
 
 
+# Without labels
+
+
+def without_labels_objective(**changes):
+    values = {"labels": False, "state_weight": 0.5, "pooled_weight": 0.3}
+    return Objective(teacher=original(), **{**values, **changes})
+
+
+def test_without_labels_the_original_alone_teaches(accelerator, micro_batches):
+    """By hand: a mean over all tokens and a mean over all sequences of the step. The first is what is reported."""
+    model, objective = undropped_model(SuperShaperModel), without_labels_objective()
+    batches = [without_labels(batch) for batch in micro_batches]
+    states, pooled = [], []
+    for shape in SHAPES:
+        errors, cosines = [], []
+        for batch in batches:
+            inputs, real = {name: batch[name] for name in ("input_ids", "attention_mask")}, batch["attention_mask"] == 1
+            s = model(**inputs, shape=shape).last_hidden_state
+            t = objective.teacher.model(**inputs).last_hidden_state
+            errors += [(s - t)[real].square().sum(-1) / t[real].square().sum(-1)]
+            for row, other, mask in zip(s, t, real):
+                cosines.append(torch.nn.functional.cosine_similarity(row[mask].mean(0), other[mask].mean(0), dim=0))
+        states.append(torch.cat(errors).mean())
+        pooled.append(1 - torch.stack(cosines).mean())
+    (0.5 * sum(states) + 0.3 * sum(pooled)).backward()
+    expected = gradients(model)
+    actual, losses = step(accelerator, model, batches, objective)
+    assert_same(losses, torch.stack(states).detach(), atol=1e-6)
+    assert_equal_but_for_rounding({name: actual[name] for name in expected}, expected)
+    assert not any(actual[name].any() for name in actual.keys() - expected.keys())
+
+
+@pytest.mark.parametrize("model_class", [head for head in HEADS if head is not SuperShaperForMultipleChoice])
+def test_any_head_learns_as_the_bare_model_does(accelerator, micro_batches, model_class):
+    batches = [without_labels(batch) for batch in micro_batches]
+    bare, model = undropped_model(SuperShaperModel), undropped_model(model_class)
+    model.base_model.load_state_dict(bare.state_dict(), strict=False)
+    expected, expected_losses = step(accelerator, bare, batches, without_labels_objective())
+    actual, losses = step(accelerator, model, batches, without_labels_objective())
+    assert_same(losses, expected_losses, atol=0)
+    moved = {name.removeprefix("bert."): gradient for name, gradient in actual.items() if gradient.any()}
+    assert_same(moved, {name: gradient for name, gradient in expected.items() if gradient.any()}, atol=1e-7)
+
+
+def test_head_does_not_run_without_labels(accelerator, batch):
+    model, rows = undropped_model(), []
+    model.cls["predictions"].register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    step(accelerator, model, [without_labels(batch)], without_labels_objective())
+    assert rows == [0, 0, 0]
+
+
+def test_largest_shape_can_teach_layers_without_labels(accelerator, batch):
+    model, objective = undropped_model(SuperShaperModel), without_labels_objective(hidden_weight=2.0)
+    plain, _ = step(accelerator, model, [without_labels(batch)], without_labels_objective())
+    taught, _ = step(accelerator, model, [without_labels(batch)], objective)
+    name = "encoder.layer.0.output.dense.weight"
+    assert not torch.equal(taught[name], plain[name])
+
+
+def test_shares_are_of_labels_tokens_and_sequences(accelerator, micro_batches):
+    counts = torch.tensor([[*count_positions(batch), len(batch["input_ids"])] for batch in micro_batches])
+    assert_same(shares_of_step(accelerator, micro_batches), counts / counts.sum(0))
+
+
 def test_positions_are_labels_and_tokens_that_are_no_padding():
     batch = labelled(tiny_batch(batch=2, length=9), every=2)
     assert count_positions(batch) == (int((batch["labels"] >= 0).sum()), 15)
@@ -320,7 +416,8 @@ def test_positions_are_labels_and_tokens_that_are_no_padding():
 # Processes and precision
 
 
-def test_processes_exchange_gradients_in_the_last_backward_only(accelerator, micro_batches, monkeypatch):
+def test_no_backward_pass_exchanges_gradients(accelerator, micro_batches, monkeypatch):
+    """DDP would wait in it for every parameter, used or not."""
     events = []
     no_sync, backward = accelerator.no_sync, accelerator.backward
 
@@ -335,7 +432,69 @@ def test_processes_exchange_gradients_in_the_last_backward_only(accelerator, mic
     monkeypatch.setattr(accelerator, "no_sync", record_no_sync)
     monkeypatch.setattr(accelerator, "backward", record_backward)
     step(accelerator, undropped_model(), micro_batches, Objective())
-    assert events == ["no_sync", "backward"] * 8 + ["backward"]
+    assert events == ["no_sync", "backward"] * 9
+
+
+@pytest.mark.parametrize("bucket", [1, 100, 2**23])
+def test_exchange_averages_the_gradients_there_are(monkeypatch, bucket):
+    """Here two processes: this one, and one whose gradients are all 3."""
+    model, exchanged = tiny_model(), []
+
+    def all_reduce(flat):
+        exchanged.append(len(flat))
+        flat += 3
+
+    monkeypatch.setattr(sandwich, "BUCKET", bucket)
+    monkeypatch.setattr(sandwich.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(sandwich.distributed, "all_reduce", all_reduce)
+    used = {name: p for name, p in model.named_parameters() if "layer.1" not in name}
+    before = {name: torch.randn_like(parameter) for name, parameter in used.items()}
+    for name, parameter in used.items():
+        parameter.grad = before[name].clone()
+    exchange_gradients(model)
+    assert_same(gradients(model), {name: (gradient + 3) / 2 for name, gradient in before.items()}, atol=1e-6)
+    assert sum(exchanged) == sum(parameter.numel() for parameter in used.values())
+    assert len(exchanged) == {1: len(used), 2**23: 1}.get(bucket, len(exchanged))
+    assert max(exchanged) <= bucket + max(parameter.numel() for parameter in used.values())
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")  # that nothing writes to
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("last", [[48, 48, 48], [48, 0, 48], [20, 48, 48]], ids=str)
+def test_sharded_gradients_of_all_passes_are_exchanged_in_the_last(batch, monkeypatch, frozen, last):
+    """FSDP2 keeps the gradients of earlier passes until then. If shared weights are frozen, the last shape has none."""
+    shapes, results = [[8, 20, 8], [0, 36, 20], last], []
+    for sharded in (False, True):
+        model = undropped_model(SuperShaperModel, bottlenecks="by_width")
+        if frozen:
+            freeze(model, arguments(mlm_probability=0, state_weight=1.0, shared_learning_rate_scale=0))
+        if sharded:
+            distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        try:
+            if sharded:
+                monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+                mesh = distributed.init_device_mesh("cpu", (1,))
+                for layer in model.encoder.layer:
+                    fully_shard(layer, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+            for _ in range(2):  # nothing is left over for the next step
+                found, _ = step(Accelerator(), model, [without_labels(batch)] * 2, without_labels_objective(), shapes)
+            results.append({name: grad.full_tensor() if sharded else grad for name, grad in found.items()})
+        finally:
+            if sharded:
+                distributed.destroy_process_group()
+    expected, actual = results
+    assert_same(actual, {name: gradient for name, gradient in expected.items() if name in actual}, atol=1e-6)
+    assert not any(expected[name].any() for name in expected.keys() - actual.keys())
+
+
+def test_shapes_that_learn_nothing_run_first():
+    model, shapes = tiny_model(bottlenecks="by_width"), [[48, 48, 48], [8, 8, 8], [48, 0, 48], [48, 36, 48], None]
+    assert order_of_passes(model, shapes) == [0, 1, 2, 3, 4]
+    freeze(model, arguments(shared_learning_rate_scale=0))
+    assert order_of_passes(model, shapes) == [0, 2, 4, 1, 3]
+    model.cls.requires_grad_(True)
+    assert order_of_passes(model, shapes) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("processes", [2, 5])
@@ -343,6 +502,7 @@ def test_loss_is_multiplied_by_the_processes_that_average_it(batch, monkeypatch,
     model = undropped_model()
     expected, _ = step(Accelerator(), model, [batch], Objective(0.5))
     monkeypatch.setattr(Accelerator, "num_processes", processes)
+    monkeypatch.setattr(sandwich, "exchange_gradients", lambda model: None)
     actual, _ = step(Accelerator(), model, [batch], Objective(0.5))
     assert_same(actual, {name: processes * gradient for name, gradient in expected.items()})
 

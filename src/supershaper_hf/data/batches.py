@@ -42,8 +42,9 @@ class MaskingCollator:
     Source: Devlin et al. 2019, arXiv 1810.04805, section 3.1.
 
     Args:
-        tokenizer: A tokenizer with [MASK] and [PAD].
-        mlm_probability: Probability that a token is chosen if it is not special, above 0 and at most 1.
+        tokenizer: A tokenizer with [MASK] and [PAD]. Without masks, it needs no [MASK].
+        mlm_probability: Probability that a token is chosen if it is not special, from 0 to 1. With 0 nothing is
+            masked and no token has a label, as encoders without a masked-LM head need it.
         seed: Random seed of the masks, at least 0. The masks of a sequence depend on its length, its `position` and
             this seed, and on nothing else.
         pad_to_multiple_of: If given, the batch is padded to a multiple of this length.
@@ -68,15 +69,19 @@ class MaskingCollator:
         seed: int = 0,
         pad_to_multiple_of: int | None = None,
     ) -> None:
-        if tokenizer.mask_token_id is None:
-            raise ValueError("The tokenizer has no mask token: masked language modelling needs one ([MASK] in BERT).")
+        check_number("mlm_probability", mlm_probability, least=0, most=1)
+        if tokenizer.mask_token_id is None and mlm_probability > 0:
+            raise ValueError(
+                "The tokenizer has no mask token: masked language modelling needs one ([MASK] in BERT). Without "
+                "masks, use mlm_probability=0."
+            )
         if tokenizer.pad_token_id is None:
             raise ValueError("The tokenizer has no padding token: batches need one ([PAD] in BERT).")
-        check_number("mlm_probability", mlm_probability, above=0, most=1)
         check_count("seed", seed, least=0)
         if pad_to_multiple_of is not None:
             check_count("pad_to_multiple_of", pad_to_multiple_of)
-        self.mask, self.padding, self.vocabulary = tokenizer.mask_token_id, tokenizer.pad_token_id, len(tokenizer)
+        self.padding, self.vocabulary = tokenizer.pad_token_id, len(tokenizer)
+        self.mask = self.padding if tokenizer.mask_token_id is None else tokenizer.mask_token_id  # then it is not used
         self.mlm_probability, self.seed, self.multiple = mlm_probability, seed, pad_to_multiple_of or 1
 
     def __call__(self, sequences: Sequence[Mapping[str, Any]]) -> Batch:
@@ -113,9 +118,9 @@ def fixed_masks(
 
     Args:
         dataset: The result of `tokenize`.
-        tokenizer: A tokenizer with [MASK] and [PAD].
+        tokenizer: A tokenizer with [MASK] and [PAD]. Without masks, it needs no [MASK].
         batch_size: Number of sequences of a batch; the last batch may have fewer.
-        mlm_probability: Probability that a token is masked; see `MaskingCollator`.
+        mlm_probability: Probability that a token is masked, or 0 for text without masks; see `MaskingCollator`.
         seed: Random seed of the masks.
 
     Returns:
@@ -156,7 +161,7 @@ class MicroBatches:
         dataset: The result of `tokenize`, or of `load_text(..., streaming=True)`.
         tokenizer: The tokenizer of the dataset. It also tokenises a stream.
         batch_size: Number of sequences of every micro-batch.
-        mlm_probability: Probability that a token is masked; see `MaskingCollator`.
+        mlm_probability: Probability that a token is masked, or 0 for text without masks; see `MaskingCollator`.
         seed: Random seed of the order and of the masks.
         rank: Number of this process.
         num_processes: Number of processes.

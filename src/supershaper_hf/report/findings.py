@@ -16,6 +16,7 @@ from ..latency.table import LatencyTable
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.costs import Cost, chain_cost, resolve_cost
 from ..model.shapes import SearchSpace
+from ..search.measures import MEASURES, Measure, measure_of
 from ..search.pareto import ParetoFront, pareto_front
 from ..search.predictor import ShapePredictor
 from ..search.records import Record, read_records
@@ -98,17 +99,29 @@ class Findings:
             raise ValueError(
                 f"{folder / PREDICTOR_FILE} was not fitted on measured shapes. Use ShapePredictor.fit_records."
             )
-        measured = {tuple(record["shape"]): record["loss"] for record in self.records}
+        if self.records and measure_of(self.records) != self.measure:
+            raise ValueError(
+                f"{folder / PREDICTOR_FILE} predicts {self.measure.plural}, but {folder / RECORDS_FILE} holds "
+                f"{measure_of(self.records).plural}. Fit it on these with ShapePredictor.fit_records."
+            )
+        measured = {tuple(record["shape"]): record[self.measure.name] for record in self.records}
         fitted = dict(zip(map(tuple, self.predictor.evidence.shapes.tolist()), self.predictor.evidence.losses.tolist()))
         others = [shape for shape, loss in fitted.items() if shape in measured and measured[shape] != loss]
         if others or not fitted.keys() & measured.keys():
             reason = (
-                f"{len(others)} of its {len(fitted)} shapes have another loss" if others else "no shape is the same"
+                f"{len(others)} of its {len(fitted)} shapes have another {self.measure.name}"
+                if others
+                else "no shape is the same"
             )
             raise ValueError(
                 f"{folder / PREDICTOR_FILE} was fitted on other measurements than those in {folder / RECORDS_FILE}: "
                 f"{reason}. Fit it on these with ShapePredictor.fit_records, or put the right files together."
             )
+
+    @property
+    def measure(self) -> Measure:
+        """What was measured and is predicted."""
+        return MEASURES[self.predictor.measure]
 
     def missing(self) -> int:
         """Return the number of shapes that the predictor was fitted on, but whose records are not there."""
@@ -135,16 +148,19 @@ class Findings:
         return chain_cost(terms, self.space.config.hidden_size, np.array(shapes))
 
     def best_measured(self, cost: str, max_cost: float) -> list[int]:
-        """Return the measured shape with the lowest loss that costs at most `max_cost`."""
+        """Return the measured shape with the lowest loss or distance that costs at most `max_cost`."""
         return best_measured(self.space, self.records, self._cost(cost), max_cost, self.sequence_length)
 
     def rows(self, shapes: np.ndarray) -> list[dict[str, Any]]:
         """Return costs, prediction and measurement of each of `shapes` (n, layers).
 
-        Unknown values are None: the prediction of a shape that the predictor does not know, the measurement of a shape
-        without a record, and the latency if there is no table.
+        Predictions are `predicted_loss`, `predicted_deviation` and `predicted_perplexity`, and the measurement is
+        `measured_perplexity`. For distances, they are `predicted_distance`, `predicted_deviation` and
+        `measured_distance`. Unknown values are None: the prediction of a shape that the predictor does not know, the
+        measurement of a shape without a record, and the latency if there is no table.
         """
-        measured = {tuple(record["shape"]): record["perplexity"] for record in self.records}
+        measure = self.measure
+        measured = {tuple(record["shape"]): record[measure.shown] for record in self.records}
         known = np.array([self.predictor.knows(shape) for shape in shapes.tolist()])
         losses, deviations = np.zeros(len(shapes)), np.zeros(len(shapes))
         losses[known], deviations[known] = (
@@ -157,10 +173,10 @@ class Findings:
                 "parameters": self.space.num_parameters(shape),
                 "flops": self.space.flops(shape, self.sequence_length),
                 "latency": None if self.table is None else self.table.predict(shape),
-                "predicted_loss": float(loss) if predicted else None,
+                f"predicted_{measure.name}": float(loss) if predicted else None,
                 "predicted_deviation": float(deviation) if predicted else None,
-                "predicted_perplexity": float(np.exp(loss)) if predicted else None,
-                "measured_perplexity": measured.get(tuple(shape)),
+                f"predicted_{measure.shown}": measure.show(float(loss)) if predicted else None,
+                f"measured_{measure.shown}": measured.get(tuple(shape)),
             }
             for shape, predicted, loss, deviation in zip(shapes.tolist(), known, losses, deviations)
         ]

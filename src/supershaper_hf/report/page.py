@@ -18,6 +18,7 @@ from ..checks import check_count, check_number
 from ..files import write_file
 from ..latency.insensitivity import insensitivity_rows, width_rows
 from ..model.shapes import SHAPE_NAMES
+from ..search.measures import Measure
 from ..search.pareto import ParetoFront, shapes_at
 from ..search.profile import derive_profile
 from ..search.records import Record
@@ -90,14 +91,14 @@ def write_csv(file: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _summary(findings: Findings, front: ParetoFront, cost: str) -> str:
-    space = findings.space
+    space, measure = findings.space, findings.measure
     drops = any(0 in record["shape"] for record in findings.records)
     total = (len(space.width_choices) + 1) ** space.num_layers - 1 if drops else space.size
     text = (
         f"## Shapes for every budget\n\n"
-        f"{len(findings.records):,} of {total:,} shapes were measured, all on the same masked text "
+        f"{len(findings.records):,} of {total:,} shapes were measured, all on the same {measure.text} "
         f"(`{RECORDS_FILE}`). The predictor (`{PREDICTOR_FILE}`) was tested on shapes that were left out of its fit: "
-        f"{findings.predictor.quality}. The exact Pareto front of {cost} against predicted perplexity has "
+        f"{findings.predictor.quality}. The exact Pareto front of {cost} against predicted {measure.title} has "
         f"{len(front):,} shapes (`{FRONT_FILE}`)."
     )
     if findings.table is not None:
@@ -114,12 +115,12 @@ def _chosen_section(findings: Findings, cost: str, max_cost: Sequence[float]) ->
     """Return the best measured shape for each of the budgets that matter most."""
     if not len(max_cost):
         return ""
-    shapes = np.array([findings.best_measured(cost, budget) for budget in max_cost])
+    measure, shapes = findings.measure, np.array([findings.best_measured(cost, budget) for budget in max_cost])
     table = [
         {
             "budget": _budget(budget, cost),
             **_costs_of(row, findings),
-            "measured perplexity": row["measured_perplexity"],
+            f"measured {measure.title}": _figure(row[f"measured_{measure.shown}"], measure),
             "shape": row["shape"],
         }
         for budget, row in zip(max_cost, findings.rows(shapes))
@@ -129,20 +130,25 @@ def _chosen_section(findings: Findings, cost: str, max_cost: Sequence[float]) ->
 
 def _front_section(folder: Path, findings: Findings, cost: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of shapes for a few budgets, and a plot of the front for each cost."""
-    finite = [record for record in findings.records if np.isfinite(record["perplexity"])]
-    perplexities = np.array([record["perplexity"] for record in finite])
+    measure = findings.measure
+    finite = [record for record in findings.records if np.isfinite(record[measure.shown])]
+    values = np.array([record[measure.shown] for record in finite])
     costs = findings.costs([record["shape"] for record in finite], cost)
 
     def best_measured(max_cost: float) -> str:
-        affordable = perplexities[costs <= max_cost]
-        return f"{affordable.min():.2f}" if len(affordable) else ""
+        affordable = values[costs <= max_cost]
+        return _figure(affordable.min(), measure) if len(affordable) else ""
+
+    def predicted(row: Mapping[str, Any]) -> str:
+        shown, deviation = row[f"predicted_{measure.shown}"], row["predicted_deviation"]
+        scale = shown if measure.name == "loss" else 1.0  # the derivative of the exponential, to first order
+        return f"{_figure(shown, measure)} ± {_figure(scale * deviation, measure)}"
 
     table = [
         {
             **_costs_of(row, findings),
-            "predicted perplexity": f"{row['predicted_perplexity']:.2f} "
-            f"± {row['predicted_perplexity'] * row['predicted_deviation']:.2f}",
-            "measured": "" if row["measured_perplexity"] is None else f"{row['measured_perplexity']:.2f}",
+            f"predicted {measure.title}": predicted(row),
+            "measured": _figure(row[f"measured_{measure.shown}"], measure),
             "best measured": best_measured(row[cost]),
             "shape": row["shape"],
         }
@@ -151,7 +157,7 @@ def _front_section(folder: Path, findings: Findings, cost: str, rows: Sequence[M
     explained = (
         "Each row is a shape of this front: no shape that costs the same or less is predicted to be better. The number "
         "after ± is the standard deviation of a measurement around its prediction. "
-        "`best measured` is the lowest perplexity of all measured shapes that cost no more."
+        f"`best measured` is the lowest {measure.shown} of all measured shapes that cost no more."
     )
     chosen = {tuple(row["shape"]) for row in rows}
     axes = dict.fromkeys([cost, "parameters", *(["latency"] if findings.table else [])])
@@ -166,10 +172,10 @@ def _front_plot(
     values = findings.costs([record["shape"] for record in records], cost).tolist()
     points: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for value, record in zip(values, records):
-        points[tuple(record["shape"]) in chosen].append((value, record["perplexity"]))
+        points[tuple(record["shape"]) in chosen].append((value, record[findings.measure.shown]))
     name = f"front_{cost}.png"
     plot_front(folder / name, findings.front(cost), measured=points[False], chosen=points[True])
-    return f"![{cost} against perplexity: measured shapes and the predicted front]({name})"
+    return f"![{cost} against {findings.measure.title}: measured shapes and the predicted front]({name})"
 
 
 def _costs_of(row: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
@@ -181,19 +187,25 @@ def _costs_of(row: Mapping[str, Any], findings: Findings) -> dict[str, Any]:
     }
 
 
+def _figure(value: float | None, measure: Measure) -> str:
+    """Return what a table shows of a measured or predicted value: nothing where it is not known."""
+    return "" if value is None else f"{value:.{measure.digits}f}"
+
+
 def _budget(budget: float, cost: str) -> str:
     return f"{budget * 1e3:.2f} ms" if cost == "latency" else f"{budget:,.0f}"
 
 
 def _trust_section(folder: Path, findings: Findings) -> str:
     """Compare predictions with measurements of shapes that the predictor was not fitted on, if there are any."""
-    records = [record for record in findings.held_out() if np.isfinite(record["loss"])]
+    measure = findings.measure
+    records = [record for record in findings.held_out() if np.isfinite(record[measure.name])]
     if len(records) < 2:
         return ""
     shapes = np.array([record["shape"] for record in records])
-    losses = np.array([record["loss"] for record in records])
+    losses = np.array([record[measure.name] for record in records])
     predicted, deviations = findings.predictor.predict(shapes), findings.predictor.uncertainty(shapes)
-    plot_agreement(folder / "agreement.png", losses, predicted, deviations)
+    plot_agreement(folder / "agreement.png", losses, predicted, deviations, measure.name)
     error = np.sqrt(np.mean((predicted - losses) ** 2))
     conclusion = "This agrees with cross-validation."
     if findings.predictor.quality is not None and error > TOLERATED * findings.predictor.quality.rmse:
@@ -205,15 +217,15 @@ def _trust_section(folder: Path, findings: Findings) -> str:
     return (
         "## Can the predictions be trusted?\n\n"
         f"{len(records)} shapes were measured that the predictor was not fitted on. The root mean square error of "
-        f"their predictions is {error:.3f} nats. Measurements within two standard deviations of their prediction: "
-        f"{within} of {len(records)}. {conclusion}\n\n"
-        "![predicted against measured losses](agreement.png)"
+        f"their predictions is {measure.amount(error)}. Measurements within two standard deviations of their "
+        f"prediction: {within} of {len(records)}. {conclusion}\n\n"
+        f"![predicted against measured {measure.plural}](agreement.png)"
     )
 
 
 def _profile_section(folder: Path, findings: Findings) -> str:
     """Say what good shapes have in common. A table compares a shape with this profile to the front and named shapes."""
-    space, predictor = findings.space, findings.predictor
+    space, predictor, measure = findings.space, findings.predictor, findings.measure
     profile = derive_profile(space, predictor)
     plot_profile(folder / "profile.png", profile)
     budget = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2
@@ -226,7 +238,7 @@ def _profile_section(folder: Path, findings: Findings) -> str:
         {
             "shape": name,
             "parameters": space.num_parameters(shape),
-            "predicted perplexity": float(np.exp(predictor.predict(shape))),
+            f"predicted {measure.title}": _figure(measure.show(predictor.predict(shape)), measure),
             "widths": shape,
         }
         for name, shape in shapes.items()

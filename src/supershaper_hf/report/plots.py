@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..search.measures import MEASURES, measure_of
+
 
 if TYPE_CHECKING:  # only for annotations: drawing the losses of a training run needs no search
     from ..search.pareto import ParetoFront
@@ -20,7 +22,11 @@ AXES = {  # cost -> label of its axis, unit as a number, unit as text
     "flops": ("operations for one sequence", 1e9, " GFLOPs"),
     "latency": ("latency of a batch", 1e-3, " ms"),
 }
-Point = tuple[float, float]  # cost, perplexity
+LABELS = {  # measure -> label of the axis of what is shown, label of the axis of the value itself
+    "loss": ("perplexity of masked tokens, held-out text", "loss (nats per masked token)"),
+    "distance": ("distance to the original, held-out text", "distance to the original"),
+}
+Point = tuple[float, float]  # cost, and perplexity or distance
 
 
 def new_figure(width: float = 8, height: float = 5) -> tuple[Figure, Axes]:
@@ -39,7 +45,7 @@ def plot_front(
     chosen: Sequence[Point] = (),
     named: Mapping[str, Point] | None = None,
 ) -> None:
-    """Write a PNG of a Pareto front: its (first) cost against predicted perplexity.
+    """Write a PNG of a Pareto front: its (first) cost against predicted perplexity, or distance to the original.
 
     The front of one cost is drawn as steps: up to the next point, the cheaper shape stays the best. The front of two
     costs is drawn as dots, because the first cost alone does not decide which shapes are on it.
@@ -47,7 +53,7 @@ def plot_front(
     Args:
         file: The PNG file to write.
         front: The front, from `pareto_front`.
-        measured: Cost and perplexity of measured shapes, drawn as dots.
+        measured: Cost and perplexity (or distance) of measured shapes, drawn as dots.
         chosen: Cost and perplexity of measured shapes that lie on the front, drawn as stars.
         named: Cost and perplexity of single shapes by name. The first one is highlighted.
 
@@ -58,16 +64,16 @@ def plot_front(
         >>> plot_front("front.png", front, named={"rectangle": (63e6, rectangle["perplexity"])})  # doctest: +SKIP
     """
     cost, costs = next(iter(front.costs.items()))
-    perplexities = np.exp(front.losses)
+    shown = MEASURES[front.measure].show(front.losses)
     figure, axes = new_figure()
     if len(measured):
         axes.plot(*np.transpose(measured), ".", markersize=5, color="0.6", label=f"{len(measured)} measured shapes")
     by_cost = np.argsort(costs, kind="stable")
     style: dict[str, Any] = {"color": "C0", "label": "predicted Pareto front (exact)"}
     if len(front.costs) == 1:
-        axes.step(costs[by_cost], perplexities[by_cost], where="post", **style)
+        axes.step(costs[by_cost], shown[by_cost], where="post", **style)
     else:
-        axes.plot(costs, perplexities, ".", markersize=3, **style)
+        axes.plot(costs, shown, ".", markersize=3, **style)
     if len(chosen):
         axes.plot(*np.transpose(chosen), "*", markersize=9, color="C3", label="shapes of the front, measured")
     for number, ((name, point), marker) in enumerate(zip((named or {}).items(), itertools.cycle("*osv^DPX*p"))):
@@ -77,8 +83,9 @@ def plot_front(
         axes.scatter(*point, label=name.replace("_", " "), **style)
     label, unit, suffix = AXES[cost]
     axes.set_xlabel(label)
-    axes.set_ylabel("perplexity of masked tokens, held-out text")
-    axes.set_yscale("log")  # layers add up in log-perplexity
+    axes.set_ylabel(LABELS[front.measure][0])
+    if front.measure == "loss":
+        axes.set_yscale("log")  # layers add up in log-perplexity
     axes.yaxis.set_major_formatter("{x:,.10g}")  # 10 digits, because 6 would print 2,000,000 as 2e+06
     axes.yaxis.set_minor_formatter("{x:,.10g}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / unit:,.10g}{suffix}")
@@ -86,21 +93,24 @@ def plot_front(
     figure.savefig(file, dpi=130)
 
 
-def plot_agreement(file: str | Path, measured: np.ndarray, predicted: np.ndarray, deviations: np.ndarray) -> None:
-    """Write a PNG of predicted against measured losses.
+def plot_agreement(
+    file: str | Path, measured: np.ndarray, predicted: np.ndarray, deviations: np.ndarray, measure: str = "loss"
+) -> None:
+    """Write a PNG of predicted against measured losses or distances.
 
     Args:
         file: The PNG file to write.
-        measured: (n,) measured losses in nats.
-        predicted: (n,) predicted losses in nats.
-        deviations: (n,) standard deviations of the predictions in nats, drawn as error bars.
+        measured: (n,) measured losses in nats, or measured distances.
+        predicted: (n,) predictions in the same unit.
+        deviations: (n,) standard deviations of the predictions, drawn as error bars.
+        measure: What was measured, `"loss"` or `"distance"`.
     """
     figure, axes = new_figure(5.5, 5)
     axes.errorbar(measured, predicted, yerr=deviations, fmt=".", capsize=2, linewidth=0.8)
     ends = [min(measured.min(), predicted.min()), max(measured.max(), predicted.max())]
     axes.plot(ends, ends, color="0.6", linewidth=1, label="equal")
-    axes.set_xlabel("measured loss (nats per masked token)")
-    axes.set_ylabel("predicted loss ± one standard deviation")
+    axes.set_xlabel(f"measured {LABELS[measure][1]}")
+    axes.set_ylabel(f"predicted {measure} ± one standard deviation")
     axes.legend(frameon=False)
     figure.savefig(file, dpi=120)
 
@@ -113,7 +123,10 @@ def plot_profile(file: str | Path, profile: "Profile") -> None:
     """
     charts = {
         "relative width": (profile.widths, profile.width_deviations),
-        "importance (nats)": (profile.importances, profile.importance_deviations),
+        f"importance ({MEASURES[profile.measure].unit.strip() or profile.measure})": (
+            profile.importances,
+            profile.importance_deviations,
+        ),
     }
     figure = Figure(figsize=(8, 2.6 * len(charts)), layout="constrained")
     layers = np.arange(1, len(profile.widths) + 1)
@@ -127,18 +140,24 @@ def plot_profile(file: str | Path, profile: "Profile") -> None:
 
 
 def plot_evaluations(file: str | Path, log_history: Sequence[Mapping[str, Any]]) -> None:
-    """Write a PNG of loss over training steps, one line for each evaluated shape.
+    """Write a PNG of loss or distance over training steps, one line for each evaluated shape.
 
     Args:
         file: The PNG file to write.
         log_history: The lines of a training run's log. Those with `evaluation` are drawn.
     """
     evaluations = [entry for entry in log_history if "evaluation" in entry]
+    measure = measure_of(list(evaluations[-1]["evaluation"].values())).name
     figure, axes = new_figure()
     for name in evaluations[-1]["evaluation"]:
-        points = [(entry["step"], entry["evaluation"][name]["loss"]) for entry in evaluations]
+        points = [(entry["step"], entry["evaluation"][name][measure]) for entry in evaluations]
         axes.plot(*zip(*points), marker=".", label=name)
     axes.set_xlabel("training step")
-    axes.set_ylabel("loss on held-out text (nats per masked token)")
+    axes.set_ylabel(
+        {
+            "loss": "loss on held-out text (nats per masked token)",
+            "distance": "distance to the original on held-out text",
+        }[measure]
+    )
     axes.legend()
     figure.savefig(file, dpi=120)

@@ -1,4 +1,4 @@
-"""Measure many shapes of one supernet: the masked-LM loss of each on the same masked text.
+"""Measure many shapes of one supernet on the same text: the masked-LM loss, or the distance to the original model.
 
 A record depends only on the model, the text and the shape. It does not depend on the other shapes, on interruptions, or
 on the number of processes. On the same device and with the same number of threads it is the same bit for bit.
@@ -6,11 +6,12 @@ on the number of processes. On the same device and with the same number of threa
 
 import copy
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, overload
@@ -20,14 +21,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..devices import copy_mapped_weights
-from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperForMaskedLM
+from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperPreTrainedModel
 from ..processes import on_every_process, on_main_process
+from .distance import KEPT_BYTES, Original, check_original, encode, has_masked_lm_head
+from .measures import find_measure
 from .records import Header, Record, append_record, hold_records, open_records, perplexity
 
 
-# The settings of a configuration that decide the loss, besides the weights.
+# The settings of a configuration that decide what a model computes, besides the weights.
 SIZES = (
     "hidden_size",
     "hidden_sizes",
@@ -46,36 +50,46 @@ SIZES = (
 
 Batch = dict[str, torch.Tensor]
 Key = tuple[int, ...]  # a shape
+Compute = Callable[[], torch.Tensor]
 
 
 @overload
 def evaluate_shapes(
-    model: SuperShaperForMaskedLM,
+    model: SuperShaperPreTrainedModel,
     batches: Sequence[Batch],
     shapes: Sequence[int],
     description: str = ...,
     accelerator: Accelerator | None = ...,
     records_file: str | Path | None = ...,
+    measure: str = ...,
+    original: PreTrainedModel | None = ...,
 ) -> Record: ...
 @overload
 def evaluate_shapes(
-    model: SuperShaperForMaskedLM,
+    model: SuperShaperPreTrainedModel,
     batches: Sequence[Batch],
     shapes: Sequence[Sequence[int] | None] | np.ndarray,
     description: str = ...,
     accelerator: Accelerator | None = ...,
     records_file: str | Path | None = ...,
+    measure: str = ...,
+    original: PreTrainedModel | None = ...,
 ) -> list[Record]: ...
 @torch.no_grad()
 def evaluate_shapes(
-    model: SuperShaperForMaskedLM,
+    model: SuperShaperPreTrainedModel,
     batches: Sequence[Batch],
     shapes: Sequence[Any] | np.ndarray,
     description: str = "Measuring shapes",
     accelerator: Accelerator | None = None,
     records_file: str | Path | None = None,
+    measure: str = "loss",
+    original: PreTrainedModel | None = None,
 ) -> Record | list[Record]:
-    """Measure each shape on every labelled token of `batches`.
+    """Measure each shape on `batches`: its masked-LM loss, or its distance to the original model.
+
+    The loss is measured on every labelled token. The distance compares the last hidden states of the encoder on every
+    token that is not padding, so it needs neither labels nor a masked-LM head. See `distance` for its definition.
 
     With `records_file`, every record is written as soon as it is measured. After a kill the same call continues: only
     the shape that was being measured is lost. More shapes can be measured into the same file later.
@@ -83,8 +97,10 @@ def evaluate_shapes(
     Weights that are still mapped to their file are copied into memory first, see `devices.copy_mapped_weights`.
 
     Args:
-        model: A supernet, or a subnet with `shapes=[None]`. Its mode, training or evaluation, stays.
-        batches: Masked batches from `fixed_masks`.
+        model: A supernet, or a subnet with `shapes=[None]`. Its mode, training or evaluation, stays. For the loss it
+            has a masked-LM head; for the distance any head, or none.
+        batches: Batches from `fixed_masks`, masked for the loss, and with `mlm_probability=0` for the distance. The
+            distance needs `input_ids` and `attention_mask`, and ignores `labels`.
         shapes: Many shapes, or one. `None` in the list is the model's own full shape. A shape that occurs twice is
             measured once.
         description: Label of the progress bar.
@@ -92,17 +108,24 @@ def evaluate_shapes(
             An error on one process is raised on all of them. By default one process measures alone.
         records_file: A JSON lines file that records are added to, see `records`. By default none is written. Only
             one run at a time may use it, and only its main process reads and writes it.
+        measure: What is measured, `"loss"` or `"distance"`.
+        original: For the distance, the model to compare with: the BERT that the supernet was made of, or another
+            supernet, with or without a head. Its hidden size and its tokenizer are those of `model`. By default it is
+            the largest shape of `model`.
 
     Returns:
-        One record per shape, in the order of `shapes`, or a single record for a single shape. A record is a dictionary
-        with `shape`, `loss` (nats per labelled token), `perplexity` (infinity where it overflows) and `accuracy` (share
-        of the labelled tokens that are predicted exactly).
+        One record per shape, in the order of `shapes`, or a single record for a single shape. A record is a dictionary.
+        For the loss it has `shape`, `loss` (nats per labelled token), `perplexity` (infinity where it overflows) and
+        `accuracy` (share of the labelled tokens that are predicted exactly). For the distance it has `shape`,
+        `distance` (0 for the original, 1 for the same guess for every token) and `cosine` (of embeddings, 1 for the
+        original).
 
     Raises:
-        TypeError: If a shape is not a sequence of integers.
-        ValueError: If no token is labelled, a shape is not allowed, the processes have different shapes, text or
-            weights, or `records_file` was begun with another model, other data or another precision, or has no valid
-            header.
+        TypeError: If a shape is not a sequence of integers, or `original` is no model.
+        ValueError: If no token is labelled, a shape is not allowed, the loss is asked of a model without a masked-LM
+            head, the sizes of `original` differ, the processes have different shapes, text or weights, or
+            `records_file` was begun with another measure, model, original or precision, or other data, or has no
+            valid header.
         RuntimeError: If another run is using `records_file`.
         OSError: If `records_file` cannot be read or written. The records in it are kept.
 
@@ -115,19 +138,25 @@ def evaluate_shapes(
         >>> records = evaluate_shapes(supernet, [batch], [[8, 4], [4, 0]])
         >>> [record["shape"] for record in records]
         [[8, 4], [4, 0]]
+        >>> batch["attention_mask"] = torch.ones(1, 4, dtype=torch.long)
+        >>> evaluate_shapes(supernet, [batch], [8, 8], measure="distance")["distance"]
+        0.0
     """
+    find_measure(measure)
     single = _is_one_shape(shapes)
     many: list[Any] = [shapes] if single else list(shapes)
 
     def prepare() -> tuple[list[Key], Evaluation]:
-        copy_mapped_weights(model)
-        return [_key(model, shape) for shape in many], Evaluation(model, batches, accelerator)
+        check_measurable(model, measure, original)
+        for each in (model,) if original is None else (model, original):
+            copy_mapped_weights(each)
+        return [_key(model, shape) for shape in many], Evaluation(model, batches, accelerator, measure, original)
 
     asked, evaluation = on_every_process(prepare, accelerator)
     evaluation.check_same_call(asked)
     given = dict(zip(asked, many, strict=True))
     known: dict[Key, Record] = {}
-    with evaluation_mode(model), ExitStack() as held:
+    with evaluation_mode(model), evaluation_mode(model if original is None else original), ExitStack() as held:
         if records_file is not None:
             known = evaluation.continue_records(records_file, held)
         missing = [key for key in given if key not in known]
@@ -160,7 +189,7 @@ def _has_items(value: Any) -> bool:
     return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
 
 
-def _key(model: SuperShaperForMaskedLM, shape: Sequence[int] | None) -> Key:
+def _key(model: SuperShaperPreTrainedModel, shape: Sequence[int] | None) -> Key:
     """Return the widths of a shape, or raise an error that says why the model cannot have it."""
     own: Sequence[int] = model.config.hidden_sizes or []  # a model always has them
     return tuple(own if shape is None else model.config.normalize_shape(shape))
@@ -168,30 +197,39 @@ def _key(model: SuperShaperForMaskedLM, shape: Sequence[int] | None) -> Key:
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Turn dropout off. Afterwards, also after an error, the model is in the mode in which it was."""
-    was_training = model.training
+    """Turn dropout off. Afterwards, also after an error, every module is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 class Evaluation:
     """This process's share of the batches on its device, and how a shape is measured on all of them.
 
     Raises:
-        ValueError: If no token of the batches is labelled.
+        ValueError: If no token of the batches is labelled or, for the distance, all of them are padding.
     """
 
     def __init__(
-        self, model: SuperShaperForMaskedLM, batches: Sequence[Batch], accelerator: Accelerator | None
+        self,
+        model: SuperShaperPreTrainedModel,
+        batches: Sequence[Batch],
+        accelerator: Accelerator | None,
+        measure: str = "loss",
+        original: PreTrainedModel | None = None,
     ) -> None:
-        self.model, self.accelerator = model, accelerator
-        self.batches = [batch for batch in batches if (batch["labels"] != IGNORE_INDEX).any()]
-        if not self.batches:
+        self.model, self.accelerator, self.kind = model, accelerator, measure
+        counted = [(batch, count_tokens(batch, measure)) for batch in batches]
+        self.batches = [batch for batch, count in counted if count > 0]
+        self.counts = [count for _, count in counted if count > 0]
+        if not self.batches and measure == "loss":
             raise ValueError("No token of the batches is labelled. Use more text, or a higher mlm_probability.")
-        self.labelled = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in self.batches]
+        if not self.batches:
+            raise ValueError("The batches have no token that is not padding. Use more text.")
         self.processes = 1 if accelerator is None else accelerator.num_processes
         rank = 0 if accelerator is None else accelerator.process_index
         # FSDP needs every process in every forward pass. A process that has no batch left repeats the last one, and
@@ -200,6 +238,14 @@ class Evaluation:
         rounds = math.ceil(count / self.processes)
         share = [self.batches[min(i, count - 1)] for i in range(rank, rounds * self.processes, self.processes)]
         self.share = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in share]
+        self.original = None if measure == "loss" else Original(model, original, self.share, self.count_kept(rounds))
+
+    def count_kept(self, rounds: int) -> int:
+        """Return how many batches of each process have states of the original that are kept; see `Original`."""
+        width = self.model.config.hidden_size * self.model.dtype.itemsize
+        ends = np.cumsum([batch["input_ids"].numel() * width for batch in self.batches])
+        last = np.minimum(np.arange(1, rounds + 1) * self.processes, len(ends)) - 1  # the last batch of each round
+        return int((ends[last] <= KEPT_BYTES).sum())
 
     def check_same_call(self, shapes: list[Key]) -> None:
         """Raise a ValueError on every process if they have different shapes or batches.
@@ -222,8 +268,13 @@ class Evaluation:
 
         The main process keeps other runs away from the file until `held` is closed.
         """
-        header = on_every_process(lambda: make_header(self.model, self.batches, self.precision()), self.accelerator)
-        self._agree(header["model"], "have other weights", "Load the same model on each.")
+        original = None if self.original is None else self.original.original
+
+        def describe() -> Header:
+            return make_header(self.model, self.batches, self.precision(), self.kind, original)
+
+        header = on_every_process(describe, self.accelerator)
+        self._agree((header["model"], header["original"]), "have other weights", "Load the same models on each.")
 
         def begin() -> list[Record]:
             held.enter_context(hold_records(file))
@@ -245,37 +296,96 @@ class Evaluation:
             enabled = torch.is_autocast_enabled(kind)
             seen.append(str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if enabled else "no")
 
-        inputs = {name: tensor[:1] for name, tensor in self.share[0].items() if name != "labels"}
+        first = {name: tensor[:1] for name, tensor in self.share[0].items()}
         with self.model.get_input_embeddings().register_forward_pre_hook(look), self.autocast():
-            self.model(**inputs)
+            encode(self.model, first, None)
         return seen[0]
 
     def measure(self, shape: Sequence[int] | None) -> dict[str, float]:
-        """Return `loss`, `perplexity` and `accuracy` of a shape, the same on every process.
+        """Return the figures of a shape, all but `shape` in its record, the same on every process.
 
-        The figures of single batches are gathered, and `fsum` adds them exactly and rounds once. So the result does not
-        depend on which process had which batch.
+        `fsum` adds the figures of single batches exactly and rounds once. So the result does not depend on which
+        process had which batch.
         """
-        figures = on_every_process(partial(self.measure_share, shape), self.accelerator)
+        if self.original is not None:
+            spread = self.spread
+            errors, cosines = self.gather(partial(self.original.compare, shape))
+            return {"distance": math.fsum(errors) / spread, "cosine": math.fsum(cosines) / self.sequences}
+        means, correct = self.gather(partial(self.measure_share, shape))
+        tokens = sum(self.counts)
+        loss = math.fsum(mean * count for mean, count in zip(means, self.counts, strict=True)) / tokens
+        return {"loss": loss, "perplexity": perplexity(loss), "accuracy": math.fsum(correct) / tokens}
+
+    @cached_property
+    def spread(self) -> float:
+        """Sum of the squared distances of the original's states to their mean, over all tokens of all batches.
+
+        Raises:
+            ValueError: If it is not a number above 0, so that nothing can be divided by it.
+        """
+        assert self.original is not None
+        *sums, squares = self.gather(self.original.moments)
+        finite = all(map(math.isfinite, itertools.chain(squares, *sums)))
+        spread = math.nan
+        if finite:
+            spread = math.fsum(squares) - math.fsum(math.fsum(each) ** 2 for each in sums) / sum(self.counts)
+        if not spread > 0:
+            raise ValueError(
+                f"The last hidden states of the original {'are all the same' if finite else 'are not finite'}, so no "
+                "distance to them can be measured. Use more text, or check the weights of the original and the "
+                "precision."
+            )
+        return spread
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences that have a token."""
+        return sum(int(batch["attention_mask"].any(1).sum()) for batch in self.batches)
+
+    def gather(self, compute: Compute) -> list[list[float]]:
+        """Call `compute` on every process; return the columns of its results, each in the order of the batches."""
+
+        def inside() -> torch.Tensor:
+            with self.autocast():
+                return compute()
+
+        figures = on_every_process(inside, self.accelerator)
         if self.accelerator is not None:
             figures = self.accelerator.gather(figures.to(self.accelerator.device))
         # From (process, round) to the order of the batches; the last round may hold copies of the last batch.
-        figures = figures.view(self.processes, -1, 2).transpose(0, 1).reshape(-1, 2)[: len(self.labelled)]
-        means, correct = figures.T.tolist()
-        tokens = sum(self.labelled)
-        loss = math.fsum(mean * count for mean, count in zip(means, self.labelled, strict=True)) / tokens
-        return {"loss": loss, "perplexity": perplexity(loss), "accuracy": math.fsum(correct) / tokens}
+        count = figures.shape[-1]
+        figures = figures.view(self.processes, -1, count).transpose(0, 1).reshape(-1, count)[: len(self.batches)]
+        return figures.T.tolist()
 
     def measure_share(self, shape: Sequence[int] | None) -> torch.Tensor:
         """Return what `measure_batch` returns for each batch of this process, (batches, 2).
 
         The figures stay on the device: if each were read at once, a GPU would wait between two batches.
         """
-        with self.autocast():
-            return torch.stack([measure_batch(self.model, batch, shape) for batch in self.share])
+        return torch.stack([measure_batch(self.model, batch, shape) for batch in self.share])
 
 
-def measure_batch(model: SuperShaperForMaskedLM, batch: Batch, shape: Sequence[int] | None) -> torch.Tensor:
+def check_measurable(model: SuperShaperPreTrainedModel, measure: str, original: PreTrainedModel | None) -> None:
+    """Raise an error if a model has not what a measure needs; see `evaluate_shapes`."""
+    if measure == "distance":
+        if original is not None:
+            check_original(model, original)
+        return
+    if original is not None:
+        raise ValueError('original is compared with for measure="distance" only. Leave it out to measure the loss.')
+    if not has_masked_lm_head(model):
+        raise ValueError(
+            f'{type(model).__name__} has no masked-LM head, so it has no masked-LM loss. Use measure="distance".'
+        )
+
+
+def count_tokens(batch: Batch, measure: str) -> int:
+    """Return the number of tokens of a batch that are measured: those with a label, or those that are not padding."""
+    counted = batch["labels"] != IGNORE_INDEX if measure == "loss" else batch["attention_mask"]
+    return int(counted.sum())
+
+
+def measure_batch(model: SuperShaperPreTrainedModel, batch: Batch, shape: Sequence[int] | None) -> torch.Tensor:
     """Return the mean loss of a batch in nats per label and its number of right predictions: (2,), float32."""
     labels = batch["labels"][batch["labels"] != IGNORE_INDEX]
     output: Any = model(**batch, shape=shape, sparse_prediction=True)
@@ -285,19 +395,29 @@ def measure_batch(model: SuperShaperForMaskedLM, batch: Batch, shape: Sequence[i
 # What was measured
 
 
-def make_header(model: SuperShaperForMaskedLM, batches: Sequence[Batch], precision: str = "no") -> Header:
-    """Return the header of a records file: which model is measured, on which data.
+def make_header(
+    model: SuperShaperPreTrainedModel,
+    batches: Sequence[Batch],
+    precision: str = "no",
+    measure: str = "loss",
+    original: PreTrainedModel | None = None,
+) -> Header:
+    """Return the header of a records file: which model is measured, in which way, on which data.
 
     Args:
         model: A supernet or a subnet.
         batches: The batches that it is measured on.
         precision: Dtype of autocast, such as `"bfloat16"`, or `"no"` without autocast.
+        measure: `"loss"` or `"distance"`.
+        original: The model that a distance is measured to. By default it is the largest shape of `model`.
     """
-    config = model.config
-    labels = [batch["labels"] for batch in batches]
+    config, fingerprint = model.config, fingerprint_model(model) if measure == "loss" else fingerprint_encoder(model)
+    compared = fingerprint if original is None else fingerprint_encoder(original)
     return {
         "version": version("supershaper-hf"),
-        "model": fingerprint_model(model),
+        "measure": measure,
+        "model": fingerprint,
+        "original": compared if measure == "distance" else None,
         "data": fingerprint_data(batches),
         "precision": precision,
         "num_layers": config.num_hidden_layers,
@@ -305,21 +425,33 @@ def make_header(model: SuperShaperForMaskedLM, batches: Sequence[Batch], precisi
         "hidden_size": config.hidden_size,
         "hidden_sizes": config.hidden_sizes,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "sequences": sum(len(rows) for rows in labels),
-        "labelled_tokens": sum(int((rows != IGNORE_INDEX).sum()) for rows in labels),
+        "sequences": sum(len(batch["input_ids"]) for batch in batches),
+        "labelled_tokens" if measure == "loss" else "tokens": sum(count_tokens(batch, measure) for batch in batches),
     }
 
 
-def fingerprint_model(model: SuperShaperForMaskedLM) -> str:
+def fingerprint_encoder(model: PreTrainedModel) -> str:
+    """Return the fingerprint of what decides a model's last hidden states: neither a head nor a pooler counts."""
+    encoder: Any = model.base_model
+    return fingerprint_model(encoder, skipped="pooler.")
+
+
+def fingerprint_model(model: PreTrainedModel, skipped: str | None = None) -> str:
     """Return the SHA-256 of what decides a model's predictions: its sizes, and every weight with its dtype.
 
     It does not depend on the device, nor on how many processes FSDP (version 2) shards the weights over. With FSDP all
-    processes have to call it. It gathers one tensor at a time, so it needs memory for the largest one only.
+    processes have to call it. It gathers one tensor at a time, so it needs memory for the largest one only. Tensors
+    whose names begin with `skipped` do not count.
     """
-    digest = hashlib.sha256(json.dumps({name: getattr(model.config, name) for name in SIZES}).encode())
+    settings = {name: getattr(model.config, name, None) for name in SIZES}
+    if getattr(model.config, "full_head_scale", False):  # named only if it is on, because it is newer than fingerprints
+        settings["full_head_scale"] = True
+    digest = hashlib.sha256(json.dumps(settings).encode())
     tensors = model.state_dict()
     for name in sorted(tensors.keys() - model.all_tied_weights_keys):
         tensor = tensors[name]
+        if skipped is not None and name.startswith(skipped):
+            continue
         _add_tensor(digest, name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
     return digest.hexdigest()
 

@@ -22,7 +22,16 @@ from ..checks import check_count
 from ..files import lock, read_json, write_json
 from ..model.costs import HasChainCost, chain_cost
 from ..model.shapes import SearchSpace
-from .fitness import MAX_LOG, Population, Predictor, Problem, Settings, check_constraints, readable
+from .fitness import (
+    MAX_LOG,
+    Population,
+    Predictor,
+    Problem,
+    Settings,
+    check_constraints,
+    measure_of_predictor,
+    readable,
+)
 
 
 FORMAT = "supershaper-hf evolution 1"
@@ -34,22 +43,24 @@ class EvolutionResult:
 
     Attributes:
         shape: Hidden sizes, one per layer.
-        loss: Its predicted loss in nats.
-        perplexity: Its predicted perplexity, exp(loss).
+        loss: Its predicted loss in nats, or None if distances were predicted.
+        perplexity: Its predicted perplexity, exp(loss), or None if distances were predicted.
         costs: Its `"parameters"`, its `"flops"` and, if a table was given, its `"latency"` in seconds.
         candidates: Number of evaluated shapes.
         history: One dictionary for the initial population and one per iteration. `iteration` is its number,
             `candidates` the number of shapes evaluated so far. The other entries describe the best shape so far:
-            `violation` (sum of the relative violations of the constraints; 0 if it meets all), `loss`, and, by name,
-            what is minimised or constrained.
+            `violation` (sum of the relative violations of the constraints; 0 if it meets all), `loss` or `distance`,
+            and, by name, what is minimised or constrained.
+        distance: Its predicted distance to the original, or None if losses were predicted.
     """
 
     shape: list[int]
-    loss: float
-    perplexity: float
+    loss: float | None
+    perplexity: float | None
     costs: dict[str, int | float]
     candidates: int
     history: list[dict[str, float]]
+    distance: float | None = None
 
 
 def evolutionary_search(
@@ -57,7 +68,7 @@ def evolutionary_search(
     predictor: Predictor,
     constraints: Mapping[str, float],
     *,
-    minimize: str = "loss",
+    minimize: str | None = None,
     latency: HasChainCost | None = None,
     sequence_length: int = 128,
     population_size: int = 100,
@@ -75,10 +86,12 @@ def evolutionary_search(
 
     Args:
         space: The search space.
-        predictor: Its `predict(shapes (n, layers))` returns losses (n,) in nats. It need not be additive.
+        predictor: Its `predict(shapes (n, layers))` returns losses (n,) in nats, or distances if its attribute
+            `measure` says so. It need not be additive.
         constraints: Upper bounds, inclusive: `"parameters"`, `"flops"`, `"latency"` (seconds) and `"perplexity"` (the
-            exponential of the predicted loss). An empty mapping allows every shape.
-        minimize: `"loss"`, `"parameters"`, `"flops"` or `"latency"`.
+            exponential of the predicted loss) or `"distance"`. An empty mapping allows every shape.
+        minimize: `"parameters"`, `"flops"`, `"latency"`, or what is predicted, `"loss"` or `"distance"`. By default it
+            is what is predicted.
         latency: A `LatencyTable`, or another object with its method `chain_cost(config)`, in seconds.
         sequence_length: Tokens per sequence, for FLOPs.
         population_size: Number of shapes that are kept from one iteration to the next.
@@ -112,7 +125,7 @@ def evolutionary_search(
     """
     settings = Settings(
         constraints=check_constraints(constraints),
-        minimize=minimize,
+        minimize=measure_of_predictor(predictor) if minimize is None else minimize,
         sequence_length=sequence_length,
         population_size=population_size,
         num_parents=num_parents,
@@ -202,8 +215,10 @@ def _result(problem: Problem, state: _State) -> EvolutionResult:
         )
     hidden_size = problem.space.config.hidden_size
     costs = {name: chain_cost(cost, hidden_size, shape[None])[0].item() for name, cost in problem.costs.items()}
-    perplexity = best.get("perplexity", float(np.exp(min(best["loss"], MAX_LOG))))
-    return EvolutionResult(shape.tolist(), best["loss"], perplexity, costs, candidates, state.history)
+    loss = best.get("loss")
+    perplexity = None if loss is None else best.get("perplexity", float(np.exp(min(loss, MAX_LOG))))
+    distance = best.get("distance")
+    return EvolutionResult(shape.tolist(), loss, perplexity, costs, candidates, state.history, distance)
 
 
 # Checkpoints
@@ -310,7 +325,7 @@ def _check_same_values(problem: Problem, probe: np.ndarray, file: Path) -> None:
     """Raise if the predictor or a cost gives other values for the initial shapes than in the checkpoint."""
     same = np.isclose(probe, problem.probe, rtol=1e-9, atol=0).all(axis=0)
     for name in np.array(problem.measures)[~same][:1]:
-        what = "predictor" if name in ("loss", "perplexity") else name
+        what = "predictor" if name in ("loss", "perplexity", "distance") else name
         raise _another_search(file, f"the {what} gives other values for the same shapes")
 
 

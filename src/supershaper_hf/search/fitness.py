@@ -16,15 +16,19 @@ import numpy as np
 from ..checks import check_choice, check_count, check_number
 from ..model.costs import ChainCost, HasChainCost, chain_cost, resolve_cost
 from ..model.shapes import SearchSpace
+from .measures import MEASURES
 
 
-CONSTRAINTS = ("parameters", "flops", "latency", "perplexity")
-MINIMIZABLE = ("loss", "parameters", "flops", "latency")
+CONSTRAINTS = ("parameters", "flops", "latency", "perplexity", "distance")
+MINIMIZABLE = ("loss", "distance", "parameters", "flops", "latency")
 MAX_LOG = 700.0  # exp of more overflows
 
 
 class Predictor(Protocol):
-    """Predicts the losses (n,) in nats of integer shapes (n, layers), as a `ShapePredictor` does."""
+    """Predicts the losses (n,) in nats of integer shapes (n, layers), as a `ShapePredictor` does.
+
+    If it has an attribute `measure` with the value `"distance"`, it predicts distances instead.
+    """
 
     def predict(self, shapes: np.ndarray, /) -> np.ndarray: ...
 
@@ -105,7 +109,8 @@ class Problem:
     Attributes:
         choices: The widths that a layer can have, with 0 first if layers can be dropped.
         droppable: (layers,) booleans: which layers can be dropped.
-        measures: Names of the columns of values: the loss, and what else is minimised or constrained.
+        measure: What the predictor predicts, `"loss"` or `"distance"`.
+        measures: Names of the columns of values: what is predicted, and what else is minimised or constrained.
         costs: The terms of each known cost, by name.
     """
 
@@ -115,7 +120,9 @@ class Problem:
         self.space, self.predictor, self.settings = space, predictor, settings
         self.droppable = _droppable(predictor, settings)
         self.choices = np.array([0] * bool(settings.drop_rate) + space.width_choices)
-        self.measures = list(dict.fromkeys(["loss", settings.minimize, *settings.constraints]))
+        self.measure = measure_of_predictor(predictor)
+        self.measures = list(dict.fromkeys([self.measure, settings.minimize, *settings.constraints]))
+        self._check_measures()
         self.minimized = self.measures.index(settings.minimize)
         self.bounded = [self.measures.index(name) for name in settings.constraints]
         self.bounds = np.array(list(settings.constraints.values()))
@@ -124,6 +131,16 @@ class Problem:
         tables = np.random.default_rng(0).integers(2**64, size=(space.num_layers, len(self.choices)), dtype=np.uint64)
         self.table, self.offsets = tables.ravel(), np.arange(space.num_layers) * len(self.choices)
         self.costs = self._resolve_costs(latency)
+
+    def _check_measures(self) -> None:
+        """Raise a ValueError if something is minimised or constrained that follows from another measure."""
+        for other in MEASURES.values():
+            if other.name != self.measure and (wrong := {other.name, other.shown}.intersection(self.measures)):
+                own = MEASURES[self.measure]
+                raise ValueError(
+                    f"The predictor predicts a {own.name}, so the {wrong.pop()} of a shape is unknown. Minimise "
+                    f"{own.name!r} and constrain {own.shown!r} instead, or fit a predictor on {other.plural}."
+                )
 
     def _resolve_costs(self, latency: HasChainCost | None) -> dict[str, ChainCost]:
         """Return the terms of every known cost by name.
@@ -188,7 +205,7 @@ class Problem:
         losses = self._predict(shapes)
         values = np.empty((len(shapes), len(self.measures)))
         for column, name in enumerate(self.measures):
-            if name == "loss":
+            if name == self.measure:
                 values[:, column] = losses
             elif name == "perplexity":
                 values[:, column] = np.exp(np.minimum(losses, MAX_LOG))
@@ -197,17 +214,19 @@ class Problem:
         return values
 
     def _predict(self, shapes: np.ndarray) -> np.ndarray:
-        losses = np.asarray(self.predictor.predict(shapes))
+        losses, plural = np.asarray(self.predictor.predict(shapes)), MEASURES[self.measure].plural
+        unit = " in nats" if self.measure == "loss" else ""
         if losses.shape != (len(shapes),) or losses.dtype.kind not in "iuf":  # integers and floats
             raise ValueError(
                 f"predictor.predict returned {losses.dtype} {losses.shape} for shapes {shapes.shape}. It must return "
-                f"one number per shape, float64 {(len(shapes),)}: a loss in nats."
+                f"one number per shape, float64 {(len(shapes),)}: a {self.measure}{unit}."
             )
         if not np.isfinite(losses).all():
             strange = int((~np.isfinite(losses)).argmax())
             raise ValueError(
-                f"predictor.predict returned a loss of {losses[strange]} for the shape {shapes[strange].tolist()}. "
-                "Losses must be finite: check the losses that the predictor was fitted on."
+                f"predictor.predict returned a {self.measure} of {losses[strange]} for the shape "
+                f"{shapes[strange].tolist()}. {plural.capitalize()} must be finite: check the {plural} that the "
+                "predictor was fitted on."
             )
         return losses.astype(np.float64)
 
@@ -236,6 +255,11 @@ class Problem:
     def violations(self, values: np.ndarray) -> np.ndarray:
         """Return the sums (n,) over the constraints of the relative excess over the bound."""
         return (np.maximum(values[:, self.bounded] - self.bounds, 0) / self.bounds).sum(axis=1)
+
+
+def measure_of_predictor(predictor: Predictor) -> str:
+    """Return what a predictor predicts, `"loss"` or `"distance"`. One that does not say so predicts losses."""
+    return getattr(predictor, "measure", "loss")
 
 
 def _droppable(predictor: Predictor, settings: Settings) -> np.ndarray:

@@ -30,6 +30,7 @@ import numpy as np
 from ..checks import check_count
 from ..model.costs import ChainCost, Cost, resolve_cost
 from ..model.shapes import SearchSpace
+from .measures import MEASURES
 from .predictor import ShapePredictor
 
 
@@ -44,18 +45,20 @@ class ParetoFront:
     Attributes:
         shapes: (n, layers) integers; 0 drops a layer.
         costs: (n,) numbers by name: `"parameters"`, `"flops"`, `"latency"` (seconds); one or two of them.
-        losses: (n,) predicted losses in nats. With one cost, they decrease.
+        losses: (n,) predicted losses in nats, or predicted distances. With one cost, they decrease.
+        measure: What is predicted, `"loss"` or `"distance"`.
     """
 
     shapes: np.ndarray
     costs: dict[str, np.ndarray]
     losses: np.ndarray
+    measure: str = "loss"
 
     def __len__(self) -> int:
         return len(self.losses)
 
     def best(self, max_cost: float | Mapping[str, float]) -> list[int]:
-        """Return the shape with the lowest predicted loss that costs at most `max_cost`.
+        """Return the shape with the lowest predicted loss or distance that costs at most `max_cost`.
 
         Args:
             max_cost: The budget in the unit of the front's cost. For a front of two costs, a mapping from the name of a
@@ -94,10 +97,10 @@ class ParetoFront:
         return self.shapes[np.where(fits, self.losses, np.inf).argmin()].tolist()
 
     def table(self) -> list[dict[str, Any]]:
-        """Return one mapping per point: `shape`, the costs by name, predicted `loss` and `perplexity`."""
-        costs = zip(*(values.tolist() for values in self.costs.values()))
+        """Return one mapping per point: `shape`, costs by name, predicted `loss` and `perplexity`, or `distance`."""
+        costs, measure = zip(*(values.tolist() for values in self.costs.values())), MEASURES[self.measure]
         return [
-            {"shape": shape, **dict(zip(self.costs, row)), "loss": loss, "perplexity": float(np.exp(loss))}
+            {"shape": shape, **dict(zip(self.costs, row)), measure.name: loss, measure.shown: measure.show(loss)}
             for shape, row, loss in zip(self.shapes.tolist(), costs, self.losses.tolist())
         ]
 
@@ -108,7 +111,9 @@ def pareto_front(
     cost: Cost | Sequence[Cost] = "parameters",
     sequence_length: int = 128,
 ) -> ParetoFront:
-    """Return the exact Pareto front of one or two costs against the predicted loss over all shapes of `space`.
+    """Return the exact Pareto front of one or two costs against the prediction over all shapes of `space`.
+
+    What is predicted, and as low as possible, is the loss or the distance to the original: see `ShapePredictor`.
 
     Layers can be dropped where the predictor was fitted on shapes that drop them.
 
@@ -154,6 +159,7 @@ def pareto_front(
             term.name: front.costs[:, i].astype(type(term.fixed)) for i, term in enumerate(terms)
         },
         losses=front.losses,
+        measure=predictor.measure,
     )
 
 

@@ -1,7 +1,8 @@
 """Predict the loss of a shape from a few measured ones, as a sum over layers and over pairs of neighbouring layers.
 
 The prediction is in nats, the unit of log-perplexity, in which the contributions of layers add up. Each term involves
-one layer or two neighbours, so the best shape under a budget can be found exactly (`search.pareto_front`).
+one layer or two neighbours, so the best shape under a budget can be found exactly (`search.pareto_front`). Distances to
+the original are predicted in the same way; wherever this file says loss, it can be a distance (`measures`).
 
 The model: `loss = intercept + sum of effect[layer][width] + sum of pair[layer][width of the kept layer before][width]`.
 It is fitted by ridge regression (`search.regression`). Leave-one-out cross-validation chooses the strength of the ridge
@@ -23,6 +24,7 @@ import numpy as np
 from ..checks import as_numbers, check_count, check_number, check_widths
 from ..files import read_json, write_json
 from ..model.shapes import shape_rows
+from .measures import find_measure, measure_of
 from .quality import FOLDS, POOR_R2, POOR_SPEARMAN, Quality, read_quality
 from .regression import Basis, Posterior, monotone_ridge, ridge, sources
 
@@ -37,7 +39,7 @@ class Evidence:
 
     Attributes:
         shapes: (n, layers) measured shapes.
-        losses: (n,) their losses in nats.
+        losses: (n,) their losses in nats, or their distances.
         strength: Strength of the ridge.
         noise: Standard deviation of one measurement around the sum, in nats.
     """
@@ -70,9 +72,11 @@ class ShapePredictor:
             everywhere.
         evidence: The measurements that the predictor was fitted on, for `uncertainty` and `draw`.
         quality: How well shapes that were left out of the fit are predicted.
+        measure: What is predicted, `"loss"` in nats or `"distance"`, which has no unit.
 
     Raises:
-        ValueError: If sizes do not agree, a number is not finite, or a width is negative or occurs twice.
+        ValueError: If sizes do not agree, a number is not finite, a width is negative or occurs twice, or the measure
+            is unknown.
 
     Example:
         >>> shapes = [[a, b, 16] for a in (16, 32, 48) for b in (16, 32, 48)]
@@ -91,7 +95,9 @@ class ShapePredictor:
         pair_effects: np.ndarray | Sequence[Sequence[Sequence[float]]] | None = None,
         evidence: Evidence | None = None,
         quality: Quality | None = None,
+        measure: str = "loss",
     ):
+        self.measure = find_measure(measure).name
         check_widths("width_choices", width_choices, least=0)
         check_number("intercept", intercept)
         self.width_choices = [int(width) for width in width_choices]
@@ -113,6 +119,8 @@ class ShapePredictor:
             raise ValueError(f"The measured shapes have {evidence.shapes.shape[1]} layers, but effects have {layers}.")
         if evidence is not None and not np.isin(evidence.shapes, self.width_choices).all():
             raise ValueError(f"The measured shapes have widths that are not in {self.width_choices}.")
+        if quality is not None and quality.measure != measure:
+            raise ValueError(f"The quality is that of a {quality.measure}, but the predictor predicts a {measure}.")
         self.evidence, self.quality = evidence, quality
 
     @classmethod
@@ -122,21 +130,23 @@ class ShapePredictor:
         losses: Sequence[float] | np.ndarray,
         pairs: bool | None = None,
         monotone: bool = False,
+        measure: str = "loss",
     ) -> "ShapePredictor":
-        """Fit a predictor on measured `shapes` (n, layers) and their `losses` (n,) in nats.
+        """Fit a predictor on measured `shapes` (n, layers) and their `losses` (n,) in nats, or their distances.
 
         Warns if shapes that are left out of the fit are predicted poorly.
 
         Args:
             shapes: Integers. A width of 0 drops a layer.
-            losses: One per shape.
+            losses: One per shape. Distances, if `measure="distance"`.
             pairs: Whether to use terms of neighbouring layers. With None, leave-one-out cross-validation chooses.
             monotone: Whether a wider layer is never worse. It excludes `pairs`.
+            measure: What was measured, `"loss"` or `"distance"`. Predictions are in the same unit.
 
         Raises:
             ValueError: If the lengths differ, there are too few shapes, or the losses are not finite or all equal.
         """
-        predictor = cls._fit_with_quality(shapes, losses, pairs, monotone)
+        predictor = cls._fit_with_quality(shapes, losses, pairs, monotone, measure)
         predictor._warn_if_poor()
         return predictor
 
@@ -149,40 +159,44 @@ class ShapePredictor:
         Records whose loss is not finite are left out, with a warning that says how many they are.
 
         Args:
-            records: Mappings with `shape` and `loss`.
+            records: Mappings with `shape` and `loss`, or with `shape` and `distance`.
             pairs: Whether to use terms of neighbouring layers: see `fit`.
             monotone: Whether a wider layer is never worse: see `fit`.
 
         Raises:
-            ValueError: If a loss is not a number, too few losses are finite, or all losses are equal.
+            ValueError: If a loss is not a number, too few losses are finite, all losses are equal, or some records
+                hold losses and others distances.
 
         Example:
             >>> records = [{"shape": [a, b], "loss": 3 - (a + b) / 90} for a in (8, 16, 24) for b in (8, 16, 24)]
             >>> ShapePredictor.fit_records(records).quality.num_shapes
             9
         """
-        measured = as_numbers("losses", [record["loss"] for record in records])
+        measure = measure_of(records)
+        measured = as_numbers(measure.plural, [record[measure.name] for record in records])
         finite = [record for record, loss in zip(records, measured) if np.isfinite(loss)]
         if len(finite) < min(len(records), MINIMUM_SHAPES):
             raise ValueError(
-                f"Only {len(finite)} of {len(records)} measured losses are finite, but a predictor needs at least "
-                f"{MINIMUM_SHAPES}. Check that the supernet is trained, and that it is stable in this precision."
+                f"Only {len(finite)} of {len(records)} measured {measure.plural} are finite, but a predictor needs at "
+                f"least {MINIMUM_SHAPES}. Check that the supernet is trained, and that it is stable in this precision."
             )
         if len(finite) < len(records):
             warnings.warn(
-                f"{len(records) - len(finite)} of {len(records)} measured shapes have no finite loss and are left out "
-                "of the fit.",
+                f"{len(records) - len(finite)} of {len(records)} measured shapes have no finite {measure.name} and are "
+                "left out of the fit.",
                 stacklevel=2,
             )
-        shapes, losses = [record["shape"] for record in finite], [record["loss"] for record in finite]
-        predictor = cls._fit_with_quality(shapes, losses, pairs, monotone)
+        shapes, losses = [record["shape"] for record in finite], [record[measure.name] for record in finite]
+        predictor = cls._fit_with_quality(shapes, losses, pairs, monotone, measure.name)
         predictor._warn_if_poor()
         return predictor
 
     @classmethod
-    def _fit_with_quality(cls, shapes: Any, losses: Any, pairs: bool | None, monotone: bool) -> "ShapePredictor":
+    def _fit_with_quality(
+        cls, shapes: Any, losses: Any, pairs: bool | None, monotone: bool, measure: str
+    ) -> "ShapePredictor":
         """Fit on all measurements, and on those outside each of `FOLDS` folds to know the quality."""
-        widths, target = _check_measurements(shapes, losses)
+        widths, target = _check_measurements(shapes, losses, find_measure(measure).plural)
         if monotone and pairs:
             raise ValueError("monotone=True cannot be kept with pairs=True. Leave one of them out.")
         pairs = False if monotone else pairs
@@ -195,7 +209,7 @@ class ShapePredictor:
             fitted = cls._fit(basis, widths[~test], target[~test], pairs, monotone)
             held_out[test] = fitted._sum(np.searchsorted(basis.choices, widths[test]))
         predictor = cls._fit(basis, widths, target, pairs, monotone)
-        predictor.quality = Quality.of(target, held_out)
+        predictor.quality, predictor.measure = Quality.of(target, held_out, measure), measure
         return predictor
 
     @classmethod
@@ -238,7 +252,7 @@ class ShapePredictor:
     @overload
     def predict(self, shapes: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray: ...
     def predict(self, shapes):
-        """Return predicted losses in nats, the logarithms of perplexities.
+        """Return predicted losses in nats, the logarithms of perplexities, or predicted distances.
 
         Args:
             shapes: One shape or many, see `model.shapes.shape_rows`.
@@ -259,7 +273,7 @@ class ShapePredictor:
     @overload
     def uncertainty(self, shapes: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray: ...
     def uncertainty(self, shapes):
-        """Return the standard deviation, in nats, of a new measurement around its prediction.
+        """Return the standard deviation, of a loss in nats, of a new measurement around its prediction.
 
         It contains the uncertainty of the fit and the noise of the measurement. It assumes that the loss is a sum of
         these terms. Where widths interact beyond neighbours, and with `monotone`, it is only a guide.
@@ -306,6 +320,7 @@ class ShapePredictor:
                     self.effects + effects,
                     self.pair_effects + pair_effects,
                     self.evidence,
+                    measure=self.measure,
                 )
             )
         return drawn
@@ -317,6 +332,7 @@ class ShapePredictor:
             lists = {"shapes": self.evidence.shapes.tolist(), "losses": self.evidence.losses.tolist()}
             evidence = {**asdict(self.evidence), **lists}
         content: dict[str, Any] = {
+            "measure": self.measure,
             "width_choices": self.width_choices,
             "intercept": self.intercept,
             "effects": self.effects.tolist(),
@@ -329,6 +345,8 @@ class ShapePredictor:
     @classmethod
     def load(cls, file: str | Path) -> "ShapePredictor":
         """Read a predictor written by `save`. Warns if its quality is poor.
+
+        A file without a measure is of a time when only losses were predicted.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -407,13 +425,13 @@ class ShapePredictor:
             )
 
 
-def _check_measurements(shapes: Any, losses: Any) -> tuple[np.ndarray, np.ndarray]:
+def _check_measurements(shapes: Any, losses: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
     """Return shapes (n, layers) as integers and losses (n,) as floats, both copied, or raise."""
     try:
         widths = np.array(shapes)  # a copy, because the predictor keeps it
     except ValueError:
         raise ValueError("shapes must be (n, layers), but the shapes have different numbers of layers.") from None
-    target = as_numbers("losses", losses)
+    target = as_numbers(what, losses)
     if len(widths) < MINIMUM_SHAPES and target.shape == (len(widths),):
         raise ValueError(
             f"{len(widths)} measured shapes are too few: at least {MINIMUM_SHAPES} are needed, and 4 for each layer "
@@ -421,7 +439,7 @@ def _check_measurements(shapes: Any, losses: Any) -> tuple[np.ndarray, np.ndarra
         )
     if widths.ndim != 2 or target.shape != (len(widths),):
         raise ValueError(
-            f"shapes must be (n, layers) and losses (n,), one per shape, got {widths.shape} and {target.shape}."
+            f"shapes must be (n, layers) and {what} (n,), one per shape, got {widths.shape} and {target.shape}."
         )
     if not np.issubdtype(widths.dtype, np.integer):
         raise ValueError(f"shapes must be integers, got {widths.dtype}.")
@@ -429,12 +447,12 @@ def _check_measurements(shapes: Any, losses: Any) -> tuple[np.ndarray, np.ndarra
         raise ValueError(f"Width {widths.min()} is negative. Allowed: positive widths, and 0 for a dropped layer.")
     if not np.isfinite(target).all():
         raise ValueError(
-            f"{(~np.isfinite(target)).sum()} of the losses are not finite. Leave those shapes out, or use "
+            f"{(~np.isfinite(target)).sum()} of the {what} are not finite. Leave those shapes out, or use "
             "ShapePredictor.fit_records, which does."
         )
     if np.ptp(target) == 0:
         raise ValueError(
-            f"All {len(target)} losses are {target[0]:g}: the shape makes no difference, so there is nothing to "
+            f"All {len(target)} {what} are {target[0]:g}: the shape makes no difference, so there is nothing to "
             "predict. Check that shape= was passed when measuring, and that the supernet is trained."
         )
     return widths.astype(np.int64), target

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..checks import check_count
 from ..model.shapes import SearchSpace
+from .measures import MEASURES
 from .pareto import ParetoFront, pareto_front, shapes_at
 from .predictor import ShapePredictor
 
@@ -29,14 +30,16 @@ class Profile:
     Attributes:
         widths: (layers,) width of each layer over the mean width of its shape, averaged over budgets.
         width_deviations: (layers,) standard deviations of `widths` over drawn predictors.
-        importances: (layers,) loss in nats at the layer's smallest width minus loss at its largest.
+        importances: (layers,) loss in nats, or distance, at the layer's smallest width minus that at its largest.
         importance_deviations: (layers,) standard deviations of `importances` over drawn predictors.
+        measure: What the importances are parts of, `"loss"` or `"distance"`.
     """
 
     widths: np.ndarray
     width_deviations: np.ndarray
     importances: np.ndarray
     importance_deviations: np.ndarray
+    measure: str = "loss"
 
     def sentence(self) -> str:
         """Return in words which layers are narrow, at the mean and wide, and which one matters most."""
@@ -48,10 +51,11 @@ class Profile:
             which = f"layer {layer + 1}" if count == 1 else f"layers {layer + 1}-{layer + count}"
             parts.append(f"{which} {word} ({mean:.2f})")
             layer += count
+        unit = MEASURES[self.measure].unit or " of distance"
         most, least = int(self.importances.argmax()), int(self.importances.argmin())
         return (
             f"Good shapes have {', '.join(parts)}; widest is layer {self.widths.argmax() + 1}. Layer {most + 1} "
-            f"matters most ({self.importances[most]:.3f} ± {self.importance_deviations[most]:.3f} nats from its "
+            f"matters most ({self.importances[most]:.3f} ± {self.importance_deviations[most]:.3f}{unit} from its "
             f"smallest width to its largest), layer {least + 1} least ({self.importances[least]:.3f} ± "
             f"{self.importance_deviations[least]:.3f})."
         )
@@ -105,6 +109,7 @@ def derive_profile(
         np.std(widths, axis=0, ddof=1),
         _importances(space, predictor, shapes),
         np.std(importances, axis=0, ddof=1),
+        predictor.measure,
     )
 
 
@@ -115,7 +120,7 @@ def _mean_profile(front: ParetoFront, num_budgets: int) -> np.ndarray:
 
 
 def _importances(space: SearchSpace, predictor: ShapePredictor, shapes: np.ndarray) -> np.ndarray:
-    """Return by how much the loss falls (layers,) when one layer alone is widened, averaged over `shapes`."""
+    """Return by how much the prediction falls (layers,) when one layer alone is widened, averaged over `shapes`."""
     gains = []
     for layer in range(space.num_layers):
         narrow, wide = shapes.copy(), shapes.copy()

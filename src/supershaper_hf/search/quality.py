@@ -7,6 +7,7 @@ import numpy as np
 from scipy.stats import kendalltau, spearmanr
 
 from ..checks import check_count, check_number
+from .measures import MEASURES, find_measure
 
 
 FOLDS = 5
@@ -15,15 +16,16 @@ POOR_R2, POOR_SPEARMAN = 0.5, 0.7  # a predictor below one of these warns
 
 @dataclass(frozen=True)
 class Quality:
-    """How well the losses of shapes that were left out of the fit are predicted (5-fold cross-validation).
+    """How well shapes that were left out of the fit are predicted (5-fold cross-validation).
 
     Attributes:
         num_shapes: Number of measured shapes.
-        rmse: Root mean square error in nats.
-        r2: Share of the variance of the losses that is predicted, at most 1.
+        rmse: Root mean square error, of losses in nats.
+        r2: Share of the variance of the measurements that is predicted, at most 1.
         spearman: Spearman's rank correlation.
         kendall: Kendall's rank correlation: the probability that two shapes are put in the right order, times 2,
             minus 1.
+        measure: What is predicted, `"loss"` or `"distance"`.
 
     Example:
         >>> print(Quality.of(np.array([3.0, 2.5, 2.0]), np.array([2.9, 2.6, 2.0])))
@@ -35,10 +37,11 @@ class Quality:
     r2: float
     spearman: float
     kendall: float
+    measure: str = "loss"
 
     @classmethod
-    def of(cls, losses: np.ndarray, predicted: np.ndarray) -> "Quality":
-        """Compare measured losses (n,) with predicted ones (n,)."""
+    def of(cls, losses: np.ndarray, predicted: np.ndarray, measure: str = "loss") -> "Quality":
+        """Compare measured losses or distances (n,) with predicted ones (n,)."""
         errors = losses - predicted
         ranked = len(predicted) > 1 and np.ptp(predicted) > 0 and np.ptp(losses) > 0
         return cls(
@@ -47,6 +50,7 @@ class Quality:
             r2=float(1 - errors @ errors / max(np.sum((losses - losses.mean()) ** 2), np.finfo(float).tiny)),
             spearman=float(spearmanr(losses, predicted).statistic) if ranked else 0.0,
             kendall=float(kendalltau(losses, predicted).statistic) if ranked else 0.0,
+            measure=measure,
         )
 
     @property
@@ -56,14 +60,15 @@ class Quality:
 
     def __str__(self) -> str:
         return (
-            f"R2 {self.r2:.3f}, Spearman {self.spearman:.3f}, Kendall {self.kendall:.3f}, off by {self.rmse:.3f} nats "
-            f"({FOLDS}-fold cross-validation on {self.num_shapes} shapes)"
+            f"R2 {self.r2:.3f}, Spearman {self.spearman:.3f}, Kendall {self.kendall:.3f}, off by "
+            f"{MEASURES[self.measure].amount(self.rmse)} ({FOLDS}-fold cross-validation on {self.num_shapes} shapes)"
         )
 
 
-def read_quality(num_shapes: Any, **figures: Any) -> Quality:
+def read_quality(num_shapes: Any, measure: Any = "loss", **figures: Any) -> Quality:
     """Return the quality with these attributes, or raise a ValueError or TypeError: they come from a file."""
     check_count("num_shapes", num_shapes)
     for name, value in figures.items():
         check_number(name, value)
-    return Quality(num_shapes, **figures)
+    find_measure(measure)
+    return Quality(num_shapes, measure=measure, **figures)

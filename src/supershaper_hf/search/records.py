@@ -1,8 +1,9 @@
 """Records of measured shapes on disk: JSON lines. They survive a kill, and new ones are added at the end.
 
-The first line, the header, says what was measured: `evaluation.make_header` computes fingerprints of the model and of
-the data. Every further line is the record of one shape, as `evaluation.evaluate_shapes` returns it. Each line holds a
-checksum of itself, so a line that was changed is noticed and does not count.
+The first line, the header, says what was measured: the measure, and fingerprints of the model and of the data, which
+`evaluation.make_header` computes. A header without a measure is of a time when only losses were measured. Every further
+line is the record of one shape, as `evaluation.evaluate_shapes` returns it. Each line holds a checksum of itself, so a
+line that was changed is noticed and does not count.
 
 `evaluate_shapes` writes the file. `read_records` reads it and needs neither the model nor the data. `to_dataset` turns
 records into a dataset, for Parquet and the Hub:
@@ -25,13 +26,20 @@ from datasets import Dataset, Features, List, Value
 
 from ..files import checksum, lock, parse_json, to_json, write_file
 from ..model.shapes import SearchSpace
+from .measures import MEASURES, measure_of
 
 
 FORMAT = "supershaper-hf records 2"
 FAMILY = FORMAT.rstrip("0123456789")  # what every version of the format begins with
 # Records can be compared only if these values of the header agree: key of the header -> words for an error.
-CONDITIONS = {"model": "another model", "data": "other data", "precision": "another precision"}
-KEYS = ("shape", "loss", "perplexity", "accuracy")
+CONDITIONS = {
+    "measure": "another measure",
+    "model": "another model",
+    "original": "the distance to another original",
+    "data": "other data",
+    "precision": "another precision",
+}
+ROUNDING = 1e-3  # a cosine that was computed in float32 can be a little above 1
 LARGEST_EXPONENT = 709.0  # exp overflows a little above
 SHOWN = 10  # a warning lists this many damaged lines at most
 ADVICE = "Give another records_file, or delete this one to measure again."
@@ -74,7 +82,8 @@ def open_records(file: str | Path, header: Header) -> list[Record]:
             whatever else a reader may want to know.
 
     Raises:
-        ValueError: If the file was begun with another model, other data or another precision, or has no valid header.
+        ValueError: If the file was begun with another measure, model, original or precision, or with other data, or
+            has no valid header.
         OSError: If it cannot be read or written.
     """
     file = Path(file)
@@ -104,9 +113,10 @@ def append_record(file: str | Path, record: Record) -> None:
     Raises:
         OSError: If it cannot be written, for example on a full disk. The records in the file stay.
     """
-    row = {key: record[key] for key in KEYS}
-    if not math.isfinite(record["loss"]):
-        row["loss_is"] = str(record["loss"])  # JSON has neither infinity nor NaN: both become null
+    measure = measure_of([record])
+    row, value = {key: record[key] for key in measure.keys}, record[measure.name]
+    if not math.isfinite(value):
+        row[f"{measure.name}_is"] = str(value)  # JSON has neither infinity nor NaN: both become null
     file = Path(file)
     with explain_failure(file), file.open("ab") as stream:
         stream.write(to_line(row).encode())
@@ -229,15 +239,18 @@ def parse_header(file: Path, line: bytes) -> Header:
         )
     try:
         header = parse_line(line)
-        choices = header["width_choices"]
+        choices, measure = header["width_choices"], header.setdefault("measure", "loss")
+        original = header.setdefault("original", None)
         valid = (
             header.pop("format") == FORMAT
-            and all(isinstance(header[key], str) for key in CONDITIONS)
+            and measure in MEASURES
+            and all(isinstance(header[key], str) for key in ("model", "data", "precision"))
+            and isinstance(original, str if measure == "distance" else type(None))
             and is_shape(header["hidden_sizes"])
             and (choices is None or is_shape(choices))
             and len(header["hidden_sizes"]) == header["num_layers"]
         )
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):  # the measure may be a list, which no dictionary can look up
         valid = False
     if not valid:
         raise ValueError(
@@ -262,9 +275,10 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 def parse_record(line: bytes, header: Header) -> Record:
     """Return the record in a line, or raise a ValueError that says why the line is not a record."""
-    row = parse_line(line)
-    if row.keys() - {"loss_is"} != set(KEYS):
-        raise ValueError(f"not an object with {', '.join(KEYS)}")
+    row, measure = parse_line(line), MEASURES[header["measure"]]
+    value_is = f"{measure.name}_is"
+    if row.keys() - {value_is} != set(measure.keys):
+        raise ValueError(f"not an object with {', '.join(measure.keys)}")
     shape, choices = row["shape"], header["width_choices"]
     allowed = is_shape(shape) and (
         shape == header["hidden_sizes"]
@@ -273,21 +287,37 @@ def parse_record(line: bytes, header: Header) -> Record:
     )
     if not allowed:
         raise ValueError(f"{shape} is not a shape of this supernet")
-    loss, accuracy = row["loss"], row["accuracy"]
-    if loss is None and row.get("loss_is") in ("nan", "inf"):
-        loss = float(row["loss_is"])
-    elif type(loss) is not float or not math.isfinite(loss):  # JSON may say 1e999, which Python reads as infinity
-        raise ValueError(f"loss {loss!r} is not a number")
+    value = row[measure.name]
+    if value is None and row.get(value_is) in ("nan", "inf"):
+        value = float(row[value_is])
+    elif type(value) is not float or not math.isfinite(value):  # JSON may say 1e999, which Python reads as infinity
+        raise ValueError(f"{measure.name} {value!r} is not a number")
+    figures = check_distance(row, value) if measure.name == "distance" else check_loss(row, value)
+    return {"shape": shape, measure.name: value, **figures}
+
+
+def check_loss(row: Mapping[str, Any], loss: float) -> dict[str, float]:
+    """Return perplexity and accuracy of a record, or raise a ValueError that says what is wrong with them."""
+    accuracy, expected, found = row["accuracy"], perplexity(loss), row["perplexity"]
     if type(accuracy) is not float or not 0 <= accuracy <= 1:
         raise ValueError(f"accuracy {accuracy!r} is not a number from 0 to 1")
-    expected, found = perplexity(loss), row["perplexity"]
     if math.isfinite(expected):
         agrees = type(found) is float and math.isclose(found, expected, rel_tol=1e-9)
     else:
         agrees = found is None
     if not agrees:
         raise ValueError(f"perplexity {found!r} is not the exponential of loss {loss}")
-    return {"shape": shape, "loss": loss, "perplexity": expected, "accuracy": accuracy}
+    return {"perplexity": expected, "accuracy": accuracy}
+
+
+def check_distance(row: Mapping[str, Any], distance: float) -> dict[str, float]:
+    """Return the cosine of a record, or raise a ValueError that says what is wrong with it or with its distance."""
+    cosine = math.nan if row["cosine"] is None and not math.isfinite(distance) else row["cosine"]
+    if distance < 0:
+        raise ValueError(f"distance {distance} is below 0")
+    if type(cosine) is not float or abs(cosine) > 1 + ROUNDING:  # not a number where the states are not finite
+        raise ValueError(f"cosine {cosine!r} is not a number from -1 to 1")
+    return {"cosine": cosine}
 
 
 def is_shape(value: Any) -> bool:
@@ -299,24 +329,26 @@ def is_shape(value: Any) -> bool:
 
 
 def to_dataset(records: Sequence[Record], space: SearchSpace | None = None) -> Dataset:
-    """Return records as a dataset with the columns `shape`, `loss`, `perplexity` and `accuracy`.
+    """Return records as a dataset, whose columns are the keys of the records.
 
-    Its `to_list()` returns the same records, also after a way through Parquet.
+    These are `shape`, `loss`, `perplexity` and `accuracy`, or `shape`, `distance` and `cosine`. Without any record they
+    are those of losses. Its `to_list()` returns the same records, also after a way through Parquet.
 
     Args:
         records: Records from `evaluate_shapes` or `read_records`.
         space: The search space. If it is given, the column `parameters` holds the size of the subnet of each shape.
 
     Raises:
-        ValueError: If a shape is not in `space`.
+        ValueError: If a shape is not in `space`, or some records hold losses and others distances.
 
     Example:
         >>> record = {"shape": [120, 0, 768], "loss": 2.0, "perplexity": 7.389, "accuracy": 0.5}
         >>> to_dataset([record]).column_names
         ['shape', 'loss', 'perplexity', 'accuracy']
     """
-    columns: dict[str, list[Any]] = {key: [record[key] for record in records] for key in KEYS}
-    features: dict[str, Any] = {key: Value("float64") for key in KEYS} | {"shape": List(Value("int64"))}
+    keys = measure_of(records).keys
+    columns: dict[str, list[Any]] = {key: [record[key] for record in records] for key in keys}
+    features: dict[str, Any] = {key: Value("float64") for key in keys} | {"shape": List(Value("int64"))}
     if space is not None:
         columns["parameters"] = [space.num_parameters(shape) for shape in columns["shape"]]
         features["parameters"] = Value("int64")

@@ -15,6 +15,7 @@ import numpy as np
 from ..checks import as_numbers, check_count
 from ..model.costs import Cost, chain_cost, resolve_cost
 from ..model.shapes import SearchSpace
+from .measures import measure_of
 from .pareto import ParetoFront, amount, pareto_front
 from .predictor import MINIMUM_SHAPES, Evidence, ShapePredictor
 
@@ -37,13 +38,14 @@ def measure_in_rounds(
 ) -> Records:
     """Measure `num_shapes` shapes: random ones, then in rounds those that may be the best for the budgets `max_cost`.
 
-    Everything is drawn from the seed and the measured losses. With a `measure` that resumes, such as `evaluate_shapes`
+    Everything is drawn from the seed and what was measured. With a `measure` that resumes, such as `evaluate_shapes`
     with a records file, the same call therefore continues after a crash. Whatever can be checked is checked before the
     first shape is measured.
 
     Args:
         space: The search space.
-        measure: A function that takes shapes and returns one record for each, with `shape` and `loss` in nats.
+        measure: A function that takes shapes and returns one record for each, with `shape` and with `loss` in nats or
+            `distance`.
         num_shapes: Number of shapes in all rounds together. The first round has at least `MINIMUM_SHAPES` of them.
         rounds: Number of rounds. The first one is random.
         seed: Random seed, not negative.
@@ -59,7 +61,7 @@ def measure_in_rounds(
 
     Raises:
         ValueError: If a number is too small, the space has too few shapes for a predictor, a cost is unknown, no shape
-            is as cheap as a budget, or too few of the measured losses are finite.
+            is as cheap as a budget, or too few of the measurements are finite.
 
     Example:
         >>> from supershaper_hf import SearchSpace, SuperShaperConfig
@@ -158,17 +160,19 @@ def propose_shapes(
 def best_measured(
     space: SearchSpace, records: Records, cost: Cost, max_cost: float, sequence_length: int = 128
 ) -> list[int]:
-    """Return the measured shape with the lowest loss that costs at most `max_cost`.
+    """Return the measured shape with the lowest loss or distance that costs at most `max_cost`.
 
     Args:
         space: The search space.
-        records: Records of measured shapes, with `shape` and `loss`. Records whose loss is NaN are ignored.
+        records: Records of measured shapes, with `shape` and `loss` or `distance`. Records in which this is NaN are
+            ignored.
         cost: `"parameters"`, `"flops"` or a `LatencyTable`.
         max_cost: The budget, in the unit of the cost.
         sequence_length: Tokens per sequence, for FLOPs.
 
     Raises:
-        ValueError: If no measured shape is that cheap, or a loss is not a number.
+        ValueError: If no measured shape is that cheap, a loss or distance is not a number, or some records hold losses
+            and others distances.
 
     Example:
         >>> from supershaper_hf import SearchSpace, SuperShaperConfig
@@ -180,14 +184,15 @@ def best_measured(
     """
     if not records:
         raise ValueError("There are no records to choose from. Measure shapes with evaluate_shapes.")
-    shapes = np.array([record["shape"] for record in records])
+    measure, shapes = measure_of(records), np.array([record["shape"] for record in records])
     terms = resolve_cost(cost, space.config, sequence_length)
     costs = chain_cost(terms, space.config.hidden_size, shapes)
-    losses = np.where(costs <= max_cost, as_numbers("losses", [record["loss"] for record in records]), np.nan)
+    values = as_numbers(measure.plural, [record[measure.name] for record in records])
+    losses = np.where(costs <= max_cost, values, np.nan)
     if np.isnan(losses).all():
         raise ValueError(
-            f"No measured shape with a loss costs at most {amount(max_cost, terms.name)}: the cheapest of all "
-            f"{len(costs)} costs {amount(costs.min(), terms.name)}. Raise the budget, or measure cheaper shapes."
+            f"No measured shape with a {measure.name} costs at most {amount(max_cost, terms.name)}: the cheapest of "
+            f"all {len(costs)} costs {amount(costs.min(), terms.name)}. Raise the budget, or measure cheaper shapes."
         )
     return shapes[np.nanargmin(losses)].tolist()
 

@@ -16,6 +16,7 @@ from accelerate.utils import LoggerType
 from ..checks import check_choice, check_count, check_number
 from ..model.shapes import DISTRIBUTIONS
 from .distillation import Objective
+from .losses import POOLINGS
 
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -38,9 +39,12 @@ NUMBERS: dict[str, dict[str, float]] = {  # option -> its bounds
     "weight_decay": {"least": 0},
     "warmup_steps": {"least": 0},
     "max_grad_norm": {"above": 0},
-    "mlm_probability": {"above": 0, "most": 1},
+    "mlm_probability": {"least": 0, "most": 1},
+    "shared_learning_rate_scale": {"least": 0},
     "drop_rate": {"least": 0, "below": 1},
     "teacher_weight": {"least": 0},
+    "state_weight": {"least": 0},
+    "pooled_weight": {"least": 0},
     "target_perplexity": {"least": 1},
 }
 CHOICES = {  # option -> its values
@@ -54,8 +58,9 @@ CHOICES = {  # option -> its values
         "constant_with_warmup",
         "inverse_sqrt",
     ),
-    "sampling": ("sandwich", "random", "fixed"),
+    "sampling": ("sandwich", "smallest", "random", "fixed"),
     "distribution": DISTRIBUTIONS,
+    "pooling": POOLINGS,
     "mixed_precision": PRECISIONS,
 }
 OBJECTIVE = (  # options that `Objective` checks
@@ -102,6 +107,11 @@ class SuperPretrainingArguments:
     per_device_train_batch_size: int = option(32, "Sequences in a micro-batch of each process.")
     gradient_accumulation_steps: int = option(1, "Micro-batches of each optimiser step.")
     learning_rate: float = option(5e-5, "Highest learning rate of AdamW.")
+    shared_learning_rate_scale: float = option(
+        1.0,
+        "Factor of the learning rate of weights that all widths share. With 0 they stay as they are, and only weights "
+        "by width learn, which a supernet with bottlenecks by_width has.",
+    )
     weight_decay: float = option(0.0, "Weight decay of the matrices. Biases and LayerNorms have none.")
     warmup_steps: float = option(
         0.05, "Steps in which the learning rate rises: a number of steps, or below 1 a share of all steps."
@@ -110,14 +120,18 @@ class SuperPretrainingArguments:
     max_grad_norm: float = option(1.0, "Largest norm of the gradient. A longer gradient is scaled down to it.")
     max_length: int = option(128, "Tokens of the longest sequence, [CLS] and [SEP] included.")
     cross_documents: bool = option(False, "Whether a sequence may continue with the next document.")
-    mlm_probability: float = option(0.15, "Share of the tokens that the model has to predict.")
+    mlm_probability: float = option(
+        0.15,
+        "Share of the tokens that the model has to predict. With 0 nothing is masked, and an outside teacher alone "
+        "teaches, by --state_weight.",
+    )
     seed: int = option(0, "Random seed of the masks, the order of the text, dropout and the shapes.")
 
     # Shapes
     sampling: str = option(
         "sandwich",
-        "Shapes of each step: sandwich (the largest, the smallest and random ones), random (only random ones) or fixed "
-        "(always the same one).",
+        "Shapes of each step: sandwich (the largest, the smallest and random ones), smallest (the smallest and random "
+        "ones), random (only random ones) or fixed (always the same one).",
     )
     random_shapes: int = option(1, "Number of random shapes in each step.")
     distribution: str = option(
@@ -134,7 +148,7 @@ class SuperPretrainingArguments:
     distillation_weight: float | None = option(
         None,
         "Share of the largest shape's predictions in the targets of the other shapes: 0 trains on the labels only, 1 "
-        "on the predictions only. The default is 0.5 for --sampling sandwich and 0 otherwise.",
+        "on the predictions only. The default is 0.5 for --sampling sandwich with labels, and 0 otherwise.",
     )
     temperature: float = option(1.0, "Temperature of the distillation. A higher one softens both predictions.")
     divergence: str = option(
@@ -147,6 +161,18 @@ class SuperPretrainingArguments:
     )
     relation_heads: int | None = option(
         None, "Number of heads of these relations. By default the number of the model's attention heads."
+    )
+    state_weight: float = option(
+        0.0,
+        "Weight of the loss that matches the last hidden state of an outside teacher, such as the BERT that the "
+        "supernet was made of.",
+    )
+    pooled_weight: float = option(
+        0.0, "Weight of the loss that matches the pooled last hidden state of an outside teacher, by the cosine."
+    )
+    pooling: str = option("mean", "Pooling of that state: mean (over all tokens) or cls (the first token).")
+    no_dropout: bool = option(
+        False, "Whether to train without dropout. The saved models keep their dropout rates, for fine-tuning."
     )
 
     # Machine
@@ -243,8 +269,9 @@ class SuperPretrainingArguments:
 
     def _check_losses(self) -> None:
         """Check the options of `Objective`. Only the sandwich has a largest shape that the others can learn from."""
+        labels = self.mlm_probability > 0
         if self.distillation_weight is None:
-            self.distillation_weight = 0.5 if self.sampling == "sandwich" else 0.0
+            self.distillation_weight = 0.5 if self.sampling == "sandwich" and labels else 0.0
         Objective(**{name: getattr(self, name) for name in OBJECTIVE})  # refuses values that are out of range
         self.relation_heads = None if self.relation_heads is None else int(self.relation_heads)
         for name in ("distillation_weight", "hidden_weight", "attention_weight"):
@@ -253,6 +280,21 @@ class SuperPretrainingArguments:
                     f"{name}={getattr(self, name)} needs the largest shape of each step as a teacher, which "
                     f"sampling={self.sampling!r} does not train. Use sampling='sandwich' or an outside teacher."
                 )
+        if not labels and self.state_weight == 0:
+            raise ValueError(
+                f"mlm_probability={self.mlm_probability} labels nothing, so shapes learn from an outside teacher: give "
+                "state_weight a value above 0, or mlm_probability."
+            )
+        if not labels and self.distillation_weight > 0:
+            raise ValueError(
+                f"distillation_weight={self.distillation_weight} compares predictions of labelled tokens, and "
+                "mlm_probability=0 labels none. Set distillation_weight to 0."
+            )
+        if not labels and self.target_perplexity is not None:
+            raise ValueError(
+                f"target_perplexity={self.target_perplexity} is measured on labelled tokens, and mlm_probability=0 "
+                "labels none. Leave it out."
+            )
         if self.torch_compile and (self.hidden_weight or self.attention_weight or self.teacher_weight):
             raise ValueError(
                 "torch_compile=True does not go with hidden_weight, attention_weight or teacher_weight, which look "

@@ -1,38 +1,40 @@
 """What a shape learns from: the labels, the largest shape of its step, and an outside teacher.
 
 In each step the largest shape teaches the others, which is called in-place distillation (Yu and Huang, "Universally
-Slimmable Networks", 2019, section 3.2). In reading order: `watch_layers` keeps what the layers compute in a forward
-pass, `OutsideTeacher` is a second model that teaches, and `Objective` adds up the losses of `losses.py`.
+Slimmable Networks", 2019, section 3.2). An outside teacher is a second model that does not change. If it is the
+original, the BERT that the supernet was made of, shapes can learn from it alone, without labels and without a
+vocabulary. In reading order: `watch_layers` and `watch_state` keep what the layers and the encoder compute in a forward
+pass, and `Objective` adds up the losses of `losses.py`.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from ..checks import check_choice, check_count, check_number
-from ..devices import copy_mapped_weights
 from ..model.elastic import SuperShaperEncoder, SuperShaperSelfAttention, elastic_linear
-from .losses import alpha_divergence, attention_loss, hidden_state_loss, relation_loss, soft_cross_entropy, split_heads
+from .losses import (
+    POOLINGS,
+    alpha_divergence,
+    attention_loss,
+    hidden_state_loss,
+    pooled_loss,
+    relation_loss,
+    soft_cross_entropy,
+    split_heads,
+    state_loss,
+)
+from .teacher import OutsideTeacher, TeacherOutput
 
 
 DIVERGENCES = ("cross_entropy", "alpha")
-
-# What a layer's query, key and value projections are called in BERT, RoBERTa, ELECTRA and SuperShaper; in DistilBERT;
-# and in MPNet. The dot before `attention` leaves out `crossattention`, which decoders have.
-PROJECTIONS = (
-    (".attention.self.query", ".attention.self.key", ".attention.self.value"),
-    (".attention.q_lin", ".attention.k_lin", ".attention.v_lin"),
-    (".attention.attn.q", ".attention.attn.k", ".attention.attn.v"),
-)
+TEACHER_WEIGHTS = ("teacher_weight", "state_weight", "pooled_weight")  # options that need an outside teacher
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,7 @@ def watch_layers(model: nn.Module, layers: Sequence[int] | None) -> Iterator[dic
         handles.extend((layer.register_forward_pre_hook(before), layer.register_forward_hook(after)))
 
     if layers:
-        encoder = next((module for module in model.modules() if isinstance(module, SuperShaperEncoder)), None)
-        if encoder is None:
-            raise ValueError(f"{type(model).__name__} has no SuperShaperEncoder. Give a SuperShaper model.")
+        encoder = find_encoder(model)
         for index in layers:
             watch(index, encoder.layer[index])
     try:
@@ -124,84 +124,45 @@ def watch_layers(model: nn.Module, layers: Sequence[int] | None) -> Iterator[dic
             handle.remove()
 
 
-class OutsideTeacher:
-    """A second model, of any depth and width, that teaches the last layer of every shape through `relation_loss`.
+@contextmanager
+def watch_state(model: nn.Module, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """Keep the last hidden state, (batch, length, hidden_size), of each forward pass inside the context, in a list.
 
-    The model is frozen and put into evaluation mode; it keeps its dtype. It reads the student's token ids, so it must
-    have been trained with the same tokenizer. Weights that are still mapped to their file are copied into memory, see
-    `devices.copy_mapped_weights`.
+    It is what the encoder returns. Heads do not return it. Gradients flow through it.
 
     Args:
-        model: A BERT, RoBERTa, ELECTRA, DistilBERT, MPNet or SuperShaper model, with or without a head. It is changed
-            in place.
-        layer: The layer that teaches; negative numbers count from the end. MiniLMv2 takes the last layer of teachers of
-            base size, and a layer of the upper middle of large ones.
+        model: A supernet or a subnet, with or without a head, bare or wrapped (DDP, FSDP2), compiled or not.
+        wanted: Whether to watch at all.
 
     Raises:
-        ValueError: If the projections of its layers are not found, or `layer` is out of range.
+        ValueError: If `model` contains no SuperShaper encoder.
 
     Example:
-        >>> from transformers import BertConfig, BertModel
-        >>> sizes = {"vocab_size": 50, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-        >>> teacher = OutsideTeacher(BertModel(BertConfig(**sizes)), layer=0)
-        >>> query, key, value = teacher({"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3)})
-        >>> query.shape
-        torch.Size([1, 3, 96])
+        >>> from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
+        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
+        >>> model = SuperShaperForMaskedLM(config)
+        >>> with watch_state(model) as states:
+        ...     output = model(torch.tensor([[1, 2, 3]]), shape=[0, 40])
+        >>> [state.shape for state in states]
+        [torch.Size([1, 3, 96])]
     """
+    states: list[Tensor] = []
+    if not wanted:
+        yield states
+        return
+    handle = find_encoder(model).register_forward_hook(lambda module, inputs, state: states.append(state))
+    try:
+        yield states
+    finally:
+        handle.remove()
 
-    def __init__(self, model: PreTrainedModel, layer: int = -1) -> None:
-        # The head is left out: for a whole vocabulary at every position it would cost as much as several layers.
-        self.model = model.base_model.eval().requires_grad_(False)
-        copy_mapped_weights(self.model)
-        modules = dict(self.model.named_modules())
-        found = [
-            [modules[name.removesuffix(names[0]) + projection] for projection in names]
-            for name in modules
-            for names in PROJECTIONS
-            if name.endswith(names[0])
-        ]
-        kind = type(model).__name__
-        if not found:
-            expected = ", ".join(f"*{names[0]}" for names in PROJECTIONS)
-            raise ValueError(
-                f"{kind} has no query, key and value projections where they are looked for ({expected}). Use a BERT, "
-                "RoBERTa, ELECTRA, DistilBERT, MPNet or SuperShaper model as teacher."
-            )
-        if not -len(found) <= layer < len(found):
-            raise ValueError(f"layer={layer}: {kind} has layers 0 to {len(found) - 1}, or -{len(found)} to -1.")
-        self.projections = found[layer]
-        self.layer = layer % len(found)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """A checksum of the weights and the layer, which tells whether another run has the same teacher."""
-        digest = hashlib.sha256(f"layer {self.layer}".encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
-
-    @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value of the layer that teaches, (batch, length, teacher width) each.
-
-        Args:
-            batch: `input_ids` and `attention_mask`, (batch, length). The teacher moves to their device.
-        """
-        outputs: list[Tensor] = []
-        handles = [
-            projection.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-            for projection in self.projections
-        ]
-        try:
-            if self.model.device != batch["input_ids"].device:
-                self.model.to(batch["input_ids"].device)
-            self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        finally:
-            for handle in handles:
-                handle.remove()
-        query, key, value = outputs
-        return query, key, value
+def find_encoder(model: nn.Module) -> SuperShaperEncoder:
+    """Return the encoder inside `model`, or raise a ValueError if it has none."""
+    encoder = next((module for module in model.modules() if isinstance(module, SuperShaperEncoder)), None)
+    if encoder is None:
+        raise ValueError(f"{type(model).__name__} has no SuperShaperEncoder. Give a SuperShaper model.")
+    return encoder
 
 
 @dataclass(frozen=True)
@@ -209,27 +170,28 @@ class Largest:
     """What the largest shape of a step teaches the others. Gradients do not flow into it.
 
     Attributes:
-        logits: (labelled positions, vocab_size).
+        logits: (labelled positions, vocab_size); `None` if nothing is labelled.
         activations: By index of the layer.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     activations: Mapping[int, LayerActivations]
 
     @classmethod
     def of(cls, output: MaskedLMOutput, activations: Mapping[int, LayerActivations]) -> "Largest":
         """Detach the results of the first forward pass of a step."""
-        assert output.logits is not None
-        return cls(output.logits.detach(), {layer: found.detach() for layer, found in activations.items()})
+        logits = None if output.logits is None else output.logits.detach()
+        return cls(logits, {layer: found.detach() for layer, found in activations.items()})
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What every shape of a step learns from. Its loss has two parts, which are means over different positions.
+    """What every shape of a step learns from. Its loss has parts that are means over different positions.
 
     `label_loss` is a mean over the labelled positions: the cross-entropy with the labels, mixed with that to the
     predictions of the largest shape. `layer_loss` is a mean over all tokens: how far the layers are from those of the
-    largest shape and of an outside teacher.
+    largest shape and of an outside teacher. `output_losses` are a mean over all tokens and one over sequences: how far
+    the last hidden state is from that of an outside teacher, token by token and pooled.
 
     Args:
         distillation_weight: Share of the predictions of the largest shape in `label_loss`. With 0 a shape learns from
@@ -241,6 +203,12 @@ class Objective:
         teacher: An outside teacher. The largest shape learns from it too.
         teacher_weight: Factor of `relation_loss`, which compares a shape with the outside teacher.
         relation_heads: Number of heads in `relation_loss`; with `None`, as many as the student has attention heads.
+        state_weight: Factor of `state_loss`, which compares last hidden states with those of the outside teacher.
+        pooled_weight: Factor of `pooled_loss`, which compares pooled last hidden states with those of the outside
+            teacher.
+        pooling: How states are pooled: `"mean"` or `"cls"`.
+        labels: Whether there are labels to learn from. Without them the loss that is reported is `state_loss`, so
+            `state_weight` has to be above 0.
 
     Raises:
         ValueError: If a value is out of range, or if two values do not go together.
@@ -260,12 +228,17 @@ class Objective:
     teacher: OutsideTeacher | None = None
     teacher_weight: float = 0.0
     relation_heads: int | None = None
+    state_weight: float = 0.0
+    pooled_weight: float = 0.0
+    pooling: str = "mean"
+    labels: bool = True
 
     def __post_init__(self) -> None:
         check_number("distillation_weight", self.distillation_weight, least=0, most=1)
         check_number("temperature", self.temperature, above=0)
         check_choice("divergence", self.divergence, DIVERGENCES)
-        for name in ("hidden_weight", "attention_weight", "teacher_weight"):
+        check_choice("pooling", self.pooling, POOLINGS)
+        for name in ("hidden_weight", "attention_weight", *TEACHER_WEIGHTS):
             check_number(name, getattr(self, name), least=0)
         if self.relation_heads is not None:
             check_count("relation_heads", self.relation_heads)
@@ -274,15 +247,32 @@ class Objective:
                 f"temperature={self.temperature} does not go with divergence='alpha', which has none. Leave it at 1, "
                 "or use divergence='cross_entropy'."
             )
-        if self.teacher is None and self.teacher_weight > 0:
-            raise ValueError(f"teacher_weight={self.teacher_weight} needs a teacher. Give one, or set the weight to 0.")
-        if self.teacher is not None and self.teacher_weight == 0:
-            raise ValueError("A teacher is given, but teacher_weight=0. Give it a weight above 0, or leave it out.")
+        weights = {name: getattr(self, name) for name in TEACHER_WEIGHTS if getattr(self, name) > 0}
+        if self.teacher is None and weights:
+            name, weight = next(iter(weights.items()))
+            raise ValueError(f"{name}={weight} needs a teacher. Give one, or set the weight to 0.")
+        if self.teacher is not None and not weights:
+            raise ValueError(
+                f"A teacher is given, but {', '.join(f'{name}=0' for name in TEACHER_WEIGHTS)}. Give one of them a "
+                "weight above 0, or leave the teacher out."
+            )
+        if not self.labels and self.state_weight == 0:
+            raise ValueError("labels=False leaves state_weight=0 nothing to report. Give state_weight a value above 0.")
+        if not self.labels and self.distillation_weight > 0:
+            raise ValueError(
+                f"distillation_weight={self.distillation_weight} compares predictions of labelled tokens, and with "
+                "labels=False there are none. Set it to 0."
+            )
 
     @property
     def in_place(self) -> bool:
         """Whether the largest shape of a step teaches the others."""
         return self.distillation_weight > 0 or self._matches_largest
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether the last hidden state is compared with that of the outside teacher."""
+        return self.state_weight > 0 or self.pooled_weight > 0
 
     @property
     def _matches_largest(self) -> bool:
@@ -297,7 +287,7 @@ class Objective:
         kept = [layer for layer, width in enumerate(shape) if width]
         if self._matches_largest:
             return kept
-        return [] if self.teacher is None else kept[-1:]
+        return kept[-1:] if self.teacher_weight > 0 else []
 
     def label_loss(self, output: MaskedLMOutput, largest: Largest | None) -> Tensor:
         """Return the mean loss over the labelled positions, in nats.
@@ -308,9 +298,11 @@ class Objective:
             largest: Result of the first forward pass of the step; `None` in that pass itself.
         """
         assert output.loss is not None
+        if largest is None or self.distillation_weight == 0:
+            return output.loss
         assert output.logits is not None
-        # Without labelled positions there is nothing to compare, and a mean would be undefined.
-        if largest is None or self.distillation_weight == 0 or len(output.logits) == 0:
+        assert largest.logits is not None
+        if len(output.logits) == 0:  # There is nothing to compare, and a mean would be undefined.
             return output.loss
         if self.divergence == "alpha":
             soft_loss = alpha_divergence(output.logits, largest.logits)
@@ -323,7 +315,7 @@ class Objective:
         activations: Mapping[int, LayerActivations],
         attention_mask: Tensor,
         largest: Largest | None,
-        outside: Sequence[Tensor] | None,
+        outside: TeacherOutput | None,
     ) -> Tensor:
         """Return the mean loss over all tokens that are not padding; 0 if no layer is compared with anything.
 
@@ -337,7 +329,7 @@ class Objective:
             ValueError: If activations, or what the outside teacher returned, are needed and missing.
         """
         loss = torch.zeros((), device=attention_mask.device)
-        if not self._matches_largest and self.teacher is None:
+        if not self._matches_largest and self.teacher_weight == 0:
             return loss
         if not activations:
             raise ValueError(
@@ -345,11 +337,34 @@ class Objective:
             )
         if largest is not None and self._matches_largest:
             loss = loss + self._loss_to_largest(activations, attention_mask, largest)
-        if self.teacher is not None:
-            if outside is None:
-                raise ValueError("The outside teacher's output is missing. Pass outside=objective.teacher(batch).")
-            loss = loss + self._loss_to_outside(activations, attention_mask, outside)
+        if self.teacher_weight > 0:
+            loss = loss + self._loss_to_outside(activations, attention_mask, _given(outside))
         return loss
+
+    def output_losses(
+        self, states: Sequence[Tensor], attention_mask: Tensor, outside: TeacherOutput | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return `state_loss` and `pooled_loss` without their factors; 0 for one whose factor is 0.
+
+        Args:
+            states: What `watch_state(model)` kept of the forward pass.
+            attention_mask: (batch, length), 0 for padding.
+            outside: What `self.teacher` returned for the batch.
+
+        Raises:
+            ValueError: If the state, or what the outside teacher returned, is needed and missing.
+        """
+        by_token = by_sequence = torch.zeros((), device=attention_mask.device)
+        if not self.compares_outputs:
+            return by_token, by_sequence
+        if not states:
+            raise ValueError("No state was watched. Run the forward pass inside watch_state(model).")
+        student, teacher = states[-1], _given(outside).state
+        if self.state_weight > 0:
+            by_token = state_loss(student, teacher, attention_mask)
+        if self.pooled_weight > 0:
+            by_sequence = pooled_loss(student, teacher, attention_mask, self.pooling)
+        return by_token, by_sequence
 
     def _loss_to_largest(
         self, activations: Mapping[int, LayerActivations], attention_mask: Tensor, largest: Largest
@@ -366,9 +381,16 @@ class Objective:
         return loss
 
     def _loss_to_outside(
-        self, activations: Mapping[int, LayerActivations], attention_mask: Tensor, outside: Sequence[Tensor]
+        self, activations: Mapping[int, LayerActivations], attention_mask: Tensor, outside: TeacherOutput
     ) -> Tensor:
         """Compare the last layer that the shape kept with the layer of the outside teacher."""
         last = activations[max(activations)]
         heads = self.relation_heads or last.num_heads
-        return self.teacher_weight * relation_loss((last.query, last.key, last.value), outside, heads, attention_mask)
+        student, teacher = (last.query, last.key, last.value), (outside.query, outside.key, outside.value)
+        return self.teacher_weight * relation_loss(student, teacher, heads, attention_mask)
+
+
+def _given(outside: TeacherOutput | None) -> TeacherOutput:
+    if outside is None:
+        raise ValueError("The outside teacher's output is missing. Pass outside=objective.teacher(batch).")
+    return outside

@@ -26,31 +26,36 @@ from ..data.sequences import check_vocabulary
 from ..devices import copy_mapped_weights, device_name
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.costs import training_flops
-from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperForMaskedLM
+from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperPreTrainedModel
 from ..model.shapes import SearchSpace
 from ..search.evaluation import evaluate_shapes
+from ..search.measures import find_measure
 from .arguments import SuperPretrainingArguments
 from .compilation import compile_layers, release_layers
-from .distillation import OutsideTeacher
 from .preparing import (
+    check_model,
     check_teacher,
     checkpoint_layers,
+    freeze,
     learning_rate_schedule,
     make_accelerator,
     make_objective,
     make_optimizer,
     make_stream,
+    start_training_mode,
+    unfreeze,
 )
-from .progress import MEASURES, Monitor, Progress, TrainingSummary
+from .progress import Monitor, Progress, TrainingSummary
 from .resuming import fingerprint_evaluation, position_in_text, run_conditions
 from .run_folder import RunFolder, advice_when_diverged
 from .sandwich import Batch, Shape, count_positions, sandwich_step, step_shapes
 from .state import check_finite, collect_weights
 from .stopping import Launcher, caught_signals
+from .teacher import OutsideTeacher
 
 
 def super_pretrain(
-    model: SuperShaperForMaskedLM,
+    model: SuperShaperPreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset | IterableDataset,
     args: SuperPretrainingArguments,
@@ -62,18 +67,23 @@ def super_pretrain(
 ) -> TrainingSummary:
     """Train `model` in place on `dataset`.
 
+    Shapes learn to predict masked tokens, to imitate an outside teacher, or both. With `args.mlm_probability=0` nothing
+    is masked, and the encoder learns from the teacher alone.
+
     With `args.output_dir`, the run writes checkpoints, models, metrics and a summary to that folder (see
     `run_folder.py`), and resumes from the newest checkpoint in it. Without it, nothing is written or resumed.
 
     Args:
-        model: A supernet; with `sampling="fixed"` also a subnet.
-        tokenizer: The tokenizer of the text, with [MASK] and [PAD].
+        model: A supernet; with `sampling="fixed"` also a subnet. To predict masked tokens it needs a masked-LM head.
+            Otherwise it may be the bare model or have any head but that for multiple choice; the head does not learn.
+        tokenizer: The tokenizer of the text, with [PAD], and with [MASK] unless `args.mlm_probability` is 0.
         dataset: Sequences from `data.tokenize`, or a streaming dataset with a column `text`.
         args: See `SuperPretrainingArguments`.
-        eval_batches: Masked batches from `batches.fixed_masks`, on which named shapes are evaluated.
-        teacher: An outside teacher, for `args.teacher_weight`.
+        eval_batches: Batches from `batches.fixed_masks`, masked if the text is, on which named shapes are evaluated: by
+            their masked-LM loss, or without labels by their distance to the teacher.
+        teacher: An outside teacher, for `args.teacher_weight`, `args.state_weight` and `args.pooled_weight`.
         description: Label of the progress bar.
-        card: Sections and metadata of the model cards, as in `card.model_card`.
+        card: Further arguments of `save_for_hub`, such as sections and metadata of the model cards, or `pooling`.
 
     Returns:
         The summary. Its `status` is "finished" or "target reached" if the run is complete. It is "interrupted" after
@@ -81,8 +91,9 @@ def super_pretrain(
         the caller should not go on as if the model were trained.
 
     Raises:
-        ValueError: If tokenizer and vocabulary disagree, if `model` is a subnet and the sampling is not fixed, if
-            there are checkpoints but none can be used, or if they were made under conditions that cannot change.
+        ValueError: If tokenizer and vocabulary disagree, if `model` lacks a head that it needs, if it is a subnet and
+            the sampling is not fixed, if the teacher is missing or does not fit, if there are checkpoints but none can
+            be used, or if they were made under conditions that cannot change.
         FileExistsError: If `args.output_dir` holds files that no run of this package has made; also if
             `args.resume_from_checkpoint` is off and there are checkpoints.
         FloatingPointError: If the gradients are not finite in `args.max_skipped_steps` steps in a row, or if the
@@ -98,10 +109,12 @@ def super_pretrain(
         'finished'
     """
     check_vocabulary(tokenizer, model.config)
+    check_model(args, model)
     copy_mapped_weights(model)
     if args.target_perplexity is not None and not eval_batches:
         raise ValueError(f"target_perplexity={args.target_perplexity} needs eval_batches to be measured on.")
-    if eval_batches and not any((batch["labels"] != IGNORE_INDEX).any() for batch in eval_batches):
+    labelled = any((batch["labels"] != IGNORE_INDEX).any() for batch in eval_batches)
+    if eval_batches and args.mlm_probability > 0 and not labelled:
         raise ValueError("No token of eval_batches is labelled. Use more text, or a higher mlm_probability.")
     accelerator = make_accelerator(args)
     check_teacher(args, model.config, tokenizer, teacher)
@@ -123,7 +136,7 @@ class Run:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: SuperShaperForMaskedLM,
+        model: SuperShaperPreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         args: SuperPretrainingArguments,
         teacher: OutsideTeacher | None,
@@ -135,6 +148,7 @@ class Run:
         self.config: SuperShaperConfig = model.config
         self.space = None if args.sampling == "fixed" else SearchSpace.from_config(model.config)
         self.objective = make_objective(args, teacher)
+        self.measure = find_measure("loss" if self.objective.labels else "distance")
         self.learning_rate = learning_rate_schedule(args)
         self.launcher = Launcher()
         self.progress = Progress()
@@ -144,7 +158,8 @@ class Run:
             checkpoint_layers(model, True)
         if args.torch_compile:
             compile_layers(model, len(self.config.width_choices or [1]), args.max_steps, accelerator.device)
-        model.train()
+        start_training_mode(model, args)
+        self.frozen = freeze(model, args)
         self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, args))
         self.folder: RunFolder | None = None
         if args.output_dir is not None:
@@ -214,14 +229,15 @@ class Run:
         """Train the shapes of one step.
 
         Returns:
-            The loss of each shape in nats over all processes, the learning rate, and the norm of the gradients.
+            The loss of each shape over all processes (see `sandwich_step`), the learning rate, and the norm of the
+            gradients.
         """
         args, progress, accelerator = self.args, self.progress, self.accelerator
         torch.manual_seed(derive_seed(args.seed, progress.step, accelerator.process_index))  # for dropout
         shapes = step_shapes(self.space, args, progress.step)
         learning_rate = self.learning_rate(progress.step - progress.skipped_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["scale"]
         losses = sandwich_step(accelerator, self.model, micro_batches, shapes, self.objective)
         norm = self.update()
         counts = np.sum([count_work(self.config, shapes, batch) for batch in micro_batches], axis=0).tolist()
@@ -267,18 +283,25 @@ class Run:
         return norm
 
     def evaluate(self, monitor: Monitor) -> None:
-        """Evaluate the named shapes, and save the model as `best` if their mean loss is the lowest so far."""
+        """Evaluate the named shapes, and save the model as `best` if their mean loss or distance is the lowest yet."""
         model = self.accelerator.unwrap_model(self.model)
         shapes = evaluation_shapes(self.space, self.args.shape)
+        teacher, measure = self.objective.teacher, self.measure
         with torch.compiler.set_stance("force_eager"):  # Else each of the many lengths is compiled.
             records = evaluate_shapes(
-                model, self.eval_batches, list(shapes.values()), "Evaluating", accelerator=self.accelerator
+                model,
+                self.eval_batches,
+                list(shapes.values()),
+                "Evaluating",
+                accelerator=self.accelerator,
+                measure=measure.name,
+                original=teacher.model if teacher is not None and measure.name == "distance" else None,
             )
-        results = {name: {key: r[key] for key in MEASURES} for name, r in zip(shapes, records, strict=True)}
-        monitor.evaluated(results)
-        perplexity = records[0]["perplexity"]
+        shown = [key for key in measure.keys if key != "shape"]
+        monitor.evaluated({name: {key: r[key] for key in shown} for name, r in zip(shapes, records, strict=True)})
+        perplexity = records[0].get("perplexity", math.inf)
         self.progress.perplexity = perplexity if math.isfinite(perplexity) else None
-        mean = statistics.fmean(record["loss"] for record in records)
+        mean = statistics.fmean(record[measure.name] for record in records)
         best = math.inf if self.progress.best_loss is None else self.progress.best_loss
         if mean < best:  # This is never true for NaN.
             self.progress.best_loss, self.progress.best_step = mean, self.progress.step
@@ -326,6 +349,7 @@ class Run:
         if self.args.gradient_checkpointing:
             checkpoint_layers(model, False)
         release_layers(model)
+        unfreeze(model, self.frozen)
         model.eval()
 
 

@@ -1,7 +1,8 @@
 """Losses that compare a student with a teacher: predictions, hidden states, attention, and attention relations.
 
-Each loss is a mean over positions: labelled ones for predictions, all tokens but padding for the others. It is computed
-in float32, and gradients flow into the student only. `distillation.py` says which shape or model teaches which.
+Each loss is a mean over positions: labelled ones for predictions, sequences for pooled states, all tokens but padding
+for the others. It is computed in float32, and gradients flow into the student only. `distillation.py` says which shape
+or model teaches which.
 """
 
 import math
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 # The attention score of padding, whose probability is then exactly 0. With -inf, a divergence would be 0 * (inf - inf).
 EXCLUDED = -1e30
+POOLINGS = ("mean", "cls")  # how the states of a sequence become one vector; see `pool`
 
 
 def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -110,6 +112,63 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], atte
         for s, t in zip(student, teacher, strict=True)
     ]
     return torch.stack(losses).mean()
+
+
+def state_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return the relative squared error |s - t|^2 / |t|^2 of the last hidden state, a mean over tokens.
+
+    It is 0 for equal states, and 1 for a student that returns zeros. So it means the same for models of any width whose
+    states have any length.
+
+    Args:
+        student: (batch, length, hidden_size).
+        teacher: (batch, length, hidden_size).
+        attention_mask: (batch, length), 0 for padding, which does not count.
+
+    Example:
+        >>> student, teacher = torch.tensor([[[3.0, 3.0]]]), torch.tensor([[[3.0, 4.0]]])
+        >>> round(state_loss(student, teacher, torch.ones(1, 1)).item(), 4)  # 1 / 25
+        0.04
+    """
+    teacher = teacher.detach().float()
+    errors = (student.float() - teacher).square().sum(dim=-1) / teacher.square().sum(dim=-1)
+    return _token_mean(errors, attention_mask)
+
+
+def pooled_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor, pooling: str = "mean") -> Tensor:
+    """Return 1 - cosine between the pooled last hidden states, a mean over sequences.
+
+    Args:
+        student: (batch, length, hidden_size).
+        teacher: (batch, length, hidden_size).
+        attention_mask: (batch, length), 0 for padding.
+        pooling: See `pool`.
+
+    Example:
+        >>> student, teacher = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[3.0, 4.0]]])
+        >>> round(pooled_loss(student, teacher, torch.ones(1, 1)).item(), 4)  # 1 - 3 / 5
+        0.4
+    """
+    pooled = pool(student, attention_mask, pooling), pool(teacher.detach(), attention_mask, pooling)
+    return (1 - functional.cosine_similarity(*pooled, dim=-1)).mean()
+
+
+def pool(states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
+    """Return one vector for each sequence, (batch, hidden_size), in float32.
+
+    Args:
+        states: (batch, length, hidden_size).
+        attention_mask: (batch, length), 0 for padding.
+        pooling: `"mean"` over the tokens that are not padding, or `"cls"` for the first token.
+
+    Example:
+        >>> pool(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]), "mean").tolist()
+        [[2.0]]
+    """
+    if pooling == "cls":
+        return states[:, 0].float()
+    real = (attention_mask != 0).unsqueeze(-1)
+    return states.float().masked_fill(~real, 0).sum(dim=1) / real.sum(dim=1).clamp(min=1)
 
 
 def attention_loss(

@@ -23,6 +23,7 @@ from ..files import parse_json, to_json, write_file
 from ..processes import on_main_process
 from ..report.plots import plot_evaluations
 from ..report.tables import text_table
+from ..search.measures import MEASURES
 from .arguments import SuperPretrainingArguments
 from .checkpoints import FREE_SPACE, explained
 
@@ -32,7 +33,6 @@ logger = logging.get_logger(__name__)
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "training_summary.json"
 PLOT_FILE = "evaluation.png"
-MEASURES = ("loss", "perplexity", "accuracy")
 SPIKE_WINDOW = 50  # steps whose losses a new loss is compared with
 SPIKE_DEVIATIONS = 6.0
 
@@ -58,7 +58,7 @@ class Progress:
     changes: list[dict[str, Any]] = field(default_factory=list)  # `step`, `name`, `before`, `after` of each condition
 
     def watch(self, loss: float) -> bool:
-        """Remember a step's loss in nats; return whether it is a spike: far above the losses before it."""
+        """Remember a step's loss; return whether it is a spike: far above the losses before it."""
         recent = self.recent_losses
         spike = False
         if math.isfinite(loss):
@@ -76,8 +76,9 @@ class TrainingSummary:
     """How a run ended. `status` is "finished", "interrupted" or "target reached".
 
     Attributes:
-        log_history: One entry per logged step: `step`, `loss` of each trained shape in nats, `learning_rate`,
-            `gradient_norm`, `tokens_per_second`, `share_of_peak`; and one per evaluation: `step`, `evaluation`.
+        log_history: One entry per logged step: `step`, `loss` of each trained shape (in nats, or without labels the
+            error of its last hidden state), `learning_rate`, `gradient_norm`, `tokens_per_second`, `share_of_peak`; and
+            one per evaluation: `step`, `evaluation`.
     """
 
     status: str
@@ -90,7 +91,7 @@ class TrainingSummary:
 
     @property
     def evaluation(self) -> dict[str, dict[str, float]]:
-        """The last evaluation: loss, perplexity and accuracy by name of shape."""
+        """The last evaluation by name of shape: loss, perplexity, accuracy, or without labels distance and cosine."""
         return next((entry["evaluation"] for entry in reversed(self.log_history) if "evaluation" in entry), {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,14 +114,30 @@ class TrainingSummary:
         batch = args["per_device_train_batch_size"] * args["gradient_accumulation_steps"] * self.processes
         what = {
             "sandwich": f"the largest shape, the smallest and {args['random_shapes']} random one(s) per step",
+            "smallest": f"the smallest shape and {args['random_shapes']} random one(s) per step",
             "random": f"{args['random_shapes']} random shape(s) per step",
             "fixed": "one shape only",
         }[args["sampling"]]
+        labels, original = args["mlm_probability"] > 0, args["state_weight"] > 0 or args["pooled_weight"] > 0
+        goal = "Masked language modelling" if labels else "Distillation from a frozen model without labels"
+        details = []
+        if labels:
+            goal += " and distillation from a frozen model" * original
+            details += [
+                f"masking {args['mlm_probability']:.0%}",
+                f"distillation weight {args['distillation_weight']:g}",
+            ]
+        if original:
+            details.append(f"weights {args['state_weight']:g} of the last hidden state")
+            details.append(f"{args['pooled_weight']:g} of its pooled form ({args['pooling']})")
+            details.append(f"{args['teacher_weight']:g} of attention relations")
+        if args["no_dropout"]:
+            details.append("no dropout")
         return (
-            f"Masked language modelling, {what}. {progress.step:,} steps of {batch:,} sequences: {progress.tokens:,} "
+            f"{goal}, {what}. {progress.step:,} steps of {batch:,} sequences: {progress.tokens:,} "
             f"tokens, {progress.flops:.2e} FLOPs, {progress.seconds / 3600:.2f} hours on {self.processes} x "
             f"{self.device}. AdamW, peak learning rate {args['learning_rate']:g} ({args['lr_scheduler_type']}), "
-            f"masking {args['mlm_probability']:.0%}, distillation weight {args['distillation_weight']:g}, "
+            f"{', '.join(details)}, "
             f"precision {args['mixed_precision']}, seed {args['seed']}.{self._describe_changes()}"
         )
 
@@ -162,7 +179,7 @@ class Monitor:
             accelerator.init_trackers("supershaper", config={k: str(v) for k, v in vars(args).items()})
 
     def step(self, losses: Sequence[float], learning_rate: float, gradient_norm: float) -> None:
-        """Show the step just done: the `losses` of its shapes in nats, over all processes."""
+        """Show the step just done: the `losses` of its shapes, over all processes."""
         progress = self.progress
         progress.seconds = time.perf_counter() - self.started
         if progress.watch(losses[0]):
@@ -189,14 +206,14 @@ class Monitor:
         self._track({"loss": losses[0], **{f"loss_{i}": loss for i, loss in enumerate(losses)}}, entry)
 
     def evaluated(self, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """Show an evaluation: for each shape by name its `loss`, `perplexity` and `accuracy`."""
+        """Show an evaluation: what was measured of each shape, by its name."""
         self._log({"step": self.progress.step, "evaluation": results})
-        rows = [{"shape": name, **{key: row[key] for key in MEASURES}} for name, row in results.items()]
+        rows = [{"shape": name, **row} for name, row in results.items()]
         self._say(f"Evaluation after step {self.progress.step}:\n{text_table(rows)}")
         if self.folder is not None:
             file = self.folder / PLOT_FILE
             on_main_process(lambda: draw_evaluations(file, self.log_history), self.accelerator)
-        self._track({f"eval/{name}/{key}": row[key] for name, row in results.items() for key in MEASURES}, {})
+        self._track({f"eval/{name}/{key}": value for name, row in results.items() for key, value in row.items()}, {})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -280,8 +297,10 @@ def _is_complete(entry: Mapping[str, Any]) -> bool:
     if "evaluation" not in entry:
         return isinstance(entry.get("loss"), list) and are_numbers(entry["loss"])
     rows = entry["evaluation"]
+    kinds = [{*measure.keys} - {"shape"} for measure in MEASURES.values()]
     return isinstance(rows, dict) and all(
-        isinstance(row, dict) and row.keys() >= set(MEASURES) and are_numbers([*row.values()]) for row in rows.values()
+        isinstance(row, dict) and any(row.keys() >= kind for kind in kinds) and are_numbers([*row.values()])
+        for row in rows.values()
     )
 
 

@@ -32,7 +32,7 @@ FROM_NEXT_STEP = (  # Each step reads these anew, so a new value is really appli
     "per_device_train_batch_size", "gradient_accumulation_steps", "processes", "mlm_probability",
     "random_shapes", "distribution", "drop_rate",
     "distillation_weight", "temperature", "divergence", "hidden_weight", "attention_weight", "teacher_weight",
-    "relation_heads",
+    "relation_heads", "state_weight", "pooled_weight", "pooling", "no_dropout", "shared_learning_rate_scale",
     "teacher", "trained_parameters", "evaluation_text",
     "mixed_precision", "gradient_checkpointing", "torch_compile", "eval_steps", "target_perplexity",
 )  # fmt: skip
@@ -113,6 +113,9 @@ def changed_conditions(before: Mapping[str, Any], now: Mapping[str, Any], checkp
     # A stream is read in parts, one for each process. Stored text is shared out anew.
     if str(now["text"]).startswith("stream"):
         fixed += [change for change in changes if change["name"] == "processes"]
+    # The losses of a run are of one kind: with labels masked-LM losses, without them distances to a teacher.
+    if 0 in (before.get("mlm_probability"), now.get("mlm_probability")):
+        fixed += [change for change in changes if change["name"] == "mlm_probability"]
     if fixed:
         raise ValueError(
             f"{checkpoint} was written by a run under other conditions, which cannot change within a run: "

@@ -12,7 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..model.modeling_supershaper import SuperShaperForMaskedLM
+from ..model.modeling_supershaper import SuperShaperPreTrainedModel
 from ..processes import on_main_process
 
 
@@ -32,7 +32,7 @@ def collect_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Ten
     return weights
 
 
-def restore_weights(model: SuperShaperForMaskedLM, weights: Mapping[str, Tensor]) -> None:
+def restore_weights(model: SuperShaperPreTrainedModel, weights: Mapping[str, Tensor]) -> None:
     """Copy what `collect_weights` returned into `model`.
 
     Raises:
@@ -112,7 +112,7 @@ def check_finite(accelerator: Accelerator, weights: Mapping[str, Tensor], step: 
     on_main_process(check, accelerator)
 
 
-def unwrap(accelerator: Accelerator, model: nn.Module) -> SuperShaperForMaskedLM:
+def unwrap(accelerator: Accelerator, model: nn.Module) -> SuperShaperPreTrainedModel:
     """Return the model inside the wrappers of `Accelerator.prepare`."""
-    unwrapped: SuperShaperForMaskedLM = accelerator.unwrap_model(model)
+    unwrapped: SuperShaperPreTrainedModel = accelerator.unwrap_model(model)
     return unwrapped
