@@ -50,7 +50,7 @@ class Progress:
     seconds: float = 0.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    best_loss: float | None = None
+    best_loss: float | None = None  # mean over the evaluated shapes; without labels the mean distance
     best_step: int | None = None
     perplexity: float | None = None  # of the first shape at the last evaluation, if it was finite
     loss_spikes: list[dict[str, float]] = field(default_factory=list)
