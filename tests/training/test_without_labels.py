@@ -239,7 +239,7 @@ def test_run_without_labels_goes_on_exactly(tokenizer, dataset, plain_batches, t
     assert len({int(value) for name, value in moments[0].items() if name.endswith("/step")}) > 1
     best = AutoModel.from_pretrained(tmp_path / "whole" / "best")
     assert type(best) is SuperShaperModel
-    assert "Distillation from a frozen model without labels" in (tmp_path / "whole" / "best" / "README.md").read_text()
+    assert "Distillation from a frozen model, 1 random" in (tmp_path / "whole" / "best" / "README.md").read_text()
 
 
 def power_cut_at(number):
