@@ -38,6 +38,7 @@ from supershaper_hf import (
     fixed_masks,
     load_text,
     push_folder,
+    read_sentence_encoder,
     split_text,
     super_pretrain,
     tokenize,
@@ -50,6 +51,7 @@ from supershaper_hf.files import parse_json
 from supershaper_hf.model.costs import training_flops
 from supershaper_hf.model.modeling_supershaper import SuperShaperPreTrainedModel
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
+from supershaper_hf.publish.sentences import POOLINGS
 from supershaper_hf.training.arguments import HelpFormatter, option
 from supershaper_hf.training.checkpoints import list_checkpoints
 from supershaper_hf.training.preparing import make_accelerator
@@ -114,11 +116,18 @@ class ScriptArguments:
     match_compute: str | None = option(
         None, "File training_summary.json of another run. Its FLOPs then decide the number of steps, not --max_steps."
     )
+    pooling: str | None = option(
+        None,
+        "How the saved models make sentence embeddings of token states: mean or cls. They are then sentence encoders, "
+        "which sentence-transformers loads. By default the pooling of the model given, if it has one.",
+    )
     push_to_hub: str | None = option(None, "Repository, user/name, that the last model is published to.")
 
     def __post_init__(self) -> None:
         if self.head_slicing is not None:
             check_choice("head_slicing", self.head_slicing, ("prefix", "per_head"))
+        if self.pooling is not None:
+            check_choice("pooling", self.pooling, POOLINGS)
         check_number("validation_split_percentage", self.validation_split_percentage, above=0, below=100)
         check_count("max_eval_samples", self.max_eval_samples)
         if self.preprocessing_num_workers is not None:
@@ -260,6 +269,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise OSError(f"{name} has no tokenizer that can be loaded. Name another one by --tokenizer_name.") from error
 
 
+def sentence_options(script: ScriptArguments) -> dict[str, Any]:
+    """Return what makes sentence encoders of the saved models: what the model given says of itself, and `--pooling`."""
+    options = read_sentence_encoder(str(script.model_name_or_path))
+    return options if script.pooling is None else options | {"pooling": script.pooling}
+
+
 def load_data(
     script: ScriptArguments, args: SuperPretrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset | IterableDataset, Batches]:
@@ -365,7 +380,9 @@ def main() -> int:
         if script.reorder:
             on_every_process(partial(reorder, model, tokenizer, dataset, args), accelerator)
 
-    card = {"repo_id": script.push_to_hub} if script.push_to_hub else {}
+    card = on_main_process(partial(sentence_options, script), accelerator)
+    if script.push_to_hub:
+        card["repo_id"] = script.push_to_hub
     if not Path(str(script.model_name_or_path)).exists():
         card["base_model"] = str(script.model_name_or_path)
     summary = super_pretrain(model, tokenizer, dataset, args, eval_batches=eval_batches, teacher=teacher, card=card)

@@ -46,6 +46,8 @@ if TYPE_CHECKING:  # the names of `LAZY` again, for type checkers and editors; a
     from .publish.hub import push_folder as push_folder
     from .publish.hub import push_to_hub as push_to_hub
     from .publish.hub import save_for_hub as save_for_hub
+    from .publish.sentences import read_pooling as read_pooling
+    from .publish.sentences import read_sentence_encoder as read_sentence_encoder
     from .report.page import write_report as write_report
     from .report.plots import plot_front as plot_front
     from .report.tables import markdown_table as markdown_table
@@ -87,7 +89,9 @@ LAZY = {  # public name -> the module that it is imported from
     "plot_front": "report.plots",
     "push_folder": "publish.hub",
     "push_to_hub": "publish.hub",
+    "read_pooling": "publish.sentences",
     "read_records": "search.records",
+    "read_sentence_encoder": "publish.sentences",
     "save_for_hub": "publish.hub",
     "shapes_at": "search.pareto",
     "split_text": "data.documents",

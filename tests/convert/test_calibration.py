@@ -16,6 +16,7 @@ from conftest import (
 from transformers import BertModel
 
 from supershaper_hf import SuperShaperForMaskedLM, SuperShaperModel, calibrate
+from supershaper_hf.convert import calibration
 from supershaper_hf.convert.calibration import RIDGE, Moments, ridge_regression
 
 
@@ -447,28 +448,56 @@ def test_readers_and_bottlenecks_of_a_width_are_ridge_regressions(width, head_sl
     calibrate(model, texts())
     full, encoder = Watcher(model, texts()), model.encoder
     narrow, layer = encoder.narrow(1, width), encoder.layer[1]
-    attended, outputs = [], []
+    code, attended, outputs = narrow.attention_code, [], []
     with torch.no_grad():
         for batch in texts():
             states = model(**batch, shape=[48, 0, 0]).last_hidden_state
-            states = encoder.input_bottleneck[1](states)[..., :width]
+            states = encoder.input_bottleneck[1](states)
+            states = states[..., :width] + code.writer(states[..., width:])
             real = batch["attention_mask"].bool()
             mask = torch.zeros(*real.shape[:1], 1, 1, real.shape[1]).masked_fill(~real[:, None, None], -1e9)
             mask = mask.expand(-1, 1, real.shape[1], -1)
-            attended.append(layer.attention(states, mask, narrow.attention_reader)[real].double().numpy())
+            attended.append(layer.attention(states, mask, narrow)[real].double().numpy())
             outputs.append(layer(states, mask, narrow)[real].double().numpy())
-    inputs = full("inputs", 1)
+    inputs, writer = full("inputs", 1), code.writer.weight.detach().double().numpy()
     shared, bias = (parameter.detach().double().numpy() for parameter in encoder.output_bottleneck[1].parameters())
     left = full("outputs", 1) @ shared.T + bias
     nothing = np.zeros((48 - width, width))
     for module, x, y, start in (
-        (narrow.attention_reader, inputs[:, :width], inputs[:, width:], nothing),
-        (narrow.intermediate_reader, np.concatenate(attended), full("attended", 1)[:, width:], nothing),
+        (code.reader, inputs[:, :width] + inputs[:, width:] @ writer.T, inputs[:, width:], nothing),
+        (narrow.intermediate_code.reader, np.concatenate(attended), full("attended", 1)[:, width:], nothing),
         (narrow.output_bottleneck, np.concatenate(outputs), left, shared[:, :width]),
     ):
         weight, bias = ridge_by_numpy(x, y, start)
         np.testing.assert_allclose(module.weight.detach(), weight, atol=2e-3)
         np.testing.assert_allclose(module.bias.detach(), bias, atol=5e-3)
+
+
+@pytest.mark.parametrize("width", [8, 20, 36])
+def test_without_a_penalty_a_code_keeps_the_principal_components(width, monkeypatch):
+    monkeypatch.setattr(calibration, "WRITER_PENALTY", 1e-9)
+    components = torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64)).Q[:, :width]
+    coding = torch.cat([torch.eye(width, dtype=torch.float64), calibration.choose_writer(components)], dim=1)
+    projection = coding.T @ torch.linalg.solve(coding @ coding.T, coding)
+    torch.testing.assert_close(projection @ components, components, atol=1e-5, rtol=0)
+
+
+def test_code_between_attention_and_ffn_differs_by_the_gains_of_the_layer_norm_alone():
+    model = tiny_model(SuperShaperModel, bottlenecks="by_width")
+    calibrate(model, texts())
+    gains = model.encoder.layer[1].attention.output.LayerNorm.weight
+    narrow, states = model.encoder.narrow(1, 20), torch.randn(5, 48)
+    before = states[:, :20] + narrow.attention_code.writer(states[:, 20:])
+    after = (gains * states)[:, :20] + narrow.intermediate_code.writer((gains * states)[:, 20:])
+    torch.testing.assert_close(after, gains[:20] * before, atol=1e-5, rtol=1e-4)
+
+
+def test_gains_near_zero_are_not_divided_by():
+    norm = torch.nn.LayerNorm(4)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, -2.0, 0.0, -1e-9]))
+    gains = calibration.safe_gains(norm).tolist()
+    assert gains == pytest.approx([1.0, -2.0, 0.075, -0.075])
 
 
 # Narrow shapes come closer

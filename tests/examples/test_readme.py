@@ -10,26 +10,41 @@ import pytest
 import yaml
 from conftest import tiny_bert_config
 from hub_server import HubServer
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, BertModel
+
+from supershaper_hf import SuperShaperConfig
+from supershaper_hf.publish.sentences import sentence_encoder_files, write_files
 
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, flags=re.DOTALL)
 
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+MODELS = {"google-bert/bert-base-cased": BertForMaskedLM, ENCODER: BertModel}
+UPLOAD = """
+import sys
+from huggingface_hub import HfApi
+
+for name in sys.argv[1:]:
+    api = HfApi(token=f"hf_{name}")
+    api.create_repo(name)
+    api.upload_folder(repo_id=name, folder_path=name)
+"""
+
 
 @pytest.fixture
 def hub_environment(tmp_path, tokenizer):
-    """A Hub on loopback that holds a tiny BERT under the name the README uses."""
+    """A Hub on loopback that holds tiny BERTs under the names the README uses."""
     with HubServer() as server:
-        server.tokens |= {"hf_google": "google-bert", "hf_reader": "your-name"}
-        folder = tmp_path / "bert"
-        BertForMaskedLM(tiny_bert_config(vocab_size=len(tokenizer))).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        environment = server.environment(tmp_path / "cache") | {"HF_TOKEN": "hf_google"}
-        upload = "import sys; from huggingface_hub import HfApi; api = HfApi(); name = 'google-bert/bert-base-cased'; "
-        upload += "api.create_repo(name); api.upload_folder(repo_id=name, folder_path=sys.argv[1])"
-        run([sys.executable, "-c", upload, str(folder)], environment, tmp_path)
+        server.tokens |= {"hf_reader": "your-name"} | {f"hf_{name}": name.split("/")[0] for name in MODELS}
+        for name, model_class in MODELS.items():
+            model_class(tiny_bert_config(vocab_size=len(tokenizer))).save_pretrained(tmp_path / name)
+            tokenizer.save_pretrained(tmp_path / name)
+        files = sentence_encoder_files(SuperShaperConfig(), tokenizer, "mean", normalize=True, max_seq_length=256)
+        write_files(tmp_path / ENCODER, files)
+        environment = server.environment(tmp_path / "cache")
+        run([sys.executable, "-c", UPLOAD, *MODELS], environment, tmp_path)
         yield environment | {"HF_TOKEN": "hf_reader"}
 
 
@@ -43,7 +58,7 @@ def run(command, environment, folder):
 
 
 def test_readme_has_its_blocks():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_options_shown_in_the_readme_are_those_of_the_example():
@@ -61,6 +76,6 @@ def test_every_file_has_its_line():
     assert named == files - {"__main__.py"}
 
 
-@pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=["ten lines", "search", "to the Hub"])
+@pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=["ten lines", "search", "to the Hub", "sentences"])
 def test_block_runs_and_prints_what_the_readme_says(code, printed, hub_environment, tmp_path):
     assert run([sys.executable, "-c", code], hub_environment, tmp_path) == printed

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from texts import random_documents
 from transformers import AutoConfig, AutoModelForMaskedLM, BertForMaskedLM, BertModel
 
-from supershaper_hf import SuperShaperForMaskedLM
+from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM, read_sentence_encoder
 from supershaper_hf.processes import main_process_first
+from supershaper_hf.publish.sentences import sentence_encoder_files, write_files
 
 
 WITHOUT_LABELS = ["--teacher=t", "--state_weight=1"]
@@ -153,6 +154,7 @@ def test_a_value_in_yaml_means_what_it_means_on_the_command_line(script, tmp_pat
         ("reorder: 3", "--reorder.*: Truthy value expected: got 3"),
         ("mixed_precision: fp8", "mixed_precision='fp8' is unknown. Allowed: 'no', 'bf16', 'fp16'."),
         ("report_to: paper", "report_to='paper' is unknown. Allowed: "),
+        ("pooling: max", "pooling='max' is unknown. Allowed: 'mean', 'cls'."),
         ("head_slicing: both", "head_slicing='both' is unknown. Allowed: 'prefix', 'per_head'."),
         ("validation_split_percentage: 100", "validation_split_percentage=100.0 must be a finite number above 0"),
         ("max_eval_samples: 0", "max_eval_samples=0 must be an integer of at least 1."),
@@ -221,6 +223,27 @@ def test_missing_option_is_named(script, capsys, missing):
 
 
 # Runs
+
+
+def test_sentence_encoder_stays_one(run, bert, tokenizer):
+    """The pooling of the model that was given reaches all models of the run, also when it is resumed or continued."""
+    files = sentence_encoder_files(SuperShaperConfig(), tokenizer, "cls", normalize=True, max_seq_length=9)
+    write_files(bert, files)
+    expected = {"pooling": "cls", "normalize": True, "max_seq_length": 9}
+    _, folder = run(bert, "--eval_steps=1", "--max_steps=1")
+    assert read_sentence_encoder(folder / "last") == expected
+    run(bert, "--eval_steps=1", "--max_steps=2")
+    assert summary(folder)["step"] == 2
+    assert read_sentence_encoder(folder / "last") == read_sentence_encoder(folder / "best") == expected
+    _, second = run(folder / "last", "--pooling=mean", output="second")
+    assert read_sentence_encoder(second / "last") == expected | {"pooling": "mean"}
+
+
+def test_any_model_can_become_a_sentence_encoder(run, bert):
+    _, plain = run(bert)
+    assert read_sentence_encoder(plain / "last") == {}
+    _, encoder = run(bert, "--pooling=mean", output="second")
+    assert read_sentence_encoder(encoder / "last") == {"pooling": "mean", "normalize": False, "max_seq_length": 24}
 
 
 def test_supernet_of_a_bert_is_trained_and_saved(run, bert):

@@ -12,6 +12,9 @@ import transformers
 from huggingface_hub import hf_hub_download
 
 
+SENTENCES = ["the big cat sat on the moon .", "a dog"]
+
+
 class NoPackage:
     """Makes this process behave as if supershaper_hf were not installed."""
 
@@ -34,14 +37,26 @@ def load_everything(auto_classes, **options):
     return results
 
 
+def code_in_card(repo_id):
+    """Return the first Python code of a model's card."""
+    card = Path(hf_hub_download(repo_id, "README.md")).read_text(encoding="utf-8")
+    return re.search(r"```python\n(.+?)```", card, re.DOTALL)[1]
+
+
+def embed(encoder):
+    """Return the embeddings of a SentenceTransformer, one sentence at a time, as a tensor."""
+    return encoder.encode(SENTENCES, batch_size=1, convert_to_tensor=True).cpu()
+
+
 if __name__ == "__main__":
     sys.meta_path.insert(0, NoPackage())
     output, commit_message, *auto_classes = sys.argv[1:]
     torch.set_num_threads(1)  # as in the tests: the number of threads changes the last bits
-    card = Path(hf_hub_download("user/name", "README.md")).read_text(encoding="utf-8")
     shown: dict = {}
-    exec(re.search(r"```python\n(.+?)```", card, re.DOTALL)[1], shown)
+    exec(code_in_card("user/name"), shown)
     results = load_everything(auto_classes, trust_remote_code=True)
     results["card"] = [type(shown[name]).__name__ for name in ("model", "tokenizer")]
+    exec(code_in_card("user/encoder"), shown)
+    results["embeddings"] = embed(shown["encoder"])
     shown["model"].push_to_hub("user/copy", commit_message=commit_message)
     torch.save(results, output)

@@ -50,9 +50,24 @@ def test_card_says_what_its_author_said(subnet, tmp_path):
     assert "| started from | `google-bert/bert-base-cased` |\n" in card.text
 
 
-def test_card_has_one_metadata_block_and_whole_tables(model_class):
+@pytest.mark.parametrize(
+    ("pooling", "words"), [("mean", "mean of the token states"), ("cls", "state of the first token")]
+)
+def test_card_of_a_sentence_encoder_shows_its_library(pooling, words, model_class):
+    card = model_card(tiny_model(model_class), "user/name", pooling=pooling, tags=["tiny"])
+    assert card.data.library_name == "sentence-transformers"
+    assert card.data.pipeline_tag == "sentence-similarity"
+    assert card.data.tags == ["supershaper", "bert", "sentence-transformers", "sentence-similarity", "tiny"]
+    assert f"An embedding is the {words}, at width 48.\n" in card.text
+    first, second = re.findall(r"```python\n(.+?)```", card.text, re.DOTALL)[:2]
+    assert 'SentenceTransformer("user/name", trust_remote_code=True)' in first
+    assert "from_pretrained" in second
+
+
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_card_has_one_metadata_block_and_whole_tables(pooling, model_class):
     for model in (tiny_model(model_class), tiny_model(model_class).extract_subnet(SHAPE)):
-        readme = str(model_card(model, "user/name", base_model="bert"))
+        readme = str(model_card(model, "user/name", base_model="bert", pooling=pooling))
         assert re.match(r"---\n(\w+: \S+\n|\w+:\n(- \S+\n)+)+---\n\n# name\n", readme)
         assert readme.splitlines().count("---") == 2
         assert readme.count("```") % 2 == 0

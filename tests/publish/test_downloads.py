@@ -11,8 +11,9 @@ import torch
 from conftest import SPECIAL_TOKENS, WORDS, assert_same, run, tiny_model
 from hub_server import HubServer
 from huggingface_hub import HfApi
-from publish_loading import load_everything
+from publish_loading import SENTENCES, embed, load_everything
 from publishing import CODE, FIRST, IGNORE_UPLOADS, MODEL_FILES, SHAPE, files, point_client_at, titles
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForMaskedLM, BertTokenizer, pipeline
 
 from supershaper_hf import SuperShaperForMaskedLM
@@ -63,7 +64,7 @@ def test_damaged_header_is_named(position, folder):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """Publish a subnet, then load every head of it here, with the package, and in a process without it.
+    """Publish a subnet, also as a sentence encoder. Load every head here, with the package, and in a process without.
 
     Nobody can answer a question in that process: its standard input is closed.
 
@@ -76,6 +77,7 @@ def loaded(tmp_path_factory):
     auto_classes = [name for name in AUTO_MAP if name != "AutoConfig"]
     with HubServer() as server, point_client_at(server, folder / "cache"):
         push_to_hub(subnet, "user/name", tokenizer=tokenizer)
+        push_to_hub(subnet, "user/encoder", tokenizer=tokenizer, pooling="mean")
         script = Path(publish_loading.__file__)
         process = subprocess.Popen(
             [sys.executable, str(script), str(folder / "missing"), "Stock", *auto_classes],
@@ -86,6 +88,7 @@ def loaded(tmp_path_factory):
             text=True,
         )
         here = load_everything(auto_classes)
+        here["embeddings"] = embed(SentenceTransformer("user/encoder", device="cpu"))
         here["pipeline"] = pipeline("fill-mask", model="user/name")("a [MASK] .", top_k=3)
         printed = process.communicate(timeout=300)[0]
         assert process.returncode == 0, printed
@@ -115,6 +118,14 @@ def test_every_head_loads_from_the_published_masked_lm(auto_class, package, load
     assert name == AUTO_MAP[auto_class].split(".")[1]
     assert module.startswith("supershaper_hf." if package == "installed" else "transformers_modules.")
     assert_same(encoder, subnet.bert.encoder.state_dict(), atol=0)
+
+
+@pytest.mark.parametrize("package", ["installed", "missing"])
+def test_published_sentence_encoder_computes_the_same(package, loaded, tokenizer):
+    """The process without the package runs the code in the card."""
+    _, subnet, results = loaded
+    states = [run(subnet.bert, tokenizer(sentence, return_tensors="pt"))[0] for sentence in SENTENCES]
+    assert_same(results[package]["embeddings"], torch.cat([each.mean(1) for each in states]), atol=1e-6)
 
 
 def test_pipeline_of_the_published_model_fills_masks(loaded, tokenizer):

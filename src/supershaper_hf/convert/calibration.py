@@ -375,21 +375,25 @@ def fit_narrow_widths(encoder: Any, index: int, states: Sequence[States]) -> Non
     The narrow layer reads the code of what the full layer reads, so it does not depend on other layers.
     """
     layer, exit = encoder.layer[index], encoder.output_bottleneck[index]
-    gains = layer.attention.output.LayerNorm.weight
+    gains = safe_gains(layer.attention.output.LayerNorm)
     inputs = Moments.of((batch.inputs[batch.real],) * 2 for batch in states)
-    _, directions = torch.linalg.eigh(inputs.covariance_xx)
+    attended = Moments.of((batch.attended[batch.real] / gains,) * 2 for batch in states)
+    # One code has to serve the attention's input and, but for the gains of its LayerNorm, its output.
+    covariances = [moments.covariance_xx / (moments.covariance_xx.trace() + TINY) for moments in (inputs, attended)]
+    _, directions = torch.linalg.eigh(covariances[0] + covariances[1])
     for width in encoder.config.width_choices[:-1]:
         narrow = encoder.narrow(index, width)
         code, next_code = narrow.attention_code, narrow.intermediate_code
         code.writer.weight.copy_(choose_writer(directions.flip(1)[:, :width]))
-        next_code.writer.weight.copy_(writer_after_gains(code.writer.weight, gains))
+        # The LayerNorm multiplies each channel by its gain, so z = x_kept + S x_rest becomes g_kept z.
+        next_code.writer.weight.copy_(gains[:width, None] * code.writer.weight / gains[None, width:])
 
         coding = torch.cat([torch.eye(width), code.writer.weight.cpu()], dim=1).to(gains)  # z = coding x
         assign(code.reader, ridge_regression(inputs.coded(coding), 0))
-        attended = [layer.attention(b.inputs @ coding.T, b.mask, narrow) for b in states]
-        pairs = ((z[b.real], b.attended[b.real][:, width:]) for z, b in zip(attended, states))
+        coded = [layer.attention(b.inputs @ coding.T, b.mask, narrow) for b in states]
+        pairs = ((z[b.real], b.attended[b.real][:, width:]) for z, b in zip(coded, states))
         assign(next_code.reader, ridge_regression(Moments.of(pairs), 0))
-        outputs = (layer.output(layer.intermediate(z, next_code), z, code=next_code) for z in attended)
+        outputs = (layer.output(layer.intermediate(z, next_code), z, code=next_code) for z in coded)
         pairs = ((z[b.real], exit(b.outputs[b.real])) for z, b in zip(outputs, states))
         assign(narrow.output_bottleneck, ridge_regression(Moments.of(pairs), exit.weight[:, :width]))
 
@@ -411,16 +415,10 @@ def choose_writer(directions: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(kept @ kept.T + penalty, kept @ rest.T)
 
 
-def writer_after_gains(writer: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-    """Return the S of the code that comes out of a LayerNorm with `gains`, if `writer` is that of the code before it.
-
-    A LayerNorm multiplies each channel by its gain, so z = x_kept + S x_rest becomes g_kept z. A gain near 0 counts as
-    a tenth of the mean gain.
-    """
-    least = 0.1 * gains.abs().mean() + TINY
-    divisors = torch.where(gains.abs() < least, torch.copysign(least, gains), gains)
-    width = len(writer)
-    return gains[:width, None] * writer / divisors[None, width:]
+def safe_gains(norm: nn.LayerNorm) -> torch.Tensor:
+    """Return the gains of a LayerNorm to divide by: a gain near 0 counts as a tenth of the mean gain."""
+    least = 0.1 * norm.weight.abs().mean() + TINY
+    return torch.where(norm.weight.abs() < least, torch.copysign(least, norm.weight), norm.weight)
 
 
 def assign(module: nn.Linear, values: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -15,21 +15,26 @@ from ..model.elastic import subnet_tensors
 from ..model.modeling_supershaper import empty_model
 
 
-TOKENIZER_FILES = (
+COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
+    # These make a SentenceTransformer of the folder. They hold for every shape.
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
 )
 
 
 def extract_from_folder(source: str | Path, shape: Sequence[int], target: str | Path) -> Path:
     """Cut a subnet out of a supernet saved in `source` and save it in `target`, without building the supernet.
 
-    One linear map is read at a time, and the map that it is multiplied with: the bottleneck before it, or a reader. So
-    the peak memory is the subnet plus the largest tensor, or plus two such maps where these are larger. The weights are
-    those that `from_pretrained` reads. The tokenizer's files are copied.
+    One linear map is read at a time, and what it is multiplied with: the bottleneck before it, or a code. So the peak
+    memory is the subnet plus the largest tensor, or plus these maps where they are larger. The weights are those that
+    `from_pretrained` reads. The files of the tokenizer and of a sentence encoder's pooling are copied.
 
     Args:
         source: A folder written by `save_pretrained`. The weights can be one file or several (sharded).
@@ -80,8 +85,9 @@ def extract_from_folder(source: str | Path, shape: Sequence[int], target: str | 
 
     def write(folder: Path) -> None:
         subnet.save_pretrained(folder, state_dict=tensors)
-        for file in TOKENIZER_FILES:
+        for file in COPIED_FILES:
             if (source / file).exists():
+                (folder / file).parent.mkdir(exist_ok=True)
                 shutil.copy(source / file, folder / file)
 
     return write_folder(target, write)

@@ -30,6 +30,7 @@ def model_card(
     repo_id: str,
     *,
     with_tokenizer: bool = True,
+    pooling: str | None = None,
     license: str | None = None,
     language: str | None = None,
     base_model: str | None = None,
@@ -45,6 +46,7 @@ def model_card(
         model: The model to describe. Its parameters are counted.
         repo_id: The name of the model in the card's code examples.
         with_tokenizer: Whether the repository has a tokenizer that the examples can load.
+        pooling: The pooling of a sentence encoder, "mean" or "cls". Its card shows how sentence-transformers loads it.
         license: Licence identifier of the Hub, such as `"apache-2.0"`. By default the card claims none.
         language: Language code, such as `"en"`.
         base_model: Hub id of the model from which the weights started.
@@ -62,18 +64,20 @@ def model_card(
         ('apache-2.0', 'fill-mask')
     """
     config, architecture = model.config, type(model).__name__
-    task, elastic = PIPELINE_TAGS.get(architecture), not config.merged_bottlenecks
+    elastic = not config.merged_bottlenecks
+    task = PIPELINE_TAGS.get(architecture) if pooling is None else "sentence-similarity"
+    sentence_tags = [] if pooling is None else ["sentence-transformers", "sentence-similarity"]
     name = repo_id.split("/")[-1]
     has_pipeline = with_tokenizer and task in PIPELINE_REGISTRY.get_supported_tasks()
     data = ModelCardData(
         model_name=name,
-        library_name="transformers",
+        library_name="transformers" if pooling is None else "sentence-transformers",
         pipeline_tag=task,
         license=license,
         language=language,
         base_model=base_model,
         datasets=list(datasets) if datasets else None,
-        tags=["supershaper", "bert", *(tags or [])],
+        tags=["supershaper", "bert", *sentence_tags, *(tags or [])],
     )
     return ModelCard.from_template(
         data,
@@ -87,6 +91,7 @@ def model_card(
         base_model=None if base_model is None else markdown_cell(inline_code(base_model)),
         middle_budget=middle_budget(model) if elastic else None,
         with_tokenizer=with_tokenizer,
+        pooling=pooling,
         pipeline=inline_code(f'pipeline("{task}", model={quoted(repo_id)})') if has_pipeline else None,
         training=training,
         evaluation=evaluation,

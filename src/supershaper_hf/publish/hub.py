@@ -7,7 +7,7 @@ or unchanged. A README.md that a repository already has stays as it is unless `o
 import copy
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +21,7 @@ from ..data.sequences import check_vocabulary
 from ..files import write_folder
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
 from .card import model_card
+from .sentences import sentence_encoder_files, write_files
 
 
 def save_for_hub(
@@ -28,6 +29,10 @@ def save_for_hub(
     folder: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    pooling: str | None = None,
+    normalize: bool = False,
+    max_seq_length: int | None = None,
+    prompts: Mapping[str, str] | None = None,
     repo_id: str | None = None,
     max_shard_size: int | str = "5GB",
     state_dict: dict[str, torch.Tensor] | None = None,
@@ -40,6 +45,13 @@ def save_for_hub(
         model: A supernet or subnet with any head.
         folder: A folder that does not exist or is empty.
         tokenizer: Tokenizer to save beside the model. It is saved without the truncation and padding of its last call.
+        pooling: How a sentence encoder makes one embedding of the token states: "mean", their mean, or "cls", the state
+            of the first token. The folder is then also a `SentenceTransformer`. `read_sentence_encoder(original)`
+            returns this option and the next three.
+        normalize: Whether the `SentenceTransformer` divides every embedding by its length.
+        max_seq_length: Tokens after which it cuts a text, by default the `model_max_length` of the tokenizer. It never
+            keeps more than the model can read.
+        prompts: Names and texts that it can put before a text, such as `{"query": "query: "}`.
         repo_id: The name of the model in the card's examples; by default the name of the folder. Give it if you
             upload the folder with `push_folder` later.
         max_shard_size: Size of the largest weight file.
@@ -52,7 +64,8 @@ def save_for_hub(
 
     Raises:
         FileExistsError: If `folder` is not empty and `replace` is not set.
-        ValueError: If the tokenizer has more tokens than the model.
+        ValueError: If the tokenizer has more tokens than the model, or the options of a sentence encoder do not go
+            together.
 
     Example:
         >>> import tempfile
@@ -66,12 +79,16 @@ def save_for_hub(
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
         tokenizer = without_truncation(tokenizer)
-    readme = model_card(model, repo_id or Path(folder).name, with_tokenizer=tokenizer is not None, **card)
+    sentence_files = sentence_encoder_files(model.config, tokenizer, pooling, normalize, max_seq_length, prompts)
+    readme = model_card(
+        model, repo_id or Path(folder).name, with_tokenizer=tokenizer is not None, pooling=pooling, **card
+    )
 
     def write(partial: Path) -> None:
         model.save_pretrained(partial, max_shard_size=max_shard_size, state_dict=state_dict)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        write_files(partial, sentence_files)
         readme.save(partial / "README.md")
 
     return write_folder(folder, write, replace)
@@ -219,6 +236,7 @@ def push_to_hub(
     repo_id: str,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    pooling: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -227,11 +245,11 @@ def push_to_hub(
     commit_message: str = "Upload model with supershaper-hf",
     commit_description: str | None = None,
     max_shard_size: int | str = "5GB",
-    **card: Any,
+    **options: Any,
 ) -> str:
     """Publish a model as a complete repository: `save_for_hub` into a temporary folder, then `push_folder`.
 
-    The arguments and the errors are those of these two functions.
+    The arguments and the errors are those of these two functions. `options` are the further ones of `save_for_hub`.
 
     Returns:
         The address of the commit or of the pull request.
@@ -241,7 +259,13 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as parent:
         folder = save_for_hub(
-            model, Path(parent) / "model", tokenizer=tokenizer, repo_id=repo_id, max_shard_size=max_shard_size, **card
+            model,
+            Path(parent) / "model",
+            tokenizer=tokenizer,
+            pooling=pooling,
+            repo_id=repo_id,
+            max_shard_size=max_shard_size,
+            **options,
         )
         return push_folder(
             folder,

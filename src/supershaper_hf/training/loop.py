@@ -83,7 +83,7 @@ def super_pretrain(
             their masked-LM loss, or without labels by their distance to the teacher.
         teacher: An outside teacher, for `args.teacher_weight`, `args.state_weight` and `args.pooled_weight`.
         description: Label of the progress bar.
-        card: Sections and metadata of the model cards, as in `card.model_card`.
+        card: Further arguments of `save_for_hub`, such as sections and metadata of the model cards, or `pooling`.
 
     Returns:
         The summary. Its `status` is "finished" or "target reached" if the run is complete. It is "interrupted" after

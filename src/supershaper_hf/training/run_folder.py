@@ -49,7 +49,7 @@ class RunFolder:
         tokenizer: Saved with every checkpoint and model.
         args: `output_dir`, `resume_from_checkpoint` and `save_total_limit` are used.
         conditions: See `resuming.run_conditions`.
-        card: Sections and metadata of the model cards, as in `card.model_card`.
+        card: Further arguments of `save_for_hub`, such as sections and metadata of the model cards, or `pooling`.
     """
 
     def __init__(
