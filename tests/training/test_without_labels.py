@@ -1,19 +1,22 @@
 """Super pre-training without labels: the original, which does not change, is the only teacher."""
 
 import re
+import statistics
 
 import pytest
 import torch
 from conftest import assert_same, randomize, tiny_bert_config, tiny_model
 from safetensors.torch import load_file
 from texts import original_tokens, random_documents
-from training_runs import NO_DROPOUT, arguments, copied_weights, losses, pretrain, step_records
+from training_runs import NO_DROPOUT, SPACE, arguments, copied_weights, losses, pretrain, step_records
 from transformers import AutoModel, BertModel
 
 from supershaper_hf import SuperShaperForMultipleChoice, SuperShaperModel
 from supershaper_hf.data.batches import fixed_masks
 from supershaper_hf.data.sequences import tokenize
+from supershaper_hf.search.evaluation import evaluate_shapes
 from supershaper_hf.training import loop as training_module
+from supershaper_hf.training.loop import evaluation_shapes
 from supershaper_hf.training.losses import state_loss
 from supershaper_hf.training.preparing import make_optimizer
 from supershaper_hf.training.sandwich import sandwich_step
@@ -50,6 +53,31 @@ def test_error_of_the_last_hidden_state_falls_without_labels(tokenizer, dataset,
     assert after["smallest"]["distance"] < before["smallest"]["distance"]
     assert after["smallest"].keys() == {"distance", "cosine"}
     assert summary.progress.labelled == 0
+
+
+def test_evaluation_is_the_distance_to_the_teacher_and_decides_which_model_is_the_best(
+    tokenizer, dataset, plain_batches, tmp_path
+):
+    """The teacher of this test is not what the supernet computes at its largest shape."""
+    teacher, changes = (
+        original(),
+        WITHOUT_LABELS | {"eval_steps": 1, "output_dir": str(tmp_path), "learning_rate": 0.05},
+    )
+    model, summary = pretrain(tokenizer, dataset, bare_model(), plain_batches, teacher, **changes)
+    shapes = evaluation_shapes(SPACE, None)
+
+    def measure(trained):
+        how = {"measure": "distance", "original": teacher.model}
+        records = evaluate_shapes(trained, plain_batches, list(shapes.values()), **how)
+        return {name: {key: r[key] for key in ("distance", "cosine")} for name, r in zip(shapes, records, strict=True)}
+
+    assert summary.evaluation == measure(model)
+    evaluations = [entry["evaluation"] for entry in summary.log_history if "evaluation" in entry]
+    means = [statistics.fmean(row["distance"] for row in rows.values()) for rows in evaluations]
+    assert summary.progress.best_loss == min(means)
+    assert summary.progress.best_step == 1 + means.index(min(means))
+    assert evaluations[means.index(min(means))] == measure(AutoModel.from_pretrained(tmp_path / "best"))
+    assert summary.evaluation["largest"]["distance"] > 0.1
 
 
 def test_recorded_losses_without_labels_are_those_of_the_states(tokenizer, dataset, steps):
@@ -209,7 +237,7 @@ def test_run_without_labels_goes_on_exactly(tokenizer, dataset, plain_batches, t
     assert len({int(value) for name, value in moments[0].items() if name.endswith("/step")}) > 1
     best = AutoModel.from_pretrained(tmp_path / "whole" / "best")
     assert type(best) is SuperShaperModel
-    assert "Distillation from a frozen model without labels" in (tmp_path / "whole" / "best" / "README.md").read_text()
+    assert "Distillation from a frozen model, 1 random" in (tmp_path / "whole" / "best" / "README.md").read_text()
 
 
 def power_cut_at(number):

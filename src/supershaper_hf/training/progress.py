@@ -50,7 +50,7 @@ class Progress:
     seconds: float = 0.0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    best_loss: float | None = None
+    best_loss: float | None = None  # mean over the evaluated shapes; without labels the mean distance
     best_step: int | None = None
     perplexity: float | None = None  # of the first shape at the last evaluation, if it was finite
     loss_spikes: list[dict[str, float]] = field(default_factory=list)
@@ -118,28 +118,32 @@ class TrainingSummary:
             "random": f"{args['random_shapes']} random shape(s) per step",
             "fixed": "one shape only",
         }[args["sampling"]]
-        labels, original = args["mlm_probability"] > 0, args["state_weight"] > 0 or args["pooled_weight"] > 0
-        goal = "Masked language modelling" if labels else "Distillation from a frozen model without labels"
-        details = []
-        if labels:
-            goal += " and distillation from a frozen model" * original
-            details += [
-                f"masking {args['mlm_probability']:.0%}",
-                f"distillation weight {args['distillation_weight']:g}",
-            ]
-        if original:
-            details.append(f"weights {args['state_weight']:g} of the last hidden state")
-            details.append(f"{args['pooled_weight']:g} of its pooled form ({args['pooling']})")
-            details.append(f"{args['teacher_weight']:g} of attention relations")
-        if args["no_dropout"]:
-            details.append("no dropout")
+        goal, details = self._describe_losses()
         return (
             f"{goal}, {what}. {progress.step:,} steps of {batch:,} sequences: {progress.tokens:,} "
             f"tokens, {progress.flops:.2e} FLOPs, {progress.seconds / 3600:.2f} hours on {self.processes} x "
             f"{self.device}. AdamW, peak learning rate {args['learning_rate']:g} ({args['lr_scheduler_type']}), "
-            f"{', '.join(details)}, "
-            f"precision {args['mixed_precision']}, seed {args['seed']}.{self._describe_changes()}"
+            f"{', '.join(details)}, precision {args['mixed_precision']}, seed {args['seed']}.{self._describe_changes()}"
         )
+
+    def _describe_losses(self) -> tuple[str, list[str]]:
+        """Return what the shapes learnt, and the options that decided it."""
+        args, goals, details = self.arguments, [], []
+        if args["mlm_probability"] > 0:
+            goals.append("masked language modelling")
+            details.append(f"masking {args['mlm_probability']:.0%}")
+            details.append(f"distillation weight {args['distillation_weight']:g}")
+        if args["state_weight"] > 0 or args["pooled_weight"] > 0:
+            goals.append("distillation from a frozen model")
+            details.append(f"weights {args['state_weight']:g} of the last hidden state")
+            details.append(f"{args['pooled_weight']:g} of its pooled form ({args['pooling']})")
+            details.append(f"{args['teacher_weight']:g} of attention relations")
+        if args["shared_learning_rate_scale"] != 1:
+            details.append(f"{args['shared_learning_rate_scale']:g} of the learning rate for shared weights")
+        if args["no_dropout"]:
+            details.append("no dropout")
+        goal = " and ".join(goals)
+        return goal[0].upper() + goal[1:], details
 
     def _describe_changes(self) -> str:
         changes = "; ".join(
