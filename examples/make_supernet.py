@@ -44,7 +44,7 @@ from supershaper_hf import (
     text_table,
     tokenize,
 )
-from supershaper_hf.checks import check_choice, check_count, check_number
+from supershaper_hf.checks import check_count, check_number
 from supershaper_hf.files import read_json, write_json
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
 from supershaper_hf.report.plots import plot_measured
@@ -110,15 +110,16 @@ class SupernetArguments:
         check_count("max_eval_samples", self.max_eval_samples)
         if self.max_steps is not None:
             check_count("max_steps", self.max_steps)
-        if self.pooling is not None:
-            check_choice("pooling", self.pooling, ("mean", "cls"))
+        self.training(1)  # refuses values that are out of range
 
-    def training(self, max_steps: int, output_dir: str | None, pooling: str) -> SuperPretrainingArguments:
+    def training(self, max_steps: int, output_dir: str | None = None) -> SuperPretrainingArguments:
         """Return the options of `super_pretrain`."""
         chosen = ("max_length", "per_device_train_batch_size", "learning_rate", "shared_learning_rate_scale")
-        options = RECIPE | {name: getattr(self, name) for name in (*chosen, "mixed_precision", "save_steps", "seed")}
+        options = RECIPE | {
+            name: getattr(self, name) for name in (*chosen, "mixed_precision", "pooling", "save_steps", "seed")
+        }
         options |= {"max_steps": max_steps, "eval_steps": max(1, math.ceil(max_steps / 10)), "output_dir": output_dir}
-        return SuperPretrainingArguments(**options, pooling=pooling)
+        return SuperPretrainingArguments(**options)
 
 
 def parse_arguments(argv: list[str]) -> SupernetArguments:
@@ -193,7 +194,7 @@ def plan_steps(
     if args.max_steps is not None:
         return args.max_steps
     if not file.exists():
-        options = args.training(TIMED_STEPS, None, "mean")
+        options = args.training(TIMED_STEPS)
         options.logging_steps = 1
         summary = super_pretrain(
             copy.deepcopy(supernet), tokenizer, text, options, teacher=teacher, description="Timing"
@@ -238,12 +239,10 @@ def measure(
 
 def main() -> int:
     args = parse_arguments(sys.argv[1:])
-    accelerator: Accelerator = make_accelerator(args.training(1, None, "mean"))
+    accelerator: Accelerator = make_accelerator(args.training(1))
     tokenizer = AutoTokenizer.from_pretrained(args.bert)
     text, evaluation = main_process_first(partial(load_data, args, tokenizer), accelerator)
     card = on_main_process(partial(read_sentence_encoder, args.bert), accelerator)
-    if args.pooling is not None:
-        card |= {"pooling": args.pooling}
     if not Path(args.bert).exists():
         card["base_model"] = args.bert
     attention = fastest_attention(accelerator)
@@ -253,7 +252,7 @@ def main() -> int:
     if args.hours > 0 or args.max_steps is not None:
         teacher = OutsideTeacher(bert)
         steps = plan_steps(args, supernet, tokenizer, text, teacher)
-        options = args.training(steps, args.output_dir, card.get("pooling") or "mean")
+        options = args.training(steps, args.output_dir)
         batches = fixed_masks(evaluation, tokenizer, args.per_device_train_batch_size, mlm_probability=0)
         summary = super_pretrain(supernet, tokenizer, text, options, eval_batches=batches, teacher=teacher, card=card)
         if summary.status == "interrupted":

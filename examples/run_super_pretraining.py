@@ -52,7 +52,6 @@ from supershaper_hf.files import parse_json
 from supershaper_hf.model.costs import training_flops
 from supershaper_hf.model.modeling_supershaper import SuperShaperPreTrainedModel
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
-from supershaper_hf.publish.sentences import POOLINGS
 from supershaper_hf.training.arguments import HelpFormatter, option
 from supershaper_hf.training.checkpoints import list_checkpoints
 from supershaper_hf.training.preparing import make_accelerator
@@ -125,18 +124,11 @@ class ScriptArguments:
     match_compute: str | None = option(
         None, "File training_summary.json of another run. Its FLOPs then decide the number of steps, not --max_steps."
     )
-    pooling: str | None = option(
-        None,
-        "How the saved models make sentence embeddings of token states: mean or cls. They are then sentence encoders, "
-        "which sentence-transformers loads. By default the pooling of the model given, if it has one.",
-    )
     push_to_hub: str | None = option(None, "Repository, user/name, that the last model is published to.")
 
     def __post_init__(self) -> None:
         if self.head_slicing is not None:
             check_choice("head_slicing", self.head_slicing, ("prefix", "per_head"))
-        if self.pooling is not None:
-            check_choice("pooling", self.pooling, POOLINGS)
         if self.bottlenecks is not None:
             check_choice("bottlenecks", self.bottlenecks, ("shared", "by_width"))
         check_count("calibration_tokens", self.calibration_tokens, 0)
@@ -284,12 +276,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise OSError(f"{name} has no tokenizer that can be loaded. Name another one by --tokenizer_name.") from error
 
 
-def sentence_options(script: ScriptArguments) -> dict[str, Any]:
-    """Return what makes sentence encoders of the saved models: what the model given says of itself, and `--pooling`."""
-    options = read_sentence_encoder(str(script.model_name_or_path))
-    return options if script.pooling is None else options | {"pooling": script.pooling}
-
-
 def load_data(
     script: ScriptArguments, args: SuperPretrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Dataset | IterableDataset, Batches]:
@@ -389,7 +375,7 @@ def main() -> int:
             model.to(accelerator.device)
             on_every_process(partial(calibrate, model, batches, accelerator.is_main_process), accelerator)
 
-    card = on_main_process(partial(sentence_options, script), accelerator)
+    card = on_main_process(partial(read_sentence_encoder, str(script.model_name_or_path)), accelerator)
     if script.push_to_hub:
         card["repo_id"] = script.push_to_hub
     if not Path(str(script.model_name_or_path)).exists():

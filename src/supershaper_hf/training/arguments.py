@@ -170,7 +170,12 @@ class SuperPretrainingArguments:
     pooled_weight: float = option(
         0.0, "Weight of the loss that matches the pooled last hidden state of an outside teacher, by the cosine."
     )
-    pooling: str = option("mean", "Pooling of that state: mean (over all tokens) or cls (the first token).")
+    pooling: str | None = option(
+        None,
+        "Pooling of that state: mean (over all tokens) or cls (the first token). The saved models are sentence "
+        "encoders with this pooling, which sentence-transformers loads. By default they are what the model given is, "
+        "and the states are averaged.",
+    )
     no_dropout: bool = option(
         False, "Whether to train without dropout. The saved models keep their dropout rates, for fine-tuning."
     )

@@ -13,6 +13,7 @@ import signal
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -116,10 +117,12 @@ def super_pretrain(
     labelled = any((batch["labels"] != IGNORE_INDEX).any() for batch in eval_batches)
     if eval_batches and args.mlm_probability > 0 and not labelled:
         raise ValueError("No token of eval_batches is labelled. Use more text, or a higher mlm_probability.")
+    card = dict(card or {}) | ({} if args.pooling is None else {"pooling": args.pooling})
+    args = replace(args, pooling=card.get("pooling") or "mean")
     accelerator = make_accelerator(args)
     check_teacher(args, model.config, tokenizer, teacher)
     stream = make_stream(dataset, tokenizer, args, accelerator)
-    run = Run(accelerator, model, tokenizer, args, teacher, stream, list(eval_batches), dict(card or {}))
+    run = Run(accelerator, model, tokenizer, args, teacher, stream, list(eval_batches), card)
     try:
         with caught_signals() as signals, nullcontext() if run.folder is None else run.folder.held():
             summary = run.train(signals, description)

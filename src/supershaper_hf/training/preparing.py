@@ -112,7 +112,7 @@ def make_objective(args: SuperPretrainingArguments, teacher: OutsideTeacher | No
         relation_heads=args.relation_heads,
         state_weight=args.state_weight,
         pooled_weight=args.pooled_weight,
-        pooling=args.pooling,
+        pooling=str(args.pooling),
         labels=args.mlm_probability > 0,
     )
 

@@ -86,7 +86,8 @@ def sandwich_step(
         labelled = count_positions(batch)[0] > 0
         batch = send_to_device(batch, accelerator.device, non_blocking=True)
         mask = batch["attention_mask"]
-        outside = objective.teacher(batch) if objective.teacher else None
+        with accelerator.autocast():
+            outside = objective.teacher(batch) if objective.teacher else None
         largest = None
         for index in order:
             shape = shapes[index]
