@@ -57,13 +57,14 @@ from supershaper_hf.training.teacher import OutsideTeacher
 RECIPE: dict[str, Any] = {
     "mlm_probability": 0.0,  # unmasked text, no labels
     "state_weight": 1.0,
-    "pooled_weight": 5.0,
-    "sampling": "smallest",
-    "random_shapes": 2,
+    "pooled_weight": 1.0,
+    "sampling": "random",
+    "random_shapes": 3,
     "distribution": "budget",
     "no_dropout": True,
     "learning_rate": 5e-4,
-    "shared_learning_rate_scale": 0.2,
+    "shared_learning_rate_scale": 0.6,
+    "group_by_length": True,
 }
 PLAN_FILE, PLAN_FORMAT = "plan.json", "supershaper-hf plan 1"
 TIMED_STEPS = 6  # the first of them is not counted
@@ -91,8 +92,8 @@ class SupernetArguments:
     pooling: str | None = option(
         None, "Pooling of a sentence encoder, mean or cls, which is saved and taught. By default what --bert says."
     )
-    max_length: int = option(64, "Tokens of the longest sequence in training.")
-    per_device_train_batch_size: int = option(32, "Sequences in a step of each process.")
+    max_length: int = option(128, "Tokens of the longest sequence in training.")
+    per_device_train_batch_size: int = option(64, "Sequences in a step of each process.")
     learning_rate: float = option(RECIPE["learning_rate"], "Highest learning rate of AdamW.")
     shared_learning_rate_scale: float = option(
         RECIPE["shared_learning_rate_scale"],

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+from collections import Counter
 from itertools import islice, pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from conftest import WORDS
 from datasets import Dataset
 from texts import MAX_LENGTH, assert_equal, examples, random_documents, rows
 
+from supershaper_hf.data import batches as batches_module
 from supershaper_hf.data.batches import MaskingCollator, MicroBatches
 from supershaper_hf.data.documents import load_text
 from supershaper_hf.data.sequences import tokenize
@@ -370,3 +372,62 @@ def test_text_that_is_not_tokenised_is_refused(tokenizer):
 def test_empty_dataset_is_refused(tokenizer, sequences):
     with pytest.raises(ValueError, match="The dataset is empty"):
         MicroBatches(sequences.select([]), tokenizer, 4)
+
+
+# Sequences of similar length together
+
+
+@pytest.fixture
+def of_all_lengths(tokenizer):
+    lines = [" ".join(random.Random(n).choices(WORDS, k=3 + n % 20)) for n in range(300)]
+    return tokenize(Dataset.from_dict({"text": lines}), tokenizer, 24)
+
+
+def read(dataset, tokenizer, count, state=None, **options):
+    found = islice(MicroBatches(dataset, tokenizer, mlm_probability=0, seed=3, **options).iterate(state), count)
+    return [(batch["input_ids"].shape, batch) for batch, _ in found]
+
+
+def test_grouping_by_length_reads_every_sequence_once_an_epoch(of_all_lengths, tokenizer, monkeypatch):
+    monkeypatch.setattr(batches_module, "WINDOW", 256)
+    monkeypatch.setattr(batches_module, "BLOCK", 16)
+    epoch = len(of_all_lengths) // 8
+    dataset = of_all_lengths.select(range(epoch * 8))
+    shapes = {}
+    for grouped in (False, True):
+        found = read(dataset, tokenizer, epoch, batch_size=8, group_by_length=grouped)
+        shapes[grouped] = sum(size[0] * size[1] for size, _ in found)
+        rows = [tuple(row[row != tokenizer.pad_token_id].tolist()) for _, batch in found for row in batch["input_ids"]]
+        assert Counter(rows) == Counter(map(tuple, dataset["input_ids"]))
+    tokens = sum(map(len, dataset["input_ids"]))
+    assert shapes[True] - tokens < 0.3 * (shapes[False] - tokens)
+
+
+def test_grouped_text_resumes_and_is_shared_like_any_other(of_all_lengths, tokenizer, monkeypatch):
+    monkeypatch.setattr(batches_module, "WINDOW", 64)
+    monkeypatch.setattr(batches_module, "BLOCK", 8)
+    options = {"group_by_length": True, "batch_size": 4}
+    alone = [batch["input_ids"] for _, batch in read(of_all_lengths, tokenizer, 6, batch_size=8, group_by_length=True)]
+    shares = [
+        [batch for _, batch in read(of_all_lengths, tokenizer, 6, rank=rank, num_processes=2, **options)]
+        for rank in (0, 1)
+    ]
+    for whole, *parts in zip(alone, *shares):
+        rows = [row[row != tokenizer.pad_token_id].tolist() for part in parts for row in part["input_ids"]]
+        assert rows == [row[row != tokenizer.pad_token_id].tolist() for row in whole]
+    [(_, third)] = read(of_all_lengths, tokenizer, 1, {"micro_batch": 2}, batch_size=8, group_by_length=True)
+    assert torch.equal(third["input_ids"], alone[2])
+
+
+def test_lengths_neither_rise_nor_fall_over_a_window():
+    lengths = np.arange(4096)
+    order = batches_module.group(np.random.default_rng(0).permutation(4096), lengths, np.random.default_rng(1))
+    assert sorted(order) == list(range(4096))
+    means = lengths[order].reshape(-1, batches_module.BLOCK).mean(axis=1)
+    assert (np.diff(means) > 0).any()
+    assert (np.diff(means) < 0).any()
+
+
+def test_stream_is_not_grouped(tokenizer):
+    with pytest.raises(ValueError, match="group_by_length=True needs stored text"):
+        MicroBatches(random_documents(3).to_iterable_dataset(), tokenizer, 2, group_by_length=True)

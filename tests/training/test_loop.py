@@ -472,7 +472,7 @@ def test_summary_tells_the_model_and_the_machine(tokenizer, dataset):
     model, summary = pretrain(tokenizer, dataset)
     assert (summary.status, summary.processes, summary.device) == ("finished", 1, device_name("cpu"))
     assert summary.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert summary.arguments == vars(arguments()) | {"mixed_precision": "no"}
+    assert summary.arguments == vars(arguments()) | {"mixed_precision": "no", "pooling": "mean"}
 
 
 # A stream of text

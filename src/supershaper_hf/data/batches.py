@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+from pyarrow import compute
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ from .sequences import check_length, tokenize_documents
 
 
 MLM_PROBABILITY = 0.15
+WINDOW, BLOCK = 8192, 256  # sequences that are sorted together by length, and those that stay together; see `group`
 FINGERPRINTED = 100  # sequences or documents that stand for a text; see `MicroBatches.fingerprint`
 COLUMNS = ("input_ids", "special_tokens_mask")
 STATE = ("micro_batch",)  # what the state of stored text holds: the number of micro-batches that were read
@@ -209,9 +211,11 @@ class MicroBatches:
         cross_documents: Pack each chunk of a stream into full sequences, which cross the ends of documents.
         documents_per_chunk: Number of documents of this process that are tokenised and shuffled together.
         pad_to_multiple_of: If given, micro-batches are padded to a multiple of this length.
+        group_by_length: Whether sequences of similar length of a dataset come together, so that there is less padding.
 
     Raises:
-        ValueError: If a number is out of its range, or the dataset is neither of the two kinds.
+        ValueError: If a number is out of its range, or the dataset is neither of the two kinds, or a stream is to be
+            grouped by length.
 
     Example:
         >>> from supershaper_hf import tokenize, train_tokenizer
@@ -241,8 +245,10 @@ class MicroBatches:
         cross_documents: bool = False,
         documents_per_chunk: int = 10_000,
         pad_to_multiple_of: int | None = None,
+        group_by_length: bool = False,
     ) -> None:
         self.collate = MaskingCollator(tokenizer, mlm_probability, seed, pad_to_multiple_of)
+        self.group_by_length = group_by_length
         check_count("batch_size", batch_size)
         check_count("num_workers", num_workers, least=0)
         check_count("documents_per_chunk", documents_per_chunk)
@@ -254,6 +260,8 @@ class MicroBatches:
         self.max_length = tokenizer.model_max_length if max_length is None else max_length
         if isinstance(dataset, IterableDataset):
             check_length(tokenizer, self.max_length)
+            if group_by_length:
+                raise ValueError("group_by_length=True needs stored text, whose lengths are known. Leave it out.")
             if num_workers > 1:
                 raise ValueError(
                     f"num_workers={num_workers}, but a stream is read in order by one process: use 0 or 1."
@@ -338,15 +346,39 @@ class PositionSampler:
     def __iter__(self) -> Iterator[tuple[range, list[int]]]:
         batches, epoch, order = self.batches, -1, np.empty(0, dtype=np.int64)
         length = len(batches.dataset)
+        lengths = count_tokens(batches.dataset) if batches.group_by_length else None
         for number in count(self.first):
             start = (number * batches.num_processes + batches.rank) * batches.batch_size
             rows = []
             for position in range(start, start + batches.batch_size):
                 if position // length != epoch:
                     epoch = position // length
-                    order = np.random.default_rng((batches.seed, epoch)).permutation(length)
+                    random = np.random.default_rng((batches.seed, epoch))
+                    order = random.permutation(length)
+                    order = order if lengths is None else group(order, lengths, random)
                 rows.append(int(order[position % length]))
             yield range(start, start + batches.batch_size), rows
+
+
+def count_tokens(dataset: Dataset) -> np.ndarray:
+    """Return the number of tokens of each sequence, (n,)."""
+    parts = dataset.select_columns(["input_ids"]).with_format("arrow").iter(10_000)
+    return np.concatenate([compute.list_value_length(part["input_ids"]).to_numpy() for part in parts])
+
+
+def group(order: np.ndarray, lengths: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return `order`, (n,), so that sequences of similar length are beside each other.
+
+    Every `WINDOW` sequences are sorted by length and cut into blocks of `BLOCK`, which follow in random order. So every
+    epoch has other neighbours, and lengths neither rise nor fall over a window.
+    """
+    grouped = []
+    for start in range(0, len(order), WINDOW):
+        window = order[start : start + WINDOW]
+        window = window[np.argsort(lengths[window], kind="stable")]
+        blocks = [window[first : first + BLOCK] for first in range(0, len(window), BLOCK)]
+        grouped += [blocks[index] for index in random.permutation(len(blocks))]
+    return np.concatenate(grouped)
 
 
 class Masked(torch.utils.data.Dataset):

@@ -119,6 +119,9 @@ class SuperPretrainingArguments:
     lr_scheduler_type: str = option("linear", f"Learning rate schedule: {', '.join(CHOICES['lr_scheduler_type'])}.")
     max_grad_norm: float = option(1.0, "Largest norm of the gradient. A longer gradient is scaled down to it.")
     max_length: int = option(128, "Tokens of the longest sequence, [CLS] and [SEP] included.")
+    group_by_length: bool = option(
+        False, "Whether stored sequences of similar length are trained on together, so that there is less padding."
+    )
     cross_documents: bool = option(False, "Whether a sequence may continue with the next document.")
     mlm_probability: float = option(
         0.15,

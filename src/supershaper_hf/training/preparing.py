@@ -68,6 +68,7 @@ def make_stream(
         num_workers=args.dataloader_num_workers,
         max_length=args.max_length,
         cross_documents=args.cross_documents,
+        group_by_length=args.group_by_length,
         pad_to_multiple_of=args.max_length if args.torch_compile else None,  # another length would need another graph
     )
 
