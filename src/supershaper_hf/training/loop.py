@@ -8,12 +8,12 @@ the text, masks and dropout are all drawn from the seed and this number. So a ru
 a run that was never stopped, and one process computes what several compute at the same global batch.
 """
 
+import copy
 import math
 import signal
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,8 @@ def super_pretrain(
     if eval_batches and args.mlm_probability > 0 and not labelled:
         raise ValueError("No token of eval_batches is labelled. Use more text, or a higher mlm_probability.")
     card = dict(card or {}) | ({} if args.pooling is None else {"pooling": args.pooling})
-    args = replace(args, pooling=card.get("pooling") or "mean")
+    args = copy.copy(args)
+    args.pooling = card.get("pooling") or "mean"
     accelerator = make_accelerator(args)
     check_teacher(args, model.config, tokenizer, teacher)
     stream = make_stream(dataset, tokenizer, args, accelerator)
