@@ -33,6 +33,7 @@ from supershaper_hf import (
     SuperPretrainingArguments,
     SuperShaperForMaskedLM,
     SuperShaperModel,
+    calibrate,
     calibration_batches,
     evaluate_shapes,
     fixed_masks,
@@ -176,8 +177,9 @@ def make_start(
         batches = calibration_batches(text, tokenizer, args.calibration_tokens, args.per_device_train_batch_size)
         began = time.perf_counter()
         supernet = model_class.from_bert(
-            args.bert, width_choices=args.width_choices, bottlenecks="by_width", calibration=batches
+            args.bert, width_choices=args.width_choices, head_slicing="per_head", bottlenecks="by_width"
         )
+        calibrate(supernet, batches, progress=True)
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         print(f"Calibrated on {tokens:,} tokens in {time.perf_counter() - began:.0f} seconds: {folder}")
         save_for_hub(supernet, folder, tokenizer=tokenizer, **card)
