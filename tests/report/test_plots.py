@@ -6,7 +6,15 @@ import pytest
 from matplotlib.image import imread
 
 from supershaper_hf import ParetoFront
-from supershaper_hf.report.plots import AXES, new_figure, plot_agreement, plot_evaluations, plot_front, plot_profile
+from supershaper_hf.report.plots import (
+    AXES,
+    new_figure,
+    plot_agreement,
+    plot_evaluations,
+    plot_front,
+    plot_measured,
+    plot_profile,
+)
 from supershaper_hf.search.profile import Profile
 
 
@@ -176,6 +184,19 @@ def test_distances_are_drawn_as_they_are_and_named(tmp_path, figures):
     assert front_axes.get_ylabel() == "distance to the original, held-out text"
     assert agreement.get_xlabel() == "measured distance to the original"
     assert agreement.get_ylabel() == "predicted distance ± one standard deviation"
+
+
+def test_measured_shapes_are_drawn_in_groups_from_zero(tmp_path, figures):
+    rectangles, random = [(12e6, 0.7), (23e6, 0.05)], [(15e6, 0.8), (18e6, 0.5), (20e6, 0.4)]
+    plot_measured(tmp_path / "quality.png", rectangles=rectangles, random=random)
+    read(tmp_path / "quality.png")
+    axes = figures[-1]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["rectangles"].get_xydata().tolist() == [list(point) for point in rectangles]
+    assert lines["random"].get_xydata().tolist() == [list(point) for point in random]
+    assert (lines["rectangles"].get_linestyle(), lines["random"].get_linestyle()) == ("-", "None")
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_xaxis().get_major_formatter()(15e6) == "15 M"
 
 
 def made_profile(layers=12):
