@@ -74,7 +74,9 @@ class PolishingArguments:
     original: str = option("", "Folder or Hub id of the BERT that the supernet was made of.")
     shape: list[int] | None = option(None, "The shape: one width for each layer; 0 drops the layer.")
     max_parameters: int | None = option(
-        None, "Instead of --shape: the widest rectangle, one width for all layers, of at most so many parameters."
+        None,
+        "Instead of --shape: the widest rectangle, one width for all layers, of at most so many parameters with a "
+        "masked-LM head.",
     )
     text: list[str] = field(
         default_factory=list,
@@ -180,7 +182,9 @@ def main() -> int:
     accelerator: Accelerator = make_accelerator(args.training(None))
     tokenizer = AutoTokenizer.from_pretrained(args.supernet)
     train, calibration, evaluation = main_process_first(partial(load_data, args, tokenizer), accelerator)
-    card = on_main_process(lambda: read_sentence_encoder(args.supernet), accelerator)
+    card = on_main_process(partial(read_sentence_encoder, args.supernet), accelerator)
+    if not Path(args.original).exists():
+        card["base_model"] = args.original
     supernet, shape = on_every_process(partial(load_supernet, args), accelerator)
     supernet.to(accelerator.device)
     original = on_every_process(partial(AutoModel.from_pretrained, args.original), accelerator).to(accelerator.device)
