@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from texts import random_documents
 from transformers import BertModel
 
-from supershaper_hf import SuperShaperModel, read_sentence_encoder, save_for_hub
+from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperModel, read_sentence_encoder, save_for_hub
 from supershaper_hf.training import loop
 
 
@@ -62,10 +62,11 @@ def test_every_stage_is_nearer_to_the_original_and_the_last_is_saved(run):
     assert read_sentence_encoder(folder / "last") == {"pooling": "cls", "normalize": True, "max_seq_length": 24}
 
 
-def test_without_steps_the_refitted_subnet_is_saved(run):
-    printed, folder = run("--max_parameters=19000", "--max_steps=0")
+def test_without_steps_the_refitted_subnet_is_saved(run, tmp_path):
+    space = SearchSpace.from_config(SuperShaperConfig.from_pretrained(tmp_path / "supernet"))
+    printed, folder = run(f"--max_parameters={space.num_parameters([20, 20, 20])}", "--max_steps=0")
     assert distances(printed).keys() == {"extracted", "refitted"}
-    assert set(SuperShaperModel.from_pretrained(folder / "last").config.hidden_sizes) == {20}
+    assert SuperShaperModel.from_pretrained(folder / "last").config.hidden_sizes == [20, 20, 20]
     assert read_sentence_encoder(folder / "last")["pooling"] == "cls"
 
 

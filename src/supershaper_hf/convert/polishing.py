@@ -8,17 +8,16 @@ Each map is drawn towards its present value, and has a target in the full supern
 
 - The bottleneck into a layer should give the code of what the full layer reads, see `SuperShaperCode`.
 - Query, key, value and the first map of the FFN should give what they give in the full layer, as far as it is kept.
-- The maps that end the attention and the FFN should give the code of what the full layer has before its LayerNorm.
 - The last bottleneck should give the last hidden state of the original.
 
+The maps that end the attention and the FFN stay: a subnet in which they were fitted too was further from the original.
 A part of the text is held out. A map that is not nearer to its target there stays as it was, and so does the whole
 subnet if it is not nearer to the original there.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from torch import nn
 from torch.nn.functional import linear
 from tqdm.auto import tqdm
 
-from ..model.elastic import SuperShaperCode, channels
+from ..model.elastic import SuperShaperNarrowWidth, channels
 from .calibration import (
     ENCODER_INPUTS,
     TINY,
@@ -130,10 +129,9 @@ def polish(
         states_of_layers = states_by_layer(full, text)
         for index, states in enumerate(tqdm(states_of_layers, "Polishing", len(shape), disable=not progress)):
             if shape[index]:
-                layer, codes = encoder.layer[kept], codes_of(full, index, shape[index])
-                codes_read = [codes[0](each.inputs) for each in states]
-                flow = refit(encoder.input_bottleneck[kept], flow, codes_read, tokens)
-                flow = polish_layer(layer, full.layer[index], codes, states, flow, tokens)
+                codes = [encode(each.inputs, full.narrow(index, shape[index]), shape[index]) for each in states]
+                flow = refit(encoder.input_bottleneck[kept], flow, codes, tokens)
+                flow = polish_layer(encoder.layer[kept], full.layer[index], states, flow, tokens)
                 kept += 1
         flow = refit(encoder.output_bottleneck[0], flow, target, tokens)
         after = relative_error(tokens.of(flow[: len(held_out)]), tokens.of(target))
@@ -177,32 +175,20 @@ def relative_error(states: Sequence[torch.Tensor], targets: Sequence[torch.Tenso
     return float(error / ((expected - expected.mean(dim=0)).square().sum() + TINY))
 
 
-Code = Callable[[torch.Tensor], torch.Tensor]  # (..., hidden_size) -> (..., w)
-
-
-def codes_of(full: Any, index: int, width: int) -> tuple[Code, Code]:
-    """Return the codes by which a layer of a supernet stands for states at `width`: of its attention and of its FFN."""
-    narrow = full.narrow(index, width)
-
-    def code(states: torch.Tensor, own: SuperShaperCode | None) -> torch.Tensor:
-        kept = states[..., :width]
-        return kept if own is None else kept + linear(states[..., width:], own.writer.weight)
-
-    return (
-        partial(code, own=None if narrow is None else narrow.attention_code),
-        partial(code, own=None if narrow is None else narrow.intermediate_code),
-    )
+def encode(states: torch.Tensor, narrow: SuperShaperNarrowWidth | None, width: int) -> torch.Tensor:
+    """Return the code (..., w) by which a layer of a supernet stands for `states` (..., hidden_size) at a width."""
+    kept, rest = states[..., :width], states[..., width:]
+    return kept if narrow is None else kept + linear(rest, narrow.attention_code.writer.weight)
 
 
 def polish_layer(
-    layer: Any, full: Any, codes: tuple[Code, Code], states: Sequence[States], flow: list[torch.Tensor], tokens: Tokens
+    layer: Any, full: Any, states: Sequence[States], flow: list[torch.Tensor], tokens: Tokens
 ) -> list[torch.Tensor]:
-    """Refit the maps of a layer in the order in which they are used, and return its outputs for each batch.
+    """Refit the maps that read the two states of a layer, and return its outputs for each batch.
 
     Args:
         layer: The layer of the subnet.
         full: The layer of the supernet.
-        codes: What the subnet should have in place of a state of the full attention and of the full FFN.
         states: What the full layer reads and computes.
         flow: What the layer of the subnet reads, (batch, length, w) for each batch.
         tokens: The tokens that count.
@@ -210,27 +196,15 @@ def polish_layer(
     attention, whole = layer.attention.self, full.attention.self
     width = flow[0].shape[-1]
     for name in ("query", "key", "value"):
-        # The factor of the scores is part of the query in a subnet.
+        # In a subnet, the factor of the scores is part of the query.
         factor = whole.scaling(width) / attention.scaling(width) if name == "query" else 1
         outputs = (getattr(whole, name)(each.inputs) for each in states)
-        kept = [channels(output, 2, width, whole.sliced_heads) * factor for output in outputs]
-        refit(getattr(attention, name), flow, kept, tokens)
-    contexts = [attention(state, each.mask)[0] for state, each in zip(flow, states)]
-    sums = [each.inputs + full.attention.output.dense(whole(each.inputs, each.mask)[0]) for each in states]
-    flow = polish_residual(layer.attention.output, contexts, flow, [codes[0](total) for total in sums], tokens)
-
-    inner = refit(layer.intermediate.dense, flow, [full.intermediate.dense(each.attended) for each in states], tokens)
-    inner = [layer.intermediate.activation(state) for state in inner]
-    sums = [each.attended + full.output.dense(full.intermediate(each.attended)) for each in states]
-    return polish_residual(layer.output, inner, flow, [codes[1](total) for total in sums], tokens)
-
-
-def polish_residual(
-    module: Any, inputs: list[torch.Tensor], flow: list[torch.Tensor], codes: list[torch.Tensor], tokens: Tokens
-) -> list[torch.Tensor]:
-    """Refit the map that adds to `flow`, so that the sum is nearest to `codes`; return the module's outputs."""
-    refit(module.dense, inputs, [code - state for code, state in zip(codes, flow)], tokens)
-    return [module(given, state) for given, state in zip(inputs, flow)]
+        targets = [channels(output, 2, width, whole.sliced_heads) * factor for output in outputs]
+        refit(getattr(attention, name), flow, targets, tokens)
+    attended = [layer.attention(state, each.mask) for state, each in zip(flow, states)]
+    targets = [full.intermediate.dense(each.attended) for each in states]
+    refit(layer.intermediate.dense, attended, targets, tokens)
+    return [layer.output(layer.intermediate(state), state) for state in attended]
 
 
 def refit(
