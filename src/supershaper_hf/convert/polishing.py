@@ -146,7 +146,9 @@ def divide(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
     Raises:
         ValueError: If there are too few sequences to hold one out.
     """
-    held_out, fitted, count = [], [], 0
+    held_out: list[Batch] = []
+    fitted: list[Batch] = []
+    count = 0
     for batch in batches:
         given = {name: values for name, values in batch.items() if name in ENCODER_INPUTS}
         rows = torch.arange(count, count + len(given["input_ids"])) % HELD_OUT == HELD_OUT - 1
