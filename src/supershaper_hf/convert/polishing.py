@@ -2,17 +2,13 @@
 
 `calibrate` fits what a narrow width of a layer has of its own for all shapes at once, so every layer is fed with the
 states of the full supernet. A subnet has one shape. `polish` runs it layer by layer beside the full supernet, and fits
-its linear maps by ridge regressions on what the maps before them compute. So errors are corrected where they show.
-
-Each map is drawn towards its present value, and has a target in the full supernet:
+its bottlenecks by ridge regressions on what the layers before them compute. So errors are corrected where they show:
 
 - The bottleneck into a layer should give the code of what the full layer reads, see `SuperShaperCode`.
-- Query, key, value and the first map of the FFN should give what they give in the full layer, as far as it is kept.
 - The last bottleneck should give the last hidden state of the original.
 
-The maps that end the attention and the FFN stay: a subnet in which they were fitted too was further from the original.
-A part of the text is held out. A map that is not nearer to its target there stays as it was, and so does the whole
-subnet if it is not nearer to the original there.
+Each is drawn towards its present value. A part of the text is held out. A bottleneck that is not nearer to its target
+there stays as it was, and so does the whole subnet if it is not nearer to the original there.
 """
 
 import copy
@@ -25,13 +21,12 @@ from torch import nn
 from torch.nn.functional import linear
 from tqdm.auto import tqdm
 
-from ..model.elastic import SuperShaperNarrowWidth, channels
+from ..model.elastic import SuperShaperNarrowWidth
 from .calibration import (
     ENCODER_INPUTS,
     TINY,
     Batch,
     Moments,
-    States,
     assign,
     exact,
     read_text,
@@ -131,7 +126,7 @@ def polish(
             if shape[index]:
                 codes = [encode(each.inputs, full.narrow(index, shape[index]), shape[index]) for each in states]
                 flow = refit(encoder.input_bottleneck[kept], flow, codes, tokens)
-                flow = polish_layer(encoder.layer[kept], full.layer[index], states, flow, tokens)
+                flow = [encoder.layer[kept](state, batch.mask) for state, batch in zip(flow, own_text)]
                 kept += 1
         flow = refit(encoder.output_bottleneck[0], flow, target, tokens)
         after = relative_error(tokens.of(flow[: len(held_out)]), tokens.of(target))
@@ -181,32 +176,6 @@ def encode(states: torch.Tensor, narrow: SuperShaperNarrowWidth | None, width: i
     """Return the code (..., w) by which a layer of a supernet stands for `states` (..., hidden_size) at a width."""
     kept, rest = states[..., :width], states[..., width:]
     return kept if narrow is None else kept + linear(rest, narrow.attention_code.writer.weight)
-
-
-def polish_layer(
-    layer: Any, full: Any, states: Sequence[States], flow: list[torch.Tensor], tokens: Tokens
-) -> list[torch.Tensor]:
-    """Refit the maps that read the two states of a layer, and return its outputs for each batch.
-
-    Args:
-        layer: The layer of the subnet.
-        full: The layer of the supernet.
-        states: What the full layer reads and computes.
-        flow: What the layer of the subnet reads, (batch, length, w) for each batch.
-        tokens: The tokens that count.
-    """
-    attention, whole = layer.attention.self, full.attention.self
-    width = flow[0].shape[-1]
-    for name in ("query", "key", "value"):
-        # In a subnet, the factor of the scores is part of the query.
-        factor = whole.scaling(width) / attention.scaling(width) if name == "query" else 1
-        outputs = (getattr(whole, name)(each.inputs) for each in states)
-        targets = [channels(output, 2, width, whole.sliced_heads) * factor for output in outputs]
-        refit(getattr(attention, name), flow, targets, tokens)
-    attended = [layer.attention(state, each.mask) for state, each in zip(flow, states)]
-    targets = [full.intermediate.dense(each.attended) for each in states]
-    refit(layer.intermediate.dense, attended, targets, tokens)
-    return [layer.output(layer.intermediate(state), state) for state in attended]
 
 
 def refit(
