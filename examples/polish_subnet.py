@@ -5,7 +5,7 @@ r"""Cut one subnet out of a supernet and bring it nearer to the BERT that the su
     accelerate launch --multi_gpu --num_processes 8 examples/polish_subnet.py --supernet ...
 
 1. Extract (less than a second): the subnet computes what the supernet computes at this shape.
-2. Refit (seconds): its linear maps are fitted to this one shape in closed form (`polish`).
+2. Refit (seconds): its bottlenecks are fitted to this one shape in closed form (`polish`).
 3. Train (minutes): it learns the last hidden state of the original, without labels. A supernet shares its weights
    among all shapes; here one shape has them for itself.
 
@@ -87,7 +87,7 @@ class PolishingArguments:
     )
     output_dir: str = option("", "Folder of the run. The subnet will be in its folder `last`.")
     max_steps: int = option(300, "Number of training steps. With 0 the subnet is refitted only.")
-    calibration_tokens: int = option(12_000, "Number of tokens that the linear maps are refitted on, padding included.")
+    calibration_tokens: int = option(20_000, "Number of tokens that the bottlenecks are fitted on, padding included.")
     validation_split_percentage: float = option(1.0, "Percentage of the documents that the subnet is measured on.")
     max_eval_samples: int = option(200, "Largest number of sequences that the subnet is measured on.")
     max_length: int = option(64, "Tokens of the longest sequence.")
@@ -172,8 +172,8 @@ class Stages:
         (record,) = evaluate_shapes(
             subnet, self.batches, [None], "Measuring", self.accelerator, measure="distance", original=self.original
         )
-        row = {"subnet": stage, "distance": record["distance"], "cosine": record["cosine"], "seconds": round(seconds)}
-        self.rows.append(row)
+        figures = {name: f"{record[name]:.3f}" for name in ("distance", "cosine")}
+        self.rows.append({"subnet": stage, **figures, "seconds": round(seconds)})
         self.began = time.perf_counter()
 
 

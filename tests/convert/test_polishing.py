@@ -120,6 +120,24 @@ def test_extract_subnet_polishes():
     assert not torch.equal(run(subnet, tiny_batch())[0], run(supernet.extract_subnet(shape), tiny_batch())[0])
 
 
+@torch.no_grad()
+def test_targets_are_codes_of_the_originals_states_and_its_last_state(supernet, bert, monkeypatch):
+    """The code that layer 2 gets is that of the state after layer 1, which this shape drops."""
+    seen = []
+
+    def record(module, inputs, targets, tokens):
+        seen.append(targets)
+        return [module(state) for state in inputs]
+
+    monkeypatch.setattr(polishing, "refit", record)
+    polish(supernet.extract_subnet([20, 0, 36]), supernet, [20, 0, 36], texts())
+    parts = [batch for part in polishing.divide(texts()) for batch in part]  # the text held out comes first
+    states = list(zip(*(bert(**batch, output_hidden_states=True).hidden_states for batch in parts)))
+    for found, layer, width in ((seen[0], 0, 20), (seen[1], 2, 36)):
+        assert_same(found, [supernet.encoder._enter(state, None, layer, width) for state in states[layer]], atol=1e-4)
+    assert_same(seen[2], list(states[3]), atol=1e-4)
+
+
 # What it depends on, and what it leaves alone
 
 
