@@ -172,7 +172,7 @@ class Stages:
         (record,) = evaluate_shapes(
             subnet, self.batches, [None], "Measuring", self.accelerator, measure="distance", original=self.original
         )
-        figures = {name: f"{record[name]:.3f}" for name in ("distance", "cosine")}
+        figures = {name: record[name] for name in ("distance", "cosine")}
         self.rows.append({"subnet": stage, **figures, "seconds": round(seconds)})
         self.began = time.perf_counter()
 
