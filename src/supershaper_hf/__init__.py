@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the names of `LAZY` again, for type checkers and editors; a
     from .convert.calibration import calibrate as calibrate
     from .convert.extraction import extract_from_folder as extract_from_folder
     from .convert.original import from_original as from_original
+    from .convert.polishing import polish as polish
     from .data.batches import calibration_batches as calibration_batches
     from .data.batches import fixed_masks as fixed_masks
     from .data.documents import load_text as load_text
@@ -89,6 +90,7 @@ LAZY = {  # public name -> the module that it is imported from
     "measure_in_rounds": "search.rounds",
     "pareto_front": "search.pareto",
     "plot_front": "report.plots",
+    "polish": "convert.polishing",
     "push_folder": "publish.hub",
     "push_to_hub": "publish.hub",
     "read_pooling": "publish.sentences",

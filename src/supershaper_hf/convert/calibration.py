@@ -355,14 +355,16 @@ class Moments(NamedTuple):
         return Moments(coding @ mean, mean[width:], coding @ covariance, covariance[width:])
 
 
-def ridge_regression(moments: Moments, start: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+def ridge_regression(
+    moments: Moments, start: torch.Tensor | float, ridge: float = RIDGE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weight (outputs, inputs) and bias (outputs,) of the ridge regression of y on x.
 
     The weight is drawn towards `start`: where x says nothing about y, it stays.
     """
     mean_x, mean_y, covariance_xx, covariance_yx = moments
     # The second term is above the rounding errors of the covariance. It matters only where x does not vary.
-    strength = RIDGE * covariance_xx.diagonal().mean().clamp(min=0) + 1e-12 * mean_x.square().mean() + TINY
+    strength = ridge * covariance_xx.diagonal().mean().clamp(min=0) + 1e-12 * mean_x.square().mean() + TINY
     penalised = covariance_xx + strength * torch.eye(len(mean_x), dtype=mean_x.dtype)
     start = torch.zeros_like(covariance_yx) + (exact(start) if isinstance(start, torch.Tensor) else start)
     weight = start + torch.linalg.solve(penalised, (covariance_yx - start @ covariance_xx).T).T

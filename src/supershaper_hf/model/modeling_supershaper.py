@@ -14,8 +14,7 @@
 """SuperShaper: BERT with elastic hidden sizes, as a supernet and as the subnets cut from it.
 
 The same classes serve both, and the configuration tells them apart. Embeddings, pooler and heads stay at `hidden_size`.
-The encoder between them is in `elastic.py`. In reading order: the embeddings, what every model can do (such as
-`extract_subnet`), the bare model, the heads.
+The encoder between them is in `elastic.py`. In reading order: embeddings, what every model can do, bare model, heads.
 """
 
 from collections.abc import Sequence
@@ -161,16 +160,19 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
         return installed_package("from_original").from_original(cls, source, config, **kwargs)
 
     @torch.no_grad()
-    def extract_subnet(self, shape: Sequence[int], repo_id: str | None = None, **push_kwargs: Any) -> Any:
+    def extract_subnet(
+        self, shape: Sequence[int], repo_id: str | None = None, calibration: Any = None, **push_kwargs: Any
+    ) -> Any:
         """Cut the standalone subnet at `shape` out of this supernet.
 
-        The result is a model of the same class with merged bottlenecks. Its outputs equal `supernet(..., shape=shape)`.
-        It has the supernet's device and dtype, and memory of its own. As after `from_pretrained`, it is in evaluation
-        mode and all its parameters are trainable, those that are frozen in the supernet included.
+        The result is a model of the same class with merged bottlenecks. Its outputs equal `supernet(..., shape=shape)`,
+        unless `calibration` is given. It has the supernet's device and dtype, and memory of its own. As after loading,
+        it is in evaluation mode and all its parameters are trainable, those that are frozen in the supernet included.
 
         Args:
             shape: One hidden size per layer out of `config.width_choices`; 0 drops the layer.
             repo_id: If given, `"user/name"`, the subnet is also published there.
+            calibration: Batches of text. Then `supershaper_hf.polish` brings the subnet nearer to the largest shape.
             **push_kwargs: Passed to `push_to_hub`: `private`, `token`, `revision`, `tokenizer`, ...
 
         Raises:
@@ -193,8 +195,9 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
         # The tensors are still views of the supernet's, so they are copied.
         own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
         subnet.load_state_dict(own, assign=True, strict=False)
-        subnet.tie_weights()
-        subnet.eval()
+        subnet.eval().tie_weights()
+        if calibration is not None:
+            installed_package("extract_subnet with calibration").polish(subnet, self, shape, calibration)
         if repo_id is not None:
             subnet.push_to_hub(repo_id, **push_kwargs)
         return subnet
@@ -240,14 +243,13 @@ class SuperShaperModel(SuperShaperPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Encode `input_ids` (batch, length) with the layers narrowed to `shape`; `None` is the model's own full shape.
 
-        With `output_hidden_states=True`, `hidden_states` are the embeddings (batch, length, hidden_size), then the
-        output (batch, length, w) of each kept layer at its own width w. The last kept layer is an exception: its entry
-        is `last_hidden_state` (batch, length, hidden_size). States of different widths cannot be stacked. In a supernet
-        the bottleneck out of layer i maps its state to hidden_size:
+        `Trainer.predict` passes no `shape`: give it `extract_subnet(shape)`. With `output_hidden_states=True`,
+        `hidden_states` are the embeddings (batch, length, hidden_size), then the output (batch, length, w) of each kept
+        layer at its own width w. The last kept layer is an exception: its entry is `last_hidden_state` (batch, length,
+        hidden_size). States of different widths cannot be stacked. In a supernet the bottleneck out of layer i maps its
+        state to hidden_size:
 
             state = model.base_model.encoder.leave(i, state)
-
-        `Trainer.predict` passes no `shape`: give it `extract_subnet(shape)`.
 
         Raises:
             ValueError: If both or none of `input_ids` and `inputs_embeds` are given, the input is longer than
