@@ -3,9 +3,9 @@ r"""Compute against quality: the training of the paper and that from the frozen 
     python benchmarks/compute_to_quality.py --bert PATH --text corpus/*.txt.xz --validation validation.txt \
         --pairs validation.csv --output_dir outputs/compute --tokens 140000 --seeds 0 1 2
 
-All recipes of `RECIPES` make a supernet of the same BERT and train it on the same number of tokens, with the same
-learning rates. The supernets are measured before training and after 1/8, 1/4, 1/2 and all of the tokens. Before the end
-the learning rate is still high: a run that was planned to be shorter would be better there.
+All recipes of `RECIPES` make a supernet of the same BERT and train it on the same tokens. The supernets are measured
+before training and after 1/8, 1/4, 1/2 and all of the tokens. Before the end the learning rate is still high: a run
+that was planned to be shorter would be better there.
 
 The figures compare shapes with the original, the BERT, on held-out text: the distance of the last hidden states (0 for
 the original, 1 for the same guess for every token) and the cosine of embeddings. STS is explained in
@@ -15,7 +15,7 @@ has the same width, and 20 random ones, of which the first 6 have STS.
 Operations are counted, not measured: forward and backward passes of the trained shapes, products of weights with
 weights (the merging of bottlenecks, and the codes of narrow widths), forward passes of the original as a teacher, and
 what comes before the first step, which is the training of a masked-LM head that the BERT lacks, or the calibration.
-They are counted as if every weight learned.
+Backward passes are counted as if every weight learned.
 
 Every figure is written to `points.jsonl` in the output folder as soon as it is measured. The same command goes on where
 it was stopped. The models before training are made in processes of their own, whose time and peak memory are printed.
@@ -76,19 +76,22 @@ class Recipe:
 
     Attributes:
         name: What it is called in tables and in the picture.
-        start: Arguments of `from_bert`.
+        start: Which of `STARTS` it begins with.
         training: Options of `super_pretrain`.
-        calibrated: Whether the start is calibrated.
     """
 
     name: str
-    start: dict[str, Any]
+    start: str
     training: dict[str, Any]
-    calibrated: bool = False
 
 
-# The paper has no dropout of hidden states. A random shape, the largest and the smallest are trained in each step.
-PAPER = {"mlm_probability": 0.15, "sampling": "sandwich", "random_shapes": 1}
+STARTS: dict[str, dict[str, Any]] = {  # arguments of `from_bert`; those per head are calibrated
+    "paper": {"head_slicing": "prefix", "hidden_dropout_prob": 0.0},
+    "identity": {"head_slicing": "prefix"},
+    "shared": {"head_slicing": "per_head"},
+    "by_width": {"head_slicing": "per_head", "bottlenecks": "by_width"},
+}
+PAPER = {"mlm_probability": 0.15, "sampling": "sandwich", "random_shapes": 1, "learning_rate": 2e-4}
 FROM_ORIGINAL = {
     "mlm_probability": 0.0,
     "sampling": "smallest",
@@ -97,18 +100,17 @@ FROM_ORIGINAL = {
     "no_dropout": True,
     "state_weight": 1.0,
     "pooled_weight": 5.0,
+    "learning_rate": 2e-4,
 }
-SHARED, BY_WIDTH = {"head_slicing": "per_head"}, {"head_slicing": "per_head", "bottlenecks": "by_width"}
+OURS = FROM_ORIGINAL | {"learning_rate": 5e-4, "shared_learning_rate_scale": 0.2}
 RECIPES = {
-    "paper": Recipe("the paper", {"head_slicing": "prefix", "hidden_dropout_prob": 0.0}, PAPER),
-    "original_teaches": Recipe("the paper's start, the original teaches", {"head_slicing": "prefix"}, FROM_ORIGINAL),
-    "calibrated": Recipe("calibrated, shared bottlenecks", SHARED, FROM_ORIGINAL, calibrated=True),
-    "ours": Recipe("ours: calibrated, by width", BY_WIDTH, FROM_ORIGINAL, calibrated=True),
-    "ours_frozen": Recipe(
-        "ours, shared weights frozen", BY_WIDTH, FROM_ORIGINAL | {"shared_learning_rate_scale": 0.0}, calibrated=True
-    ),
+    "paper": Recipe("the paper", "paper", PAPER),
+    "original_teaches": Recipe("the paper's start, the original teaches", "identity", FROM_ORIGINAL),
+    "calibrated": Recipe("calibrated, shared bottlenecks", "shared", FROM_ORIGINAL),
+    "ours": Recipe("ours: calibrated, by width", "by_width", OURS),
+    "ours_frozen": Recipe("ours, shared weights frozen", "by_width", OURS | {"shared_learning_rate_scale": 0.0}),
 }
-SCHEDULE: dict[str, Any] = {"learning_rate": 2e-4, "warmup_steps": 0.2}
+WARMUP = 0.2  # share of the steps
 CALIBRATION_TOKENS = 50_000
 HEAD_SHARE = 0.25  # steps that train a masked-LM head that the BERT lacks, as a share of the steps of the run
 EIGHTHS = (0, 1, 2, 4, 8)  # of the tokens, after which a supernet is measured
@@ -176,7 +178,7 @@ def training_arguments(
         max_length=args.max_length,
         seed=seed,
         output_dir=str(output_dir),
-        **SCHEDULE,
+        warmup_steps=WARMUP,
         **recipe.training,
     )
 
@@ -190,11 +192,11 @@ def make_start(args: argparse.Namespace, name: str, seed: int, folder: Path) -> 
     sequences = load_sequences(args, tokenizer)
     options = training_arguments(args, recipe, seed, sequences, folder)
     torch.manual_seed(seed)  # of a head that the BERT lacks
-    began, flops = time.perf_counter(), 0
+    began, began_computing, flops = time.perf_counter(), time.process_time(), 0
     model_class = SuperShaperForMaskedLM if options.mlm_probability > 0 else SuperShaperModel
-    model, info = model_class.from_bert(args.bert, output_loading_info=True, **recipe.start)
+    model, info = model_class.from_bert(args.bert, output_loading_info=True, **STARTS[recipe.start])
     model.to(start_accelerator().device)
-    if recipe.calibrated:
+    if STARTS[recipe.start]["head_slicing"] == "per_head":
         count = min(len(sequences), round(CALIBRATION_TOKENS / mean_length(sequences)))
         sample = sequences.shuffle(seed=seed).select(range(count))
         batches = fixed_masks(sample, tokenizer, args.per_device_train_batch_size, mlm_probability=0)
@@ -203,13 +205,17 @@ def make_start(args: argparse.Namespace, name: str, seed: int, folder: Path) -> 
         flops = counter.get_total_flops()
     elif any(key.startswith("cls.") for key in info["missing_keys"]) and options.mlm_probability > 0:
         flops = train_head(model, tokenizer, sequences, options)
-    figures = {"seconds": time.perf_counter() - began, "flops": flops, "peak_megabytes": peak_megabytes()}
+    figures = {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - began_computing,
+        "peak_megabytes": peak_megabytes(),
+        "flops": flops,
+    }
 
     def write(partial: Path) -> None:
         model.save_pretrained(partial)
         write_json(partial / START_FILE, START_FORMAT, figures)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     write_folder(folder, write)
 
 
@@ -320,7 +326,12 @@ def measure(model: SuperShaperPreTrainedModel, material: Material, with_sts: boo
 def settings_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Return what a point depends on, but for its recipe's name, its seed and the tokens it has seen."""
     given = {key: value for key, value in vars(args).items() if key not in ("output_dir", "seeds", "recipes")}
-    fixed = {"schedule": SCHEDULE, "calibration_tokens": CALIBRATION_TOKENS, "head_share": HEAD_SHARE}
+    fixed = {
+        "warmup": WARMUP,
+        "start": STARTS[RECIPES[name].start],
+        "calibration_tokens": CALIBRATION_TOKENS,
+        "head_share": HEAD_SHARE,
+    }
     return json.loads(json.dumps({**given, **fixed, "recipe": asdict(RECIPES[name])}))
 
 
@@ -339,7 +350,7 @@ def run_recipe(args: argparse.Namespace, name: str, seed: int, material: Materia
         ValueError: If the output folder holds points of this recipe that were measured in another way.
     """
     recipe, settings = RECIPES[name], settings_of(args, name)
-    folder = Path(args.output_dir) / f"{name}-{seed}"
+    folder, start_folder = (Path(args.output_dir) / f"{each}-{seed}" for each in (name, f"start-{recipe.start}"))
     own = [point for point in points if (point["recipe"], point["seed"]) == (name, seed)]
     for point in own:
         changed = sorted(key for key in settings if point["settings"].get(key) != settings[key])
@@ -351,16 +362,16 @@ def run_recipe(args: argparse.Namespace, name: str, seed: int, material: Materia
     missing = [eighths for eighths in EIGHTHS if eighths not in {point["eighths"] for point in own}]
     if not missing:
         return
-    if not (folder / "start" / START_FILE).exists():
-        in_own_process(make_start, args, name, seed, folder / "start")
-    start = read_json(folder / "start" / START_FILE, START_FORMAT)
+    if not start_folder.exists():
+        in_own_process(make_start, args, name, seed, start_folder)
+    start = read_json(start_folder / START_FILE, START_FORMAT)
     options = training_arguments(args, recipe, seed, material.sequences, folder)
     model_class = SuperShaperForMaskedLM if options.mlm_probability > 0 else SuperShaperModel
 
     def add_point(eighths: int) -> None:
         checkpoint = checkpoint_folder(folder, eighths * options.save_steps)
         progress = read_state(checkpoint).progress if eighths else Progress()
-        model = model_class.from_pretrained(checkpoint if eighths else folder / "start")
+        model = model_class.from_pretrained(checkpoint if eighths else start_folder)
         point = {
             "recipe": name,
             "seed": seed,
@@ -369,7 +380,7 @@ def run_recipe(args: argparse.Namespace, name: str, seed: int, material: Materia
             "tokens": progress.tokens,
             **run_flops(model.config, options, progress, start["flops"]),
             "seconds": start["seconds"] + progress.seconds,
-            "start": {key: start[key] for key in ("seconds", "peak_megabytes")},
+            "start": {key: start[key] for key in ("seconds", "cpu_seconds", "peak_megabytes")},
             "device": device_name(material.original.device),
             "threads": torch.get_num_threads(),
             **measure(model, material, with_sts=eighths in (0, 8)),
@@ -385,7 +396,7 @@ def run_recipe(args: argparse.Namespace, name: str, seed: int, material: Materia
     if not missing:
         return
     if not (folder / "last").exists() or not list_checkpoints(folder):
-        train(model_class.from_pretrained(folder / "start"), material, options, recipe.name)
+        train(model_class.from_pretrained(start_folder), material, options, recipe.name)
     for eighths in missing:
         add_point(eighths)
     for checkpoint in list_checkpoints(folder):  # several gigabytes; `last` stays
@@ -477,6 +488,7 @@ def effort(points: Sequence[Point]) -> list[dict[str, str]]:
             {
                 "recipe": recipe.name,
                 "start, s": f"{statistics.fmean(point['start']['seconds'] for point in own):.0f}",
+                "start, CPU s": f"{statistics.fmean(point['start']['cpu_seconds'] for point in own):.0f}",
                 "start, peak MB": f"{max(peaks):,.0f}" if peaks else "-",
                 "start, PFLOP": f"{statistics.fmean(point['flops_start'] for point in own) / 1e15:.4f}",
                 "all, s": f"{statistics.fmean(point['seconds'] for point in own):,.0f}",
