@@ -35,6 +35,8 @@ from supershaper_hf import (
     SuperShaperConfig,
     SuperShaperForMaskedLM,
     SuperShaperModel,
+    calibrate,
+    calibration_batches,
     fixed_masks,
     load_text,
     push_folder,
@@ -44,7 +46,6 @@ from supershaper_hf import (
     tokenize,
 )
 from supershaper_hf.checks import check_choice, check_count, check_number
-from supershaper_hf.convert.importance import reorder_channels
 from supershaper_hf.data.sequences import check_vocabulary
 from supershaper_hf.devices import copy_mapped_weights
 from supershaper_hf.files import parse_json
@@ -76,7 +77,18 @@ class ScriptArguments:
     head_slicing: str | None = option(
         None,
         "Which channels a narrow layer of the new supernet keeps: prefix (the first ones, as in the paper; the "
-        "default) or per_head (the first ones of each attention head).",
+        "default) or per_head (the first ones of each attention head; the default with --calibration_tokens).",
+    )
+    bottlenecks: str | None = option(
+        None,
+        "What the widths of a layer of the new supernet share: shared (one output bottleneck, as in the paper; the "
+        "default) or by_width (each narrow width has an output bottleneck of its own, and codes that stand for all "
+        "channels by the few that it has).",
+    )
+    calibration_tokens: int = option(
+        0,
+        "Number of tokens of the training text on which the new supernet is calibrated before training, so that narrow "
+        "shapes start close to the BERT. 20000 to 200000 are useful; 0 is the start of the paper.",
     )
     train_files: list[str] = field(
         default_factory=list,
@@ -110,9 +122,6 @@ class ScriptArguments:
     head_steps: int = option(
         0, "Number of steps that first train the masked-LM head alone. Use it for a BERT that has no such head."
     )
-    reorder: bool = option(
-        False, "Whether to sort the channels by importance before training, so that narrow shapes start better."
-    )
     match_compute: str | None = option(
         None, "File training_summary.json of another run. Its FLOPs then decide the number of steps, not --max_steps."
     )
@@ -128,6 +137,9 @@ class ScriptArguments:
             check_choice("head_slicing", self.head_slicing, ("prefix", "per_head"))
         if self.pooling is not None:
             check_choice("pooling", self.pooling, POOLINGS)
+        if self.bottlenecks is not None:
+            check_choice("bottlenecks", self.bottlenecks, ("shared", "by_width"))
+        check_count("calibration_tokens", self.calibration_tokens, 0)
         check_number("validation_split_percentage", self.validation_split_percentage, above=0, below=100)
         check_count("max_eval_samples", self.max_eval_samples)
         if self.preprocessing_num_workers is not None:
@@ -156,18 +168,16 @@ def parse_arguments(argv: list[str]) -> tuple[ScriptArguments, SuperPretrainingA
     ):
         if not value:
             parser.error(f"--{name} is missing. See --help.")
-    if script.reorder and script.streaming:
-        parser.error("--reorder measures importance on stored text: leave out --streaming, or order the model before.")
+    if script.calibration_tokens and script.streaming:
+        parser.error("--calibration_tokens are taken from stored text: leave out --streaming or --calibration_tokens.")
     weights = (args.teacher_weight, args.state_weight, args.pooled_weight)
     if (script.teacher is None) != (max(weights) == 0):
         parser.error(
             "--teacher and a --teacher_weight above 0 need each other. Give both or none of them. Instead of "
             "--teacher_weight it may be --state_weight or --pooled_weight."
         )
-    if args.mlm_probability == 0 and (script.head_steps or script.reorder):
-        parser.error(
-            "--head_steps and --reorder need labels: leave them out, or give --mlm_probability a value above 0."
-        )
+    if args.mlm_probability == 0 and script.head_steps:
+        parser.error("--head_steps needs labels: leave it out, or give --mlm_probability a value above 0.")
     return script, args
 
 
@@ -229,12 +239,17 @@ def load_model(script: ScriptArguments, args: SuperPretrainingArguments) -> Supe
     """
     name = str(script.model_name_or_path)
     config = load_pretrained("model_name_or_path", name, AutoConfig.from_pretrained)
-    choices = {"width_choices": script.width_choices, "head_slicing": script.head_slicing}
-    given = {flag: value for flag, value in choices.items() if value is not None}
+    flags = ("width_choices", "head_slicing", "bottlenecks", "calibration_tokens")
+    given = {flag: getattr(script, flag) for flag in flags if getattr(script, flag)}
     has_head = any(architecture.endswith(HEADS) for architecture in config.architectures or [])
     model_class = SuperShaperForMaskedLM if has_head or args.mlm_probability > 0 else SuperShaperModel
     if not isinstance(config, SuperShaperConfig):
-        return load_pretrained("model_name_or_path", name, partial(model_class.from_bert, **given))
+        if given.pop("calibration_tokens", 0):
+            given = {"head_slicing": "per_head"} | given
+        model = load_pretrained("model_name_or_path", name, partial(model_class.from_bert, **given))
+        # `calibrate` does the same. A run that resumes has calibrated weights in its checkpoint.
+        model.config.full_head_scale = bool(script.calibration_tokens) and model.config.head_slicing == "per_head"
+        return model
     if given:
         raise ValueError(
             f"--{' and --'.join(given)} can be chosen when a supernet is made of a BERT, but {name} is a supernet or a "
@@ -352,16 +367,6 @@ def train_head(
     return summary.status
 
 
-def reorder(
-    model: SuperShaperForMaskedLM, tokenizer: PreTrainedTokenizerBase, dataset: Any, args: SuperPretrainingArguments
-) -> None:
-    """Sort the channels of `model` by their importance on 256 sequences."""
-    sample = dataset.select(range(min(len(dataset), 256)))
-    reorder_channels(
-        model, fixed_masks(sample, tokenizer, args.per_device_train_batch_size, args.mlm_probability, args.seed)
-    )
-
-
 def main() -> int:
     script, args = parse_arguments(sys.argv[1:])
     accelerator = make_accelerator(args)
@@ -377,8 +382,12 @@ def main() -> int:
             accelerator.print("Interrupted while the head was trained, before the first checkpoint.")
             accelerator.print("Start the same command again: it begins from the start.")
             return 0
-        if script.reorder:
-            on_every_process(partial(reorder, model, tokenizer, dataset, args), accelerator)
+        if script.calibration_tokens:
+            batches = calibration_batches(
+                dataset, tokenizer, script.calibration_tokens, args.per_device_train_batch_size, args.seed
+            )
+            model.to(accelerator.device)
+            on_every_process(partial(calibrate, model, batches, accelerator.is_main_process), accelerator)
 
     card = on_main_process(partial(sentence_options, script), accelerator)
     if script.push_to_hub:

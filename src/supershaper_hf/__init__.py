@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the names of `LAZY` again, for type checkers and editors; a
     from .convert.calibration import calibrate as calibrate
     from .convert.extraction import extract_from_folder as extract_from_folder
     from .convert.original import from_original as from_original
+    from .data.batches import calibration_batches as calibration_batches
     from .data.batches import fixed_masks as fixed_masks
     from .data.documents import load_text as load_text
     from .data.documents import split_text as split_text
@@ -74,6 +75,7 @@ LAZY = {  # public name -> the module that it is imported from
     "SuperPretrainingArguments": "training.arguments",
     "best_measured": "search.rounds",
     "calibrate": "convert.calibration",
+    "calibration_batches": "data.batches",
     "compare_equal_sizes": "latency.insensitivity",
     "derive_profile": "search.profile",
     "evaluate_shapes": "search.evaluation",

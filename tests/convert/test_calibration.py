@@ -558,10 +558,11 @@ def test_text_without_a_token_is_refused(batches):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_state_that_is_not_finite_is_refused_and_the_model_stays(value):
+@pytest.mark.parametrize("part", ["layer.2.output.dense", "output_bottleneck.2", "layer.2.attention.self.key"])
+def test_state_that_is_not_finite_is_refused_and_the_model_stays(part, value):
     model = tiny_model(head_slicing="per_head", bottlenecks="by_width").to(torch.bfloat16)
     with torch.no_grad():
-        model.bert.encoder.layer[2].output.dense.bias[7] = value
+        model.bert.encoder.get_submodule(part).bias[7] = value
     before = clone(model)
     with pytest.raises(ValueError, match=r"The output of layer 2 is not finite\. Check the weights"):
         calibrate(model, texts())

@@ -58,7 +58,7 @@ def run(command, environment, folder):
 
 
 def test_readme_has_its_blocks():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 def test_options_shown_in_the_readme_are_those_of_the_example():
@@ -76,6 +76,8 @@ def test_every_file_has_its_line():
     assert named == files - {"__main__.py"}
 
 
-@pytest.mark.parametrize(("code", "printed"), BLOCKS, ids=["ten lines", "search", "to the Hub", "sentences"])
+@pytest.mark.parametrize(
+    ("code", "printed"), BLOCKS, ids=["ten lines", "calibration", "search", "to the Hub", "sentences"]
+)
 def test_block_runs_and_prints_what_the_readme_says(code, printed, hub_environment, tmp_path):
     assert run([sys.executable, "-c", code], hub_environment, tmp_path) == printed

@@ -16,7 +16,7 @@ from conftest import assert_same, randomize, tiny_bert_config, tiny_model
 from hub_server import HubServer
 from safetensors.torch import load_file
 from texts import random_documents
-from transformers import AutoConfig, AutoModelForMaskedLM, BertForMaskedLM, BertModel
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, BertModel
 
 from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM, read_sentence_encoder
 from supershaper_hf.processes import main_process_first
@@ -26,6 +26,7 @@ from supershaper_hf.publish.sentences import sentence_encoder_files, write_files
 WITHOUT_LABELS = ["--teacher=t", "--state_weight=1"]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "run_super_pretraining.py"
+CALIBRATION = ["--calibration_tokens=100", "--bottlenecks=by_width"]
 STEPS = ["--max_steps=2", "--per_device_train_batch_size=4", "--max_length=12", "--logging_steps=1"]
 
 
@@ -110,15 +111,15 @@ def refusal(capsys, act, *args):
 
 
 def test_flags_reach_both_sets_of_options(script):
-    options, args = parse(script, "--reorder", "--shape", "8", "0", "36", "--sampling=fixed")
-    assert (options.model_name_or_path, options.train_files, options.reorder) == ("b", ["a.txt", "c.txt"], True)
+    options, args = parse(script, "--calibration_tokens=9", "--shape", "8", "0", "36", "--sampling=fixed")
+    assert (options.model_name_or_path, options.train_files, options.calibration_tokens) == ("b", ["a.txt", "c.txt"], 9)
     assert (args.output_dir, args.shape, args.sampling) == ("o", [8, 0, 36], "fixed")
 
 
 def test_yaml_holds_the_same_options_and_flags_change_them(script, tmp_path):
-    file = write_yaml(tmp_path, learning_rate=1e-3, reorder=True, width_choices=[8, 48], max_steps=7)
+    file = write_yaml(tmp_path, learning_rate=1e-3, streaming=True, width_choices=[8, 48], max_steps=7)
     options, args = script.parse_arguments([file, "--max_steps=9"])
-    assert (options.model_name_or_path, options.train_files, options.width_choices, options.reorder) == (
+    assert (options.model_name_or_path, options.train_files, options.width_choices, options.streaming) == (
         "b",
         ["a.txt", "c.txt"],
         [8, 48],
@@ -151,7 +152,9 @@ def test_a_value_in_yaml_means_what_it_means_on_the_command_line(script, tmp_pat
         ("learning_rate: inf", "learning_rate=inf must be a finite number above 0."),
         ("weight_decay: nan", "weight_decay=nan must be a finite number at least 0."),
         ("learning_rate: fast", "--learning_rate.*: invalid float value: 'fast'"),
-        ("reorder: 3", "--reorder.*: Truthy value expected: got 3"),
+        ("streaming: 3", "--streaming.*: Truthy value expected: got 3"),
+        ("calibration_tokens: -1", "calibration_tokens=-1 must be an integer of at least 0"),
+        ("bottlenecks: both", "bottlenecks='both' is unknown. Allowed: 'shared', 'by_width'."),
         ("mixed_precision: fp8", "mixed_precision='fp8' is unknown. Allowed: 'no', 'bf16', 'fp16'."),
         ("report_to: paper", "report_to='paper' is unknown. Allowed: "),
         ("pooling: max", "pooling='max' is unknown. Allowed: 'mean', 'cls'."),
@@ -199,13 +202,12 @@ def test_every_option_has_help(script, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--streaming", "--reorder"], "--reorder measures importance on stored text"),
+        (["--streaming", "--calibration_tokens=9"], "--calibration_tokens are taken from stored text: leave out --str"),
         (["--teacher=t"], "--teacher and a --teacher_weight above 0 need each other."),
         (["--teacher_weight=1"], "--teacher and a --teacher_weight above 0 need each other."),
         (["--state_weight=1"], "Instead of --teacher_weight it may be --state_weight or --pooled_weight."),
         (["--pooled_weight=1"], "--teacher and a --teacher_weight above 0 need each other."),
-        (["--mlm_probability=0", *WITHOUT_LABELS, "--reorder"], "--head_steps and --reorder need labels"),
-        (["--mlm_probability=0", *WITHOUT_LABELS, "--head_steps=1"], "--head_steps and --reorder need labels"),
+        (["--mlm_probability=0", *WITHOUT_LABELS, "--head_steps=1"], "--head_steps needs labels"),
         (["--mlm_probability=0"], "mlm_probability=0.0 labels nothing"),
         (["--unknown=1"], "unknown"),
         (["other.yaml"], "other.yaml"),
@@ -308,6 +310,7 @@ def test_subnet_needs_fixed_sampling(run, subnet):
         (["--width_choices", "8", "48"], "--width_choices"),
         (["--head_slicing=prefix"], "--head_slicing"),
         (["--head_slicing=prefix", "--width_choices", "8"], "--width_choices and --head_slicing"),
+        (["--calibration_tokens=9", "--bottlenecks=by_width"], "--bottlenecks and --calibration_tokens"),
     ],
 )
 def test_what_a_supernet_was_made_with_cannot_be_chosen_again(run, subnet, flags, named):
@@ -388,8 +391,8 @@ def test_streaming_trains_without_storing_the_text(run, bert, text):
     assert "largest" in summary(folder)["evaluation"]
 
 
-def test_outside_teacher_and_ordered_channels(run, bert):
-    _, folder = run(bert, "--teacher", bert, "--teacher_weight=1", "--reorder")
+def test_outside_teacher(run, bert):
+    _, folder = run(bert, "--teacher", bert, "--teacher_weight=1")
     assert summary(folder)["arguments"]["teacher_weight"] == 1.0
 
 
@@ -410,7 +413,44 @@ def test_the_bert_itself_teaches_without_labels(run, request, folder):
         assert torch.equal(load_file(tmp / "model.safetensors")[head], load_file(source / "model.safetensors")[head])
 
 
-# Preparing a model: its head, the order of its channels
+# Preparing a model: its head, its calibration
+
+
+def test_supernet_is_calibrated_on_unmasked_text_of_the_run(run, script, bert, monkeypatch):
+    seen, calibrate = [], script.calibrate
+
+    def keep(model, batches, progress):
+        seen.extend(batches)
+        calibrate(model, batches, progress)
+
+    monkeypatch.setattr(script, "calibrate", keep)
+    _, folder = run(bert, "--calibration_tokens=100", "--bottlenecks=by_width", "--learning_rate=1e-12")
+    lengths = [batch["attention_mask"].sum(dim=1).tolist() for batch in seen]
+    assert 100 <= sum(map(sum, lengths)) < 112  # a sequence has 12 tokens at most
+    assert {len(batch) for batch in lengths[:-1]} == {4}
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    for batch in seen:
+        assert tokenizer.mask_token_id not in batch["input_ids"]
+        assert torch.equal(batch["input_ids"] == tokenizer.pad_token_id, batch["attention_mask"] == 0)
+    supernet = AutoModelForMaskedLM.from_pretrained(folder / "last")
+    assert supernet.config.head_slicing == "per_head"
+    assert supernet.config.full_head_scale
+    assert supernet.bert.encoder.narrow(0, supernet.config.width_choices[0]).attention_code.reader.weight.any()
+    inputs = tokenizer("the cat sat on the mat .", return_tensors="pt")
+    with torch.no_grad():
+        assert_same(supernet(**inputs).logits, AutoModelForMaskedLM.from_pretrained(bert)(**inputs).logits, atol=1e-4)
+
+
+def test_supernet_starts_as_in_the_paper_by_default(run, bert):
+    _, folder = run(bert)
+    config = AutoModelForMaskedLM.from_pretrained(folder / "last").config
+    assert (config.head_slicing, config.bottlenecks, config.full_head_scale) == ("prefix", "shared", False)
+
+
+def test_calibration_leaves_the_chosen_slicing(run, bert):
+    _, folder = run(bert, "--calibration_tokens=100", "--head_slicing=prefix")
+    config = AutoModelForMaskedLM.from_pretrained(folder / "last").config
+    assert (config.head_slicing, config.full_head_scale) == ("prefix", False)
 
 
 @pytest.fixture
@@ -439,25 +479,26 @@ def test_missing_head_is_trained_first_with_the_encoder_frozen(run, headless, ph
 def test_interrupted_head_ends_the_run_and_the_next_one_starts_anew(run, headless, phases):
     """The result is that of a run that was never interrupted, though the head starts from random weights."""
     phases.stop = "Head only"
-    printed, folder = run(headless, "--head_steps=2", "--reorder")
+    printed, folder = run(headless, "--head_steps=2", *CALIBRATION)
     assert [description for description, _ in phases.runs] == ["Head only"]
     assert "Interrupted while the head was trained, before the first checkpoint." in printed
     assert not (folder / "last").exists()
     phases.stop = None
     torch.manual_seed(1)
-    run(headless, "--head_steps=2", "--reorder")
+    run(headless, "--head_steps=2", *CALIBRATION)
     torch.manual_seed(2)
-    _, uninterrupted = run(headless, "--head_steps=2", "--reorder", output="uninterrupted")
+    _, uninterrupted = run(headless, "--head_steps=2", *CALIBRATION, output="uninterrupted")
     assert_same(weights(folder), weights(uninterrupted), atol=0)
 
 
 def test_run_with_a_checkpoint_is_not_prepared_again(run, headless, phases):
-    _, folder = run(headless, "--head_steps=2", "--reorder")
+    _, folder = run(headless, "--head_steps=2", *CALIBRATION)
     before = weights(folder)
     phases.runs.clear()
-    run(headless, "--head_steps=2", "--reorder")
+    run(headless, "--head_steps=2", *CALIBRATION)
     assert [description for description, _ in phases.runs] == ["Super pre-training"]
     assert_same(weights(folder), before, atol=0)
+    assert AutoModelForMaskedLM.from_pretrained(folder / "last").config.full_head_scale
 
 
 def test_head_of_a_run_has_the_same_weights_on_every_process(script, headless):

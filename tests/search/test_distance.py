@@ -1,5 +1,6 @@
 """The distance to the original: its definition, the models that it takes, and the records that it leaves."""
 
+import itertools
 import json
 import math
 
@@ -16,7 +17,7 @@ from supershaper_hf.data.batches import fixed_masks
 from supershaper_hf.data.sequences import tokenize
 from supershaper_hf.search import evaluation
 from supershaper_hf.search.evaluation import evaluate_shapes, fingerprint_encoder
-from supershaper_hf.search.records import read_records
+from supershaper_hf.search.records import read_records, to_line
 
 
 @pytest.fixture
@@ -175,7 +176,14 @@ def test_processes_share_the_batches(batches, processes):
         for rank in range(processes)
     ]
     assert together == [measure(model, batches, SHAPES[1], original=original)] * processes
-    assert measure(model, batches[::-1], SHAPES[1], original=original) == together[0]
+
+
+def test_sums_are_rounded_once_after_adding(batches):
+    """So the result cannot depend on the order in which batches are added."""
+    model, original = tiny_model(), randomize(BertModel(tiny_bert_config()), seed=1)
+    expected = measure(model, batches, SHAPES[1], original=original)
+    for order in itertools.permutations(batches):
+        assert measure(model, order, SHAPES[1], original=original) == expected
 
 
 # Records
@@ -218,6 +226,54 @@ def test_heads_and_poolers_do_not_count_in_a_file_of_distances(batches, tmp_path
         model.base_model.embeddings.word_embeddings.weight[7] += 1
     with pytest.raises(ValueError, match="another model"):
         measure(model, batches, original=bert, records_file=file)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"distance": -0.5}, r"distance -0\.5 is below 0"),
+        ({"distance": None}, "distance None is not a number"),
+        ({"distance": True}, "distance True is not a number"),
+        ({"cosine": 1.5}, r"cosine 1\.5 is not a number from -1 to 1"),
+        ({"cosine": None}, "cosine None is not a number"),
+        ({"loss": 1.0}, "not an object with shape, distance, cosine"),
+    ],
+)
+def test_line_that_is_no_distance_is_named_and_left_out(batches, tmp_path, change, reason):
+    """Whatever has written it also wrote the checksum."""
+    file = tmp_path / "records.jsonl"
+    records = measure(tiny_model(), batches, records_file=file)
+    header, first, *lines = file.read_text().splitlines()
+    content = json.loads(first) | change
+    del content["checksum"]
+    file.write_text("\n".join([header, to_line(content).strip(), *lines, ""]))
+    with pytest.warns(UserWarning, match=rf"line 2 \({reason}"):
+        assert read_records(file) == records[1:]
+
+
+@pytest.mark.parametrize("change", [{"measure": "accuracy"}, {"measure": []}, {"measure": "loss"}, {"original": None}])
+def test_header_with_a_measure_that_cannot_be_is_refused(batches, tmp_path, change):
+    file = tmp_path / "records.jsonl"
+    measure(tiny_model(), batches, records_file=file)
+    header, *lines = file.read_text().splitlines()
+    content = json.loads(header) | change
+    del content["checksum"]
+    file.write_text("\n".join([to_line(content).strip(), *lines, ""]))
+    with pytest.raises(ValueError, match="does not begin with a valid header"):
+        read_records(file)
+
+
+def test_file_without_a_measure_holds_losses(batches, tmp_path):
+    """As all files did before there was another measure."""
+    model, file = tiny_model(), tmp_path / "records.jsonl"
+    labelled = [batch | {"labels": batch["input_ids"]} for batch in batches]
+    records = evaluate_shapes(model, labelled, SHAPES, records_file=file)
+    header, *lines = file.read_text().splitlines()
+    content = {
+        name: value for name, value in json.loads(header).items() if name not in ("measure", "original", "checksum")
+    }
+    file.write_text("\n".join([to_line(content).strip(), *lines, ""]))
+    assert evaluate_shapes(model, labelled, SHAPES, records_file=file) == read_records(file) == records
 
 
 def test_states_that_are_not_finite_have_a_record(batches, tmp_path):

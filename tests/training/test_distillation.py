@@ -73,9 +73,9 @@ def all_hooks(model):
 
 class TestWatchLayers:
     @pytest.mark.parametrize("shape", [FULL, NARROW, DROPPED])
-    def test_keeps_what_the_subnet_computes(self, head_slicing, shape):
+    def test_keeps_what_the_subnet_computes(self, elasticity, shape):
         """In a subnet the projections run as modules of their own, so hooks on them see the real thing."""
-        supernet, batch = tiny_model(head_slicing=head_slicing), tiny_batch()
+        supernet, batch = tiny_model(**elasticity), tiny_batch()
         subnet = supernet.extract_subnet(shape)
         seen = []
         for layer in subnet.bert.encoder.layer:
@@ -100,8 +100,8 @@ class TestWatchLayers:
         assert activations[1].num_heads == 4
 
     @pytest.mark.parametrize("shape", [FULL, NARROW, DROPPED])
-    def test_attention_views_give_the_models_attention(self, head_slicing, shape):
-        model, batch = tiny_model(head_slicing=head_slicing, attn_implementation="eager"), tiny_batch()
+    def test_attention_views_give_the_models_attention(self, elasticity, shape):
+        model, batch = tiny_model(**elasticity, attn_implementation="eager"), tiny_batch()
         with watch_layers(model, [0, 1, 2]) as activations:
             attentions = model(**batch, shape=shape, output_attentions=True).attentions
         for layer, expected in zip(activations.values(), attentions, strict=True):

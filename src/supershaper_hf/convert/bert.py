@@ -52,7 +52,8 @@ def from_bert(
 
     Raises:
         TypeError: If `kwargs` are given for a model in memory.
-        ValueError: If the source is not a BERT encoder, or its config.json does not describe a model.
+        ValueError: If the source is not a BERT encoder, its config.json does not describe a model, or `calibration`
+            has no text.
         StrictDataclassError: If `width_choices` do not fit the BERT.
 
     Example:

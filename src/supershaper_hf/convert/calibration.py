@@ -11,7 +11,7 @@ to rounding. Every layer is looked at by itself, between two states of the full 
    output from the narrow one's.
 
 The text passes through the full supernet layer by layer, once to measure what the first two steps need, and once more
-for the third. In memory are the embeddings of the text and what one layer computes of it: about 8 numbers of float32
+for the third. In memory are the embeddings of the text and what one layer computes of it: about six float32 numbers
 for each token and hidden channel.
 """
 
@@ -171,10 +171,10 @@ def states_by_layer(encoder: Any, text: Sequence[Text]) -> Iterator[list[States]
             inputs = encoder.input_bottleneck[index](flow[position])
             attended = layer.attention(inputs, batch.mask)
             outputs = layer.output(layer.intermediate(attended), attended)
-            if not outputs[batch.real].isfinite().all():
-                raise ValueError(f"The output of layer {index} is not finite. Check the weights of the supernet.")
             states.append(States(inputs, attended, outputs, batch.mask, batch.real))
             flow[position] = encoder.output_bottleneck[index](outputs)
+            if not flow[position][batch.real].isfinite().all():
+                raise ValueError(f"The output of layer {index} is not finite. Check the weights of the supernet.")
         yield states
         states.clear()
 
@@ -380,15 +380,16 @@ def fit_narrow_widths(encoder: Any, index: int, states: Sequence[States]) -> Non
     attended = Moments.of((batch.attended[batch.real] / gains,) * 2 for batch in states)
     # One code has to serve the attention's input and, but for the gains of its LayerNorm, its output.
     covariances = [moments.covariance_xx / (moments.covariance_xx.trace() + TINY) for moments in (inputs, attended)]
-    _, directions = torch.linalg.eigh(covariances[0] + covariances[1])
+    components = torch.linalg.eigh(covariances[0] + covariances[1]).eigenvectors.flip(1)  # the principal ones first
+    identity, zeros = torch.eye(len(gains)).to(gains), torch.zeros(len(gains)).to(gains)
     for width in encoder.config.width_choices[:-1]:
         narrow = encoder.narrow(index, width)
         code, next_code = narrow.attention_code, narrow.intermediate_code
-        code.writer.weight.copy_(choose_writer(directions.flip(1)[:, :width]))
+        code.writer.weight.copy_(choose_writer(components[:, :width]))
         # The LayerNorm multiplies each channel by its gain, so z = x_kept + S x_rest becomes g_kept z.
         next_code.writer.weight.copy_(gains[:width, None] * code.writer.weight / gains[None, width:])
 
-        coding = torch.cat([torch.eye(width), code.writer.weight.cpu()], dim=1).to(gains)  # z = coding x
+        coding, _ = code.write(identity, zeros)  # (w, hidden_size): the code of x is z = coding x
         assign(code.reader, ridge_regression(inputs.coded(coding), 0))
         coded = [layer.attention(b.inputs @ coding.T, b.mask, narrow) for b in states]
         pairs = ((z[b.real], b.attended[b.real][:, width:]) for z, b in zip(coded, states))
@@ -398,7 +399,7 @@ def fit_narrow_widths(encoder: Any, index: int, states: Sequence[States]) -> Non
         assign(narrow.output_bottleneck, ridge_regression(Moments.of(pairs), exit.weight[:, :width]))
 
 
-def choose_writer(directions: torch.Tensor) -> torch.Tensor:
+def choose_writer(components: torch.Tensor) -> torch.Tensor:
     """Return the S of a code z = x_kept + S x_rest, (w, hidden_size - w), that keeps most of the variance of x.
 
     The best linear code keeps the first principal components. Any w combinations of them keep as much, and those that
@@ -407,11 +408,11 @@ def choose_writer(directions: torch.Tensor) -> torch.Tensor:
     penalised: more for narrow widths, whose components are far from the kept channels.
 
     Args:
-        directions: The first w principal components of x, (hidden_size, w).
+        components: The first w principal components of x, (hidden_size, w).
     """
-    full, width = directions.shape
-    kept, rest = directions[:width], directions[width:]
-    penalty = WRITER_PENALTY * full / width * torch.eye(width, dtype=directions.dtype)
+    full, width = components.shape
+    kept, rest = components[:width], components[width:]
+    penalty = WRITER_PENALTY * full / width * torch.eye(width, dtype=components.dtype)
     return torch.linalg.solve(kept @ kept.T + penalty, kept @ rest.T)
 
 

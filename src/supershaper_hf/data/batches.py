@@ -144,6 +144,45 @@ def fixed_masks(
     return [collate(sequences[start : start + batch_size]) for start in range(0, len(sequences), batch_size)]
 
 
+def calibration_batches(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, num_tokens: int, batch_size: int, seed: int = 0
+) -> list[Batch]:
+    """Return unmasked sequences from anywhere in a dataset, for `calibrate`.
+
+    Args:
+        dataset: The result of `tokenize`.
+        tokenizer: A tokenizer with [PAD].
+        num_tokens: Number of tokens in all, or a few more. A shorter dataset is taken whole.
+        batch_size: Number of sequences of a batch; the last batch may have fewer. They are in the order of their
+            lengths, so that there is little padding.
+        seed: Random seed of the choice.
+
+    Returns:
+        The batches, `input_ids` and `attention_mask` of (batch, length) each.
+
+    Raises:
+        ValueError: If `num_tokens` or `batch_size` is not an integer of at least 1.
+
+    Example:
+        >>> from supershaper_hf import tokenize, train_tokenizer
+        >>> documents = Dataset.from_dict({"text": ["the cat sat on the mat"] * 5})
+        >>> tokenizer = train_tokenizer(documents["text"], vocab_size=100, max_length=128)
+        >>> batches = calibration_batches(tokenize(documents, tokenizer, max_length=8), tokenizer, 20, batch_size=2)
+        >>> [tuple(batch["input_ids"].shape) for batch in batches]
+        [(2, 8), (1, 8)]
+    """
+    check_count("num_tokens", num_tokens)
+    chosen: list[int] = []
+    tokens = 0
+    for index in np.random.default_rng(seed).permutation(len(dataset)).tolist():
+        if tokens >= num_tokens:
+            break
+        chosen.append(index)
+        tokens += len(dataset[index]["input_ids"])
+    batches = fixed_masks(dataset.select(chosen), tokenizer, batch_size, mlm_probability=0, seed=seed)
+    return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+
+
 class MicroBatches:
     """Endless masked micro-batches of one process. They resume exactly from a state of a few numbers.
 

@@ -53,15 +53,10 @@ def channels(tensor: torch.Tensor, axis: int, width: int, num_heads: int = 1) ->
 
 
 def write(weight: torch.Tensor, bias: torch.Tensor, writer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Narrow the outputs of a linear map to the code z = x_kept + S x_rest of its outputs x, see `SuperShaperCode`.
+    """Narrow the outputs x of a linear map to their code z = x_kept + S x_rest, see `SuperShaperCode`.
 
-    Args:
-        weight: (hidden_size, inputs).
-        bias: (hidden_size,).
-        writer: S, (w, hidden_size - w).
-
-    Returns:
-        The weight (w, inputs) and the bias (w,) of the narrow map.
+    From weight (hidden_size, inputs), bias (hidden_size,) and writer S (w, hidden_size - w) follow the weight
+    (w, inputs) and the bias (w,) of the narrow map.
     """
     width = len(writer)
     return weight[:width] + writer @ weight[width:], bias[:width] + writer @ bias[width:]
@@ -72,17 +67,9 @@ def read(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Narrow the inputs x of a linear map to a code z, from which x_rest = R z + c and x_kept = z - S x_rest follow.
 
-    Nothing is computed between this estimate and the map, so their product is exact.
-
-    Args:
-        weight: (outputs, hidden_size).
-        bias: (outputs,).
-        writer: S, (w, hidden_size - w).
-        reader: R, (hidden_size - w, w).
-        reader_bias: c, (hidden_size - w,).
-
-    Returns:
-        The weight (outputs, w) and the bias (outputs,) of the narrow map.
+    From weight (outputs, hidden_size), bias (outputs,), writer S (w, hidden_size - w), reader R (hidden_size - w, w)
+    and its bias c follow the weight (outputs, w) and the bias (outputs,) of the narrow map. Nothing is computed between
+    this estimate and the map, so their product is exact.
     """
     width = len(writer)
     kept = weight[:, :width]

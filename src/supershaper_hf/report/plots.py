@@ -93,6 +93,28 @@ def plot_front(
     figure.savefig(file, dpi=130)
 
 
+def plot_measured(file: str | Path, **groups: Sequence[Point]) -> None:
+    """Write a PNG of measured shapes: parameters against distance to the original.
+
+    Args:
+        file: The PNG file to write.
+        **groups: Parameters and distance of the shapes of each group. The first group is joined by a line.
+
+    Example:
+        >>> plot_measured("quality.png", rectangles=[(12e6, 0.7), (23e6, 0.0)])  # doctest: +SKIP
+    """
+    figure, axes = new_figure(6.5, 4)
+    for number, (name, points) in enumerate(groups.items()):
+        axes.plot(*np.transpose(points), "o-" if number == 0 else ".", color=f"C{number}", label=name)
+    label, unit, suffix = AXES["parameters"]
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / unit:,.10g}{suffix}")
+    axes.set_ylabel(LABELS["distance"][0])
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=130)
+
+
 def plot_agreement(
     file: str | Path, measured: np.ndarray, predicted: np.ndarray, deviations: np.ndarray, measure: str = "loss"
 ) -> None:

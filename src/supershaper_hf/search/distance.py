@@ -141,5 +141,6 @@ def compare_states(states: torch.Tensor, expected: torch.Tensor, mask: torch.Ten
     dtype, padding = summing_dtype(states.device), ~mask[..., None]
     states, expected = (each.to(dtype).masked_fill(padding, 0) for each in (states, expected))
     error = (states - expected).square().sum()
-    cosines = cosine_similarity(states.sum(1), expected.sum(1), dim=1)  # of sums, which point where the means do
-    return torch.stack([error, cosines[mask.any(1)].sum()])
+    # Of sums, which point where the means do. A sequence without any token has the cosine 0.
+    cosines = cosine_similarity(states.sum(1), expected.sum(1), dim=1)
+    return torch.stack([error, cosines.sum()])

@@ -104,6 +104,8 @@ def watch_layers(model: nn.Module, layers: Sequence[int] | None) -> Iterator[dic
                 elastic_linear(projection, states, width, out_heads=attention.sliced_heads, reads=code)
                 for projection in (attention.query, attention.key, attention.value)
             )
+            if attention.config.full_head_scale:  # as in a subnet, which divides scores by the size of its own heads
+                query = query * (width / attention.config.hidden_size) ** 0.5
             projected[index] = query, key, value
 
         def after(_: nn.Module, inputs: tuple[Tensor, ...], state: Tensor) -> None:

@@ -168,15 +168,15 @@ def check_model(args: SuperPretrainingArguments, model: SuperShaperPreTrainedMod
 def freeze(model: SuperShaperPreTrainedModel, args: SuperPretrainingArguments) -> list[str]:
     """Turn off the gradients of parameters that do not learn in this run; return their names.
 
-    Without labels the head does not learn. It would have gradients of 0, and with them moments and weight decay. With
-    `shared_learning_rate_scale=0` only weights by width learn.
+    Without labels only the encoder learns: embeddings, pooler and head stay those of the original, whose states the
+    encoder is to return. With `shared_learning_rate_scale=0` only weights by width learn.
 
     Raises:
         ValueError: If no parameter is left to learn.
     """
     learning = {parameter for parameter in model.parameters() if parameter.requires_grad}
     if args.mlm_probability == 0:
-        learning &= set(model.base_model.parameters())
+        learning &= set(model.base_model.get_submodule("encoder").parameters())
     if args.shared_learning_rate_scale == 0:
         learning &= parameters_by_width(model)
     if not learning:
