@@ -47,6 +47,8 @@ from supershaper_hf import (
     SuperShaperConfig,
     SuperShaperForMaskedLM,
     SuperShaperModel,
+    calibrate,
+    calibration_batches,
     evaluate_shapes,
     fixed_masks,
     load_text,
@@ -56,7 +58,6 @@ from supershaper_hf import (
     tokenize,
 )
 from supershaper_hf.checks import check_count
-from supershaper_hf.convert.calibration import calibrate
 from supershaper_hf.devices import device_name
 from supershaper_hf.files import parse_json, read_json, to_json, write_folder, write_json
 from supershaper_hf.model.costs import flops_cost
@@ -102,6 +103,7 @@ FROM_ORIGINAL = {
     "pooled_weight": 5.0,
     "learning_rate": 2e-4,
 }
+# The recipe of examples/make_supernet.py.
 OURS = FROM_ORIGINAL | {"learning_rate": 5e-4, "shared_learning_rate_scale": 0.2}
 RECIPES = {
     "paper": Recipe("the paper", "paper", PAPER),
@@ -110,7 +112,6 @@ RECIPES = {
     "ours": Recipe("ours: calibrated, by width", "by_width", OURS),
     "ours_frozen": Recipe("ours, shared weights frozen", "by_width", OURS | {"shared_learning_rate_scale": 0.0}),
 }
-WARMUP = 0.2  # share of the steps
 CALIBRATION_TOKENS = 50_000
 HEAD_SHARE = 0.25  # steps that train a masked-LM head that the BERT lacks, as a share of the steps of the run
 EIGHTHS = (0, 1, 2, 4, 8)  # of the tokens, after which a supernet is measured
@@ -178,7 +179,7 @@ def training_arguments(
         max_length=args.max_length,
         seed=seed,
         output_dir=str(output_dir),
-        warmup_steps=WARMUP,
+        pooling=read_pooling(args.bert) or "mean",
         **recipe.training,
     )
 
@@ -197,9 +198,8 @@ def make_start(args: argparse.Namespace, name: str, seed: int, folder: Path) -> 
     model, info = model_class.from_bert(args.bert, output_loading_info=True, **STARTS[recipe.start])
     model.to(start_accelerator().device)
     if STARTS[recipe.start]["head_slicing"] == "per_head":
-        count = min(len(sequences), round(CALIBRATION_TOKENS / mean_length(sequences)))
-        sample = sequences.shuffle(seed=seed).select(range(count))
-        batches = fixed_masks(sample, tokenizer, args.per_device_train_batch_size, mlm_probability=0)
+        batch_size = args.per_device_train_batch_size
+        batches = calibration_batches(sequences, tokenizer, CALIBRATION_TOKENS, batch_size, seed)
         with FlopCounterMode(display=False) as counter:
             calibrate(model, batches, progress=True)
         flops = counter.get_total_flops()
@@ -327,7 +327,6 @@ def settings_of(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Return what a point depends on, but for its recipe's name, its seed and the tokens it has seen."""
     given = {key: value for key, value in vars(args).items() if key not in ("output_dir", "seeds", "recipes")}
     fixed = {
-        "warmup": WARMUP,
         "start": STARTS[RECIPES[name].start],
         "calibration_tokens": CALIBRATION_TOKENS,
         "head_share": HEAD_SHARE,

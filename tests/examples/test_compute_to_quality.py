@@ -161,6 +161,12 @@ def test_tables_hold_means_over_the_seeds(script):
     assert ours["share of the paper's"] == "29.2%"  # 0.5 lies at 2/3 of the way from 0.7 to 0.4: 2.33 of 8
 
 
+def test_ours_is_the_recipe_that_users_get(script, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS.parent / "examples")
+    assert script.RECIPES["ours"].training == importlib.import_module("make_supernet").RECIPE
+    sys.modules.pop("make_supernet")
+
+
 def test_every_recipe_has_options_that_can_be_trained(script, options, tmp_path):
     """`SuperPretrainingArguments` checks them."""
     sequences = script.load_sequences(options, script.AutoTokenizer.from_pretrained(options.bert))
