@@ -18,7 +18,8 @@ what comes before the first step, which is the training of a masked-LM head that
 Backward passes are counted as if every weight learned.
 
 Every figure is written to `points.jsonl` in the output folder as soon as it is measured. The same command goes on where
-it was stopped. The models before training are made in processes of their own, whose time and peak memory are printed.
+it was stopped; it first measures the checkpoints that are there. The models before training are made in processes of
+their own, whose time and peak memory are printed.
 """
 
 import argparse
@@ -358,7 +359,7 @@ def run_recipe(args: argparse.Namespace, name: str, seed: int, material: Materia
                 f"{args.output_dir} holds points of the recipe {name} that were measured with other settings: "
                 f"{', '.join(changed)}. Choose another output_dir."
             )
-    missing = [eighths for eighths in EIGHTHS if eighths not in {point["eighths"] for point in own}]
+    missing = sorted(set(EIGHTHS).difference(point["eighths"] for point in own))
     if not missing:
         return
     if not start_folder.exists():
@@ -390,14 +391,18 @@ def run_recipe(args: argparse.Namespace, name: str, seed: int, material: Materia
         points.append(point)
         print(f"{name}, seed {seed}, {progress.tokens:,} tokens: distance {mean_of(point, 'random', 'distance'):.3f}")
 
-    if missing[0] == 0:
-        add_point(missing.pop(0))
-    if not missing:
-        return
-    if not (folder / "last").exists() or not list_checkpoints(folder):
+    def add_points() -> None:
+        """Measure the missing points whose models exist."""
+        existing = list_checkpoints(folder)
+        for eighths in tuple(missing):
+            if eighths == 0 or checkpoint_folder(folder, eighths * options.save_steps) in existing:
+                add_point(eighths)
+                missing.remove(eighths)
+
+    add_points()
+    if missing:
         train(model_class.from_pretrained(start_folder), material, options, recipe.name)
-    for eighths in missing:
-        add_point(eighths)
+    add_points()
     for checkpoint in list_checkpoints(folder):  # several gigabytes; `last` stays
         shutil.rmtree(checkpoint)
 

@@ -66,7 +66,19 @@ def run(script, options, monkeypatch, capsys):
 
 
 def test_the_paper_and_ours_are_compared(script, options, monkeypatch, capsys):
+    train, trained = script.train, []
+
+    def train_and_stop(*arguments):
+        train(*arguments)
+        trained.append(arguments[-1])
+        if len(trained) == 1:
+            raise SystemExit("Interrupted")
+
+    monkeypatch.setattr(script, "train", train_and_stop)
+    with pytest.raises(SystemExit, match="Interrupted"):
+        run(script, options, monkeypatch, capsys)
     printed, points = run(script, options, monkeypatch, capsys)
+    assert trained == ["the paper", "ours: calibrated, by width"]  # the checkpoints of the first were there
     assert [(point["recipe"], point["eighths"]) for point in points] == [
         (name, eighths) for name in ("paper", "ours") for eighths in (0, 1, 2, 4, 8)
     ]
