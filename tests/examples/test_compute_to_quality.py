@@ -175,7 +175,9 @@ def test_tables_hold_means_over_the_seeds(script):
 
 def test_ours_is_the_recipe_that_users_get(script, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS.parent / "examples")
-    assert script.RECIPES["ours"].training == importlib.import_module("make_supernet").RECIPE
+    recipe = dict(importlib.import_module("make_supernet").RECIPE)
+    recipe.pop("group_by_length")  # all recipes of the benchmark read the same batches
+    assert script.RECIPES["ours"].training == recipe
     sys.modules.pop("make_supernet")
 
 
