@@ -190,24 +190,40 @@ def make_start(
 
 
 def plan_steps(
-    args: SupernetArguments, supernet: Any, tokenizer: PreTrainedTokenizerBase, text: Dataset, teacher: OutsideTeacher
+    args: SupernetArguments,
+    accelerator: Accelerator,
+    supernet: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Dataset,
+    teacher: OutsideTeacher,
 ) -> int:
-    """Return the number of steps. A few steps of a copy are timed, and the plan is kept for the next start."""
+    """Return the number of steps, the same on every process.
+
+    A few steps of a copy are timed, and the plan is kept for the next start.
+    """
     file = Path(args.output_dir) / PLAN_FILE
     if args.max_steps is not None:
         return args.max_steps
-    if not file.exists():
-        options = args.training(TIMED_STEPS)
-        options.logging_steps = 1
-        summary = super_pretrain(
-            copy.deepcopy(supernet), tokenizer, text, options, teacher=teacher, description="Timing"
-        )
+
+    def read_plan() -> int | None:
+        return int(read_json(file, PLAN_FORMAT)["max_steps"]) if file.exists() else None
+
+    steps = on_main_process(read_plan, accelerator)
+    if steps is not None:
+        return steps
+    options = args.training(TIMED_STEPS)
+    options.logging_steps = 1
+    summary = super_pretrain(copy.deepcopy(supernet), tokenizer, text, options, teacher=teacher, description="Timing")
+
+    def write_plan() -> int:
         speeds = [entry["tokens_per_second"] for entry in summary.log_history][1:]
         seconds = summary.progress.tokens / TIMED_STEPS / (sum(speeds) / len(speeds))
         steps = max(1, round(args.hours * 3600 / seconds))
         print(f"A step takes {seconds:.2f} seconds, so {args.hours:g} hours are {steps:,} steps.")
         write_json(file, PLAN_FORMAT, {"max_steps": steps, "hours": args.hours})
-    return int(read_json(file, PLAN_FORMAT)["max_steps"])
+        return steps
+
+    return on_main_process(write_plan, accelerator)
 
 
 # Measuring
@@ -254,7 +270,7 @@ def main() -> int:
     bert = on_every_process(load_bert, accelerator)
     if args.hours > 0 or args.max_steps is not None:
         teacher = OutsideTeacher(bert)
-        steps = plan_steps(args, supernet, tokenizer, text, teacher)
+        steps = plan_steps(args, accelerator, supernet, tokenizer, text, teacher)
         options = args.training(steps, args.output_dir)
         batches = fixed_masks(evaluation, tokenizer, args.per_device_train_batch_size, mlm_probability=0)
         summary = super_pretrain(supernet, tokenizer, text, options, eval_batches=batches, teacher=teacher, card=card)
