@@ -26,6 +26,7 @@ from supershaper_hf.checks import check_choice
 from supershaper_hf.model.modeling_supershaper import empty_model
 from supershaper_hf.publish.sentences import POOLINGS
 from supershaper_hf.search.evaluation import evaluation_mode
+from supershaper_hf.training.losses import pool
 
 
 COLUMNS = ("sentence1", "sentence2", "label")
@@ -53,18 +54,6 @@ def load_pairs(file: str | Path) -> tuple[list[tuple[str, str]], np.ndarray]:
     return [(row["sentence1"], row["sentence2"]) for row in rows], labels
 
 
-def pool(states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Return one embedding per sentence, (batch, width), of token states (batch, length, width).
-
-    "mean" is the mean over the tokens of the sentence, without padding. "cls" is the state of the first token.
-    """
-    check_choice("pooling", pooling, POOLINGS)
-    if pooling == "cls":
-        return states[:, 0]
-    mask = attention_mask.unsqueeze(-1).to(states.dtype)
-    return (states * mask).sum(1) / mask.sum(1)
-
-
 @torch.no_grad()
 def embed(
     model: PreTrainedModel,
@@ -80,9 +69,10 @@ def embed(
             evaluation, stays; dropout is off here.
         tokenizer: Its tokenizer.
         sentences: Longer ones than the model can read are cut.
-        pooling: "mean" or "cls", see `pool`.
+        pooling: "mean" or "cls", see `losses.pool`.
         shape: The shape of a supernet. By default the model is called without a shape, so it may be any BERT.
     """
+    check_choice("pooling", pooling, POOLINGS)
     arguments: dict[str, Any] = {} if shape is None else {"shape": shape}
     longest = min(model.config.max_position_embeddings, tokenizer.model_max_length)
     encoded = tokenizer(list(sentences), truncation=True, max_length=longest)["input_ids"]

@@ -37,6 +37,7 @@ from supershaper_hf import (
     SearchSpace,
     SuperPretrainingArguments,
     SuperShaperConfig,
+    calibration_batches,
     evaluate_shapes,
     fixed_masks,
     load_text,
@@ -147,15 +148,10 @@ def load_data(args: PolishingArguments, tokenizer: PreTrainedTokenizerBase) -> t
     text, held_out = split_text(load_text(args.text), args.validation_split_percentage / 100, args.seed)
     train, evaluation = (tokenize(part, tokenizer, args.max_length) for part in (text, held_out))
 
-    def batches(sequences: Dataset, most: int) -> Batches:
-        chosen = sequences.shuffle(seed=args.seed).select(range(min(len(sequences), most)))
-        return fixed_masks(chosen, tokenizer, args.per_device_train_batch_size, mlm_probability=0)
-
-    return (
-        train,
-        batches(train, max(6, args.calibration_tokens // args.max_length)),
-        batches(evaluation, args.max_eval_samples),
-    )
+    size = args.per_device_train_batch_size
+    evaluation = evaluation.shuffle(seed=args.seed).select(range(min(len(evaluation), args.max_eval_samples)))
+    refitted_on = calibration_batches(train, tokenizer, args.calibration_tokens, size, args.seed)
+    return train, refitted_on, fixed_masks(evaluation, tokenizer, size, mlm_probability=0)
 
 
 class Stages:

@@ -15,8 +15,8 @@ from accelerate.utils import LoggerType
 
 from ..checks import check_choice, check_count, check_number
 from ..model.shapes import DISTRIBUTIONS
+from ..publish.sentences import POOLINGS
 from .distillation import Objective
-from .losses import POOLINGS
 
 
 PRECISIONS = ("no", "bf16", "fp16")

@@ -19,8 +19,8 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 from ..checks import check_choice, check_count, check_number
 from ..model.elastic import SuperShaperEncoder, SuperShaperSelfAttention, elastic_linear
+from ..publish.sentences import POOLINGS
 from .losses import (
-    POOLINGS,
     alpha_divergence,
     attention_loss,
     hidden_state_loss,

@@ -15,7 +15,6 @@ from torch.nn import functional
 
 # The attention score of padding, whose probability is then exactly 0. With -inf, a divergence would be 0 * (inf - inf).
 EXCLUDED = -1e30
-POOLINGS = ("mean", "cls")  # how the states of a sequence become one vector; see `pool`
 
 
 def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
