@@ -19,7 +19,7 @@ from supershaper_hf.publish.hub import push_folder, save_for_hub
 IGNORE_UPLOADS = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 SHAPE = [8, 0, 36]
-CODE = {"configuration_supershaper.py", "elastic.py", "modeling_supershaper.py"}
+CODE = {"configuration_supershaper.py", "elastic.py", "modeling_supershaper.py", "narrowing.py"}
 MODEL_FILES = {"README.md", "config.json", "model.safetensors"} | CODE
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 FIRST, PUBLISHED = "initial commit", "Upload model with supershaper-hf"

@@ -31,7 +31,7 @@ FLOORS = [  # from the ground
     ["finetuning"],
     ["__init__"],
 ]
-TRAVELLERS = ["model.configuration_supershaper", "model.elastic", "model.modeling_supershaper"]
+TRAVELLERS = ["model.configuration_supershaper", "model.elastic", "model.modeling_supershaper", "model.narrowing"]
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60  # without the docstring, which grows with the number of arguments
 LONGER: dict[str, str] = {}  # a file, or "file: function", and the reason why it is longer

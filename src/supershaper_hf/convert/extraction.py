@@ -11,8 +11,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..files import check_output_folder, parse_json, write_folder
 from ..model import modeling_supershaper
 from ..model.configuration_supershaper import SuperShaperConfig
-from ..model.elastic import subnet_tensors
 from ..model.modeling_supershaper import empty_model
+from ..model.narrowing import subnet_tensors
 
 
 COPIED_FILES = (

@@ -20,8 +20,8 @@ One configuration class describes both kinds of model:
 * a **subnet** (`merged_bottlenecks=True`) is a standalone model cut from a supernet. It stores layer i at
   `hidden_sizes[i]`, and neighbouring bottlenecks multiplied into one map.
 
-This file, `elastic.py` and `modeling_supershaper.py` are copied beside every saved model, so they import no other
-module of the package.
+This file, `narrowing.py`, `elastic.py` and `modeling_supershaper.py` are copied beside every saved model, so they
+import no other module of the package.
 """
 
 import copy

@@ -49,8 +49,8 @@ from .elastic import (
     SuperShaperEncoder,
     SuperShaperLayer,
     SuperShaperSelfAttention,
-    subnet_tensors,
 )
+from .narrowing import subnet_tensors
 
 
 IGNORE_INDEX = -100  # label of positions that do not count in the loss, as everywhere in transformers
