@@ -16,15 +16,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
 from supershaper_hf import text_table
 from supershaper_hf.checks import check_choice
-from supershaper_hf.finetuning.arguments import FineTuningArguments
+from supershaper_hf.finetuning.arguments import parse_options
 from supershaper_hf.finetuning.experiment import fine_tune, score_rows
 from supershaper_hf.finetuning.glue import GLUE, TASKS, glue_task
 from supershaper_hf.finetuning.models import load_tokenizer
-from supershaper_hf.training.arguments import HelpFormatter, option
+from supershaper_hf.training.arguments import option
 
 
 @dataclass
@@ -44,19 +42,8 @@ class GlueArguments:
         check_choice("--task", self.task, TASKS)
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> tuple[GlueArguments, FineTuningArguments]:
-    parser = HfArgumentParser((GlueArguments, FineTuningArguments), description=__doc__, formatter_class=HelpFormatter)
-    try:
-        data, args = parser.parse_args_into_dataclasses(arguments)
-    except ValueError as error:
-        parser.error(str(error))
-    if not args.model:
-        parser.error("--model is missing. See --help.")
-    return data, args
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    data, args = parse_arguments(arguments)
+    data, args = parse_options(GlueArguments, __doc__, arguments)
     tokenizer = load_tokenizer(args)
     with args.main_process_first():
         task = glue_task(

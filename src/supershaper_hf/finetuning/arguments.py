@@ -1,13 +1,16 @@
 """The options of a fine-tuning: those of `TrainingArguments`, which model, which shape, which seeds, which teacher."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
-from ..checks import check_choice, check_count, check_number, check_widths
-from ..training.arguments import option
+from ..checks import check_choice, check_count, check_number
+from ..training.arguments import HelpFormatter, option
 
+
+Options = TypeVar("Options")
 
 COSTS = ("parameters", "flops")
 
@@ -67,14 +70,13 @@ class FineTuningArguments(TrainingArguments):
     save_total_limit: int | None = option(1, "Number of checkpoints that stay, besides the best one.")
     load_best_model_at_end: bool = option(True, "Whether the best epoch is kept, instead of the last one.")
     logging_strategy: str = option("epoch", "When the loss is logged: epoch or steps.")
-    report_to: Any = option("none", "Trackers, such as tensorboard; none by default.")
+    # HfArgumentParser reads a union of three only in this order.
+    report_to: None | str | list[str] = option("none", "Trackers, such as tensorboard.")  # noqa: RUF036
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shape is not None:
-            check_widths("shape", self.shape, least=0)
-            if self.max_cost is not None:
-                raise ValueError("Give shape or max_cost, not both.")
+        if self.shape is not None and self.max_cost is not None:
+            raise ValueError("Give shape or max_cost, not both.")
         if self.max_cost is not None:
             check_number("max_cost", self.max_cost, above=0)
         check_choice("cost", self.cost, COSTS)
@@ -88,3 +90,22 @@ class FineTuningArguments(TrainingArguments):
             check_count("early_stopping_patience", self.early_stopping_patience)
         check_number("distillation_weight", self.distillation_weight, least=0, most=1)
         check_number("temperature", self.temperature, above=0)
+
+
+def parse_options(
+    options_class: type[Options], description: str | None, arguments: Sequence[str] | None
+) -> tuple[Options, FineTuningArguments]:
+    """Return the options of a script, from the command line or a list: its own ones, and those of the fine-tuning.
+
+    A wrong option ends the script with one line that says what is wrong.
+    """
+    classes: Any = (options_class, FineTuningArguments)
+    usage = "%(prog)s --model MODEL --output_dir FOLDER [options]    (--help shows all of them)"
+    parser = HfArgumentParser(classes, description=description, usage=usage, formatter_class=HelpFormatter)
+    try:
+        options, args = parser.parse_args_into_dataclasses(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    if not args.model or args.output_dir is None:
+        parser.error("--model or --output_dir is missing.")
+    return options, args

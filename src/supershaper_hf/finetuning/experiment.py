@@ -134,6 +134,7 @@ def make_trainer(
     own.output_dir, own.seed = str(seed_folder(args.output_dir, seed)), seed
     own.metric_for_best_model, own.greater_is_better = f"eval_{task.score}", True
     own.restore_callback_states_from_checkpoint = True  # for the patience of early stopping
+    own.dataloader_pin_memory = own.dataloader_pin_memory and own.device.type == "cuda"  # elsewhere it only warns
     patience = args.early_stopping_patience
     return DistillingTrainer(
         model=model,
