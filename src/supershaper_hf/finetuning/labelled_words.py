@@ -25,7 +25,7 @@ def read_sentences(
     Parquet, a row is a sentence, with the words in `tokens` and the labels in `ner_tags`, `tags` or `labels`.
 
     Args:
-        source: A file, whose suffix is .jsonl, .json or .parquet or, for CoNLL, any other. Or, with `split`, a data set.
+        source: A file: .jsonl, .json or .parquet, or CoNLL with any other suffix. Or, with `split`, a data set.
         split: The split of the data set whose Hub id or folder is `source`, or either with `:configuration`.
         token_column: The column of the word in a CoNLL file, from 0; -1 is the last one.
         label_column: The column of the label in a CoNLL file.
@@ -64,9 +64,9 @@ def labelled_rows(rows: Iterator[Row]) -> Iterator[tuple[list[str], list[str]]]:
         column = next((name for name in LABEL_COLUMNS if name in row), LABEL_COLUMNS[0])
         check_row(place, row, {column: list})
         tokens, labels = row["tokens"], row[column]
-        wrong = next((token for token in tokens if not isinstance(token, str)), None)
-        if wrong is not None:
-            raise ValueError(f"{place} has {wrong!r} among its tokens. Allowed: text.")
+        wrong = [token for token in tokens if not isinstance(token, str)]
+        if wrong:
+            raise ValueError(f"{place} has {wrong[0]!r} among its tokens. Allowed: text.")
         if len(tokens) != len(labels):
             raise ValueError(f"{place} has {len(tokens)} tokens, but {len(labels)} labels. Each token needs a label.")
         for label in labels:
@@ -74,9 +74,7 @@ def labelled_rows(rows: Iterator[Row]) -> Iterator[tuple[list[str], list[str]]]:
         yield tokens, labels
 
 
-def conll_sentences(
-    file: Path, token_column: int = 0, label_column: int = -1
-) -> Iterator[tuple[list[str], list[str]]]:
+def conll_sentences(file: Path, token_column: int = 0, label_column: int = -1) -> Iterator[tuple[list[str], list[str]]]:
     """Yield the words and labels of each sentence of a CoNLL file. A sentence may be empty."""
     check_file(file)
     tokens: list[str] = []
@@ -111,10 +109,12 @@ def split_columns(place: str, line: bytes) -> list[str]:
 def check_columns(place: str, columns: Sequence[str], width: int, chosen: tuple[int, int]) -> None:
     """Raise a ValueError unless a line has as many columns as the first one, and the two that are read."""
     if len(columns) != width:
-        raise ValueError(f"{place} has {len(columns)} columns, but the first line has {width}: {' '.join(columns)[:60]!r}")
+        raise ValueError(
+            f"{place} has {len(columns)} columns, but the first line has {width}: {' '.join(columns)[:60]!r}"
+        )
     if any(not -width <= column < width for column in chosen) or chosen[0] % width == chosen[1] % width:
         raise ValueError(
-            f"{place} has {width} columns, from 0 to {width - 1}: token_column={chosen[0]} and label_column={chosen[1]} "
+            f"{place} has {width} columns, 0 to {width - 1}: token_column={chosen[0]} and label_column={chosen[1]} "
             "must be two of them."
         )
 

@@ -1,18 +1,61 @@
 """Rows of JSON lines, JSON lists, Parquet files and data sets of the Hub, each with its place for error messages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import ClassLabel, Dataset, get_dataset_split_names, load_dataset
+from transformers import PreTrainedTokenizerBase
 
+from ..data.sequences import check_length
 from ..files import parse_json
 
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it at the start of a file
 
 Row = tuple[str, Any]  # where it stands, such as "train.jsonl, line 7", and what it holds
+Source = tuple[str, str | None]  # a file and None, or a data set and its split
+
+
+def split_sources(
+    train_file: str | Path | None, scored: Mapping[str, str | Path | None], dataset_name: str | None
+) -> dict[str, Source]:
+    """Return where the examples of each split are: "train", and those of `scored` that there are.
+
+    Args:
+        train_file: The file of the examples to train on.
+        scored: The file of each split that can be scored. The first one is needed, the others may be None.
+        dataset_name: Instead of files, a data set: a Hub id or folder, or either with `:configuration`.
+
+    Raises:
+        ValueError: If neither all needed files nor a data set is given, or both.
+
+    Example:
+        >>> split_sources("train.conll", {"validation": "dev.conll", "test": None}, None)
+        {'train': ('train.conll', None), 'validation': ('dev.conll', None)}
+    """
+    first = next(iter(scored))
+    files = {"train": train_file, **scored}
+    if dataset_name is not None:
+        if any(file is not None for file in files.values()):
+            raise ValueError("Give dataset_name or files, not both.")
+        name, _, configuration = dataset_name.partition(":")
+        known = get_dataset_split_names(name, configuration or None)
+        return {split: (dataset_name, split) for split in files if split in known or split in ("train", first)}
+    missing = [f"{split}_file" for split in ("train", first) if files[split] is None]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} missing. Give files to train on and to score, or dataset_name.")
+    return {split: (str(file), None) for split, file in files.items() if file is not None}
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Raise a ValueError unless `tokenizer` makes sequences of `max_length` and knows where each token stands."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot say where in the text a token stands. Use a fast tokenizer."
+        )
+    check_length(tokenizer, max_length)
 
 
 def read_rows(file: str | Path) -> Iterator[Row]:
