@@ -145,12 +145,11 @@ def make_windows(
             for window, pairs in enumerate(encoded.pop("offset_mapping"))
         ]
         nulls = [ids.index(tokenizer.cls_token_id) for ids in encoded["input_ids"]]
-        labels = answer_positions(offsets, nulls, question_of, batch["answers"])
-        starts, ends = zip(*labels)
+        labels = list(answer_positions(offsets, nulls, question_of, batch["answers"]))
         return {
             **encoded,
-            "start_positions": starts,
-            "end_positions": ends,
+            "start_positions": [first for first, _ in labels],
+            "end_positions": [last for _, last in labels],
             "example": [rows[question] for question in question_of],
             "offsets": offsets,
             "null_position": nulls,
