@@ -28,6 +28,7 @@ FLOORS = [  # from the ground
     ["model"],
     ["convert", "data", "latency", "search"],
     ["training", "publish", "report"],
+    ["finetuning"],
     ["__init__"],
 ]
 TRAVELLERS = ["model.configuration_supershaper", "model.elastic", "model.modeling_supershaper"]

@@ -1,0 +1,299 @@
+"""Fine-tune a model on a task with every seed, score it, and keep the best one.
+
+    output_dir/seed-0/            one run: checkpoints while it runs, afterwards its results alone
+               model/             the model of the best seed, complete: weights, code, tokenizer, card
+               run.json           the options that may not change in this folder
+               results.json       the scores of every seed, their means and spreads, and what was fine-tuned
+
+A run that was killed resumes from its newest complete checkpoint and, on a CPU, ends with the same weights. Seeds that
+are done are not run again.
+"""
+
+import copy
+import shutil
+import statistics
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import TrainerState
+
+from ..files import lock, read_json, write_folder, write_json
+from ..model.modeling_supershaper import SuperShaperPreTrainedModel
+from ..processes import on_every_process, on_main_process
+from ..publish.hub import save_for_hub
+from ..report.tables import markdown_table
+from .arguments import FineTuningArguments
+from .models import choose_shape, load_model, load_teacher
+from .task import Task
+from .trainer import DistillingTrainer
+
+
+RUN_FILE, RESULTS_FILE, RESULTS_FORMAT = "run.json", "results.json", "supershaper-hf fine-tuning 1"
+MODEL = "model"
+
+
+def fine_tune(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Fine-tune the model that `args` name on `task` with every seed, and write the results and the best model.
+
+    A supernet without a shape or a budget is fine-tuned at its largest shape. Every process of `accelerate launch`
+    calls this function; only the main one writes.
+
+    Args:
+        args: The options. `args.output_dir` is the folder of the results.
+        task: The task, tokenised with `tokenizer`.
+        tokenizer: Saved with the model.
+
+    Returns:
+        The content of `results.json`: `task`, `model`, `shape`, `parameters`, `seeds` (a list with the scores of each
+        seed by split), `mean` and `spread` (standard deviation over the seeds) of every score, `best_seed`.
+
+    Raises:
+        ValueError: If `args.output_dir` holds results of other options, the model is no supernet but a shape is asked
+            for, or the teacher does not fit.
+        RuntimeError: If another run is using `args.output_dir`.
+
+    Example:
+        >>> args = FineTuningArguments(output_dir="outputs/sst2", model="subnet", seeds=[0, 1, 2])  # doctest: +SKIP
+        >>> tokenizer = load_tokenizer(args)  # doctest: +SKIP
+        >>> results = fine_tune(args, glue_task("sst2", tokenizer), tokenizer)  # doctest: +SKIP
+        >>> results["mean"]["validation"]["accuracy"]  # doctest: +SKIP
+        0.915
+    """
+    processes: Any = args.distributed_state
+    folder = Path(str(args.output_dir))
+    with ExitStack() as stack:
+
+        def begin() -> list[int] | None:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(folder))
+            check_settings(folder, settings(args, task))
+            return choose_shape(args, task, folder)
+
+        shape = on_main_process(begin, processes)
+        teacher = on_every_process(partial(load_teacher, args, task, tokenizer), processes)
+        for seed in args.seeds:
+            if on_main_process(partial(seed_results, folder, seed), processes) is None:
+                run_seed(args, task, tokenizer, shape, teacher, seed)
+        return on_main_process(partial(summarize, args, task), processes)
+
+
+def run_seed(
+    args: FineTuningArguments,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    shape: list[int] | None,
+    teacher: PreTrainedModel | None,
+    seed: int,
+) -> None:
+    """Fine-tune with one seed, score the best epoch, and write it down. The model stays if it is the best so far."""
+    processes: Any = args.distributed_state
+    folder = seed_folder(args.output_dir, seed)
+    model = on_every_process(partial(load_model, args, task, shape, seed), processes)
+    trainer = make_trainer(args, task, tokenizer, model, teacher, seed)
+    trainer.train(resume_from_checkpoint=on_main_process(partial(newest_checkpoint, folder), processes))
+    scores = {
+        split: {name: round(value, 6) for name, value in measured(trainer, data, split).items()}
+        for split, data in task.evaluation.items()
+    }
+    state = trainer.state
+    found = {
+        "seed": seed,
+        "scores": scores,
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "best_step": state.best_global_step,
+        "parameters": model.num_parameters(),
+        "shape": model.config.hidden_sizes if isinstance(model, SuperShaperPreTrainedModel) else None,
+    }
+
+    def write() -> None:
+        results = [found, *filter(None, (seed_results(Path(str(args.output_dir)), other) for other in args.seeds))]
+        if best_of(results, task) is found:
+            save_model(args, task, tokenizer, model, found)
+        write_json(folder / RESULTS_FILE, RESULTS_FORMAT, found)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    on_main_process(write, processes)
+
+
+def make_trainer(
+    args: FineTuningArguments,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    seed: int,
+) -> DistillingTrainer:
+    """Return the `Trainer` of one seed."""
+    own = copy.copy(args)
+    own.output_dir, own.seed = str(seed_folder(args.output_dir, seed)), seed
+    own.metric_for_best_model, own.greater_is_better = f"eval_{task.score}", True
+    own.restore_callback_states_from_checkpoint = True  # for the patience of early stopping
+    own.dataloader_pin_memory = own.dataloader_pin_memory and own.device.type == "cuda"  # elsewhere it only warns
+    patience = args.early_stopping_patience
+    return DistillingTrainer(
+        model=model,
+        args=own,
+        train_dataset=task.train,
+        eval_dataset=next(iter(task.evaluation.values())),
+        processing_class=tokenizer,
+        data_collator=task.collator,
+        compute_metrics=task.compute_metrics,
+        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+        teacher=teacher,
+        weight=args.distillation_weight,
+        temperature=args.temperature,
+    )
+
+
+def measured(trainer: DistillingTrainer, data: Any, split: str) -> dict[str, float]:
+    """Return the loss and the scores of a split, without the seconds that it took."""
+    figures = trainer.evaluate(data, metric_key_prefix=split)
+    timed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    names = {name.removeprefix(f"{split}_"): value for name, value in figures.items() if name.startswith(f"{split}_")}
+    return {name: float(value) for name, value in names.items() if name not in timed}
+
+
+# The folder
+
+
+def seed_folder(output_dir: Any, seed: int) -> Path:
+    return Path(str(output_dir)) / f"seed-{seed}"
+
+
+def seed_results(folder: Path, seed: int) -> dict[str, Any] | None:
+    """Return the results of a seed that is done; `None` if it is not."""
+    file = seed_folder(folder, seed) / RESULTS_FILE
+    return read_json(file, RESULTS_FORMAT) if file.exists() else None
+
+
+def settings(args: FineTuningArguments, task: Task) -> dict[str, Any]:
+    """Return the options that decide the results of a seed."""
+    names = (
+        *("model", "shape", "max_cost", "cost", "teacher", "distillation_weight", "temperature", "max_length"),
+        *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay"),
+        *("gradient_accumulation_steps", "warmup_steps", "early_stopping_patience"),
+    )
+    examples = {"train": len(task.train)} | {split: len(data) for split, data in task.evaluation.items()}
+    return {"task": task.name, "examples": examples} | {name: getattr(args, name) for name in names}
+
+
+def check_settings(folder: Path, current: dict[str, Any]) -> None:
+    """Write down the options of a new folder. For one that has some, raise an error that names what differs."""
+    file = folder / RUN_FILE
+    if not file.exists():
+        write_json(file, RESULTS_FORMAT, current)
+        return
+    before = read_json(file, RESULTS_FORMAT)
+    changed = [
+        f"{name} was {before.get(name)!r}, is {value!r}" for name, value in current.items() if before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(f"{folder} holds a fine-tuning with other options: {'; '.join(changed)}. Use another folder.")
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete checkpoint of a seed; `None` if there is none.
+
+    `Trainer` writes `trainer_state.json` last. A checkpoint without it was being written when the run was killed; it
+    is removed.
+    """
+    complete = {}
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            complete[TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step] = checkpoint
+        except (OSError, ValueError, TypeError):
+            shutil.rmtree(checkpoint)
+    return str(complete[max(complete)]) if complete else None
+
+
+# Results
+
+
+def best_of(results: list[dict[str, Any]], task: Task) -> dict[str, Any]:
+    """Return the results of the best seed, by the score of the first split; of equal ones, the smallest seed."""
+    split = next(iter(task.evaluation))
+    return max(results, key=lambda result: (result["scores"][split][task.score], -result["seed"]))
+
+
+def summarize(args: FineTuningArguments, task: Task) -> dict[str, Any]:
+    """Write `results.json` and return its content."""
+    folder = Path(str(args.output_dir))
+    results = [found for seed in args.seeds if (found := seed_results(folder, seed)) is not None]
+    best = best_of(results, task)
+    scores = {split: list(best["scores"][split]) for split in task.evaluation}
+
+    def over_seeds(compute: Any) -> dict[str, dict[str, float]]:
+        return {
+            split: {name: round(compute([found["scores"][split][name] for found in results]), 6) for name in names}
+            for split, names in scores.items()
+        }
+
+    summary = {
+        "task": task.name,
+        "score": task.score,
+        "model": args.model,
+        "parameters": best["parameters"],
+        "shape": best["shape"],
+        "seeds": results,
+        "mean": over_seeds(statistics.fmean),
+        "spread": over_seeds(lambda values: statistics.stdev(values) if len(values) > 1 else 0.0),
+        "best_seed": best["seed"],
+    }
+    write_json(folder / RESULTS_FILE, RESULTS_FORMAT, summary)
+    return summary
+
+
+def score_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the results as the rows of a table: one for each split, the scores as mean ± spread over the seeds."""
+    rows = []
+    for split, means in summary["mean"].items():
+        row: dict[str, Any] = {"task": summary["task"], "split": split, "parameters": summary["parameters"]}
+        for name, mean in means.items():
+            row[name] = f"{mean:.4f} ± {summary['spread'][split][name]:.4f}"
+        rows.append(row)
+    return rows
+
+
+def save_model(
+    args: FineTuningArguments,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    found: Mapping[str, Any],
+) -> None:
+    """Write the model of a seed to the folder `model`. One of ours gets its card and its code too."""
+    folder = Path(str(args.output_dir)) / MODEL
+    if not isinstance(model, SuperShaperPreTrainedModel):
+
+        def write(partial: Path) -> None:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+
+        write_folder(folder, write, replace=True)
+        return
+    rows = [{"split": split, **scores} for split, scores in found["scores"].items()]
+    training = (
+        f"Fine-tuned on the task {task.name} ({len(task.train):,} examples) for {found['epochs']:g} epochs with AdamW, "
+        f"learning rate {args.learning_rate:g}, batches of {args.train_batch_size} examples on each process, seed "
+        f"{found['seed']}. The checkpoint with the highest {task.score} on {rows[0]['split']} was kept."
+    )
+    if args.teacher is not None:
+        training += (
+            f" {args.distillation_weight:.0%} of the loss was the distance to the logits of a fine-tuned teacher."
+        )
+    save_for_hub(
+        model,
+        folder,
+        tokenizer=tokenizer,
+        replace=True,
+        repo_id=MODEL,
+        base_model=args.model if not Path(args.model).exists() else None,
+        training=training,
+        evaluation=markdown_table(rows),
+    )

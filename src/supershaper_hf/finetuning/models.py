@@ -1,0 +1,148 @@
+"""The model that a task starts from: a subnet, which may be cut out of a supernet first, or any other encoder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ..devices import copy_mapped_weights
+from ..model.configuration_supershaper import SuperShaperConfig
+from ..model.modeling_supershaper import SuperShaperModel
+from ..model.shapes import SearchSpace
+from ..search.evaluation import evaluate_shapes
+from ..search.pareto import pareto_front
+from ..search.predictor import ShapePredictor
+from ..search.records import read_records
+from ..search.rounds import measure_in_rounds
+from .arguments import FineTuningArguments
+from .task import Task
+
+
+RECORDS = Path("search", "records.jsonl")  # where a published supernet has the records of its shapes
+EXAMPLES = 64  # of the task, on which shapes are measured if there are no records
+
+
+def load_tokenizer(args: FineTuningArguments) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the model."""
+    name = args.tokenizer_name or args.model
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+
+
+def load_model(args: FineTuningArguments, task: Task, shape: list[int] | None, seed: int) -> PreTrainedModel:
+    """Return a model with the head of `task`, to be trained in float32.
+
+    A head that was trained on the labels of the task is kept. Any other one is replaced by a new one, drawn from the
+    seed: the encoder that MNLI has trained starts RTE, its three labels do not.
+
+    Args:
+        args: The options: which model.
+        task: The task.
+        shape: The shape that is cut out of a supernet; `None` takes the largest one, or the whole model.
+        seed: Seed of the new head.
+    """
+    trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    before = AutoConfig.from_pretrained(args.model, **trust)
+    config = AutoConfig.from_pretrained(args.model, **trust)
+    config.update(task.config)
+    set_seed(seed)
+    model = task.auto_class.from_config(config, **trust)
+    architecture = type(model).__name__
+    if architecture in (before.architectures or []) and same_labels(before, config):
+        model = task.auto_class.from_pretrained(args.model, config=config, dtype=torch.float32, **trust)
+    else:
+        encoder = AutoModel.from_pretrained(args.model, dtype=torch.float32, **trust)
+        missing = model.base_model.load_state_dict(encoder.state_dict(), strict=False).missing_keys
+        if missing:
+            raise ValueError(f"{args.model} lacks weights that {architecture} needs: {missing[:3]}.")
+    copy_mapped_weights(model)
+    if is_supernet(model):
+        return model.extract_subnet(model.config.hidden_sizes if shape is None else shape)
+    if shape is not None:
+        raise ValueError(f"{args.model} is not a supernet, so no shape can be cut out of it. Leave shape out.")
+    return model
+
+
+def same_labels(first: Any, second: Any) -> bool:
+    """Return whether two configurations are of the same labels: as many, with the same names."""
+    return {int(key): name for key, name in first.id2label.items()} == {
+        int(key): name for key, name in second.id2label.items()
+    }
+
+
+def load_teacher(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """Return the fine-tuned teacher, if the options name one.
+
+    Raises:
+        ValueError: If its labels or its tokenizer are not those of the model that learns.
+    """
+    if args.teacher is None:
+        return None
+    trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    teacher = task.auto_class.from_pretrained(args.teacher, dtype=torch.float32, **trust)
+    expected = teacher.config.__class__()
+    expected.update(task.config)
+    if not same_labels(teacher.config, expected):
+        raise ValueError(
+            f"The teacher {args.teacher} has the labels {list(teacher.config.id2label.values())}, the task has "
+            f"{list(expected.id2label.values())}. Use a teacher that was fine-tuned on this task."
+        )
+    if AutoTokenizer.from_pretrained(args.teacher, **trust).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"The teacher {args.teacher} has another vocabulary than {args.model}. Both read the same ids."
+        )
+    copy_mapped_weights(teacher)
+    return teacher
+
+
+def is_supernet(model: PreTrainedModel) -> bool:
+    """Return whether shapes can be cut out of a model."""
+    return isinstance(model.config, SuperShaperConfig) and not model.config.merged_bottlenecks
+
+
+# Which shape
+
+
+def choose_shape(args: FineTuningArguments, task: Task, folder: Path) -> list[int] | None:
+    """Return the shape that the options ask for; `None` for the whole model.
+
+    With `max_cost` it is the shape with the lowest predicted loss or distance within the budget. The predictor is
+    fitted to the records of the supernet. Without records, `num_shapes` shapes are measured by their distance to the
+    largest one on examples of the task, which needs no labels, into `folder`.
+
+    Raises:
+        ValueError: If the model is not a supernet, or no shape is as cheap as `max_cost`.
+    """
+    if args.max_cost is None:
+        return args.shape
+    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    if not isinstance(config, SuperShaperConfig) or config.merged_bottlenecks:
+        raise ValueError(f"max_cost={args.max_cost:g} needs a supernet, and {args.model} is not one. Leave it out.")
+    space = SearchSpace.from_config(config)
+    file = Path(args.records_file or Path(args.model) / RECORDS)
+    known = args.records_file is not None or file.exists()
+    records = read_records(file) if known else measure_on(task, args, space, folder)
+    predictor = ShapePredictor.fit_records(records)
+    front = pareto_front(space, predictor, cost=args.cost, sequence_length=args.max_length)
+    return front.best(max_cost=args.max_cost)
+
+
+def measure_on(task: Task, args: FineTuningArguments, space: SearchSpace, folder: Path) -> list[dict[str, Any]]:
+    """Measure shapes by their distance to the largest one on examples of a task; return their records."""
+    supernet = SuperShaperModel.from_pretrained(args.model, dtype=torch.float32)
+    batches = first_batches(task.train, task, EXAMPLES)
+    file = folder / "records.jsonl"
+
+    def measure(shapes: list[list[int]]) -> list[dict[str, Any]]:
+        return evaluate_shapes(supernet, batches, shapes, measure="distance", records_file=file)
+
+    return measure_in_rounds(space, measure, args.num_shapes, cost=args.cost, max_cost=args.max_cost)
+
+
+def first_batches(data: Dataset, task: Task, count: int) -> list[dict[str, torch.Tensor]]:
+    """Return the first examples of a split as batches of 16, without labels."""
+    kept = [name for name in data.column_names if name in ("input_ids", "attention_mask", "token_type_ids")]
+    examples = data.select_columns(kept).select(range(min(count, len(data))))
+    rows = [examples[row] for row in range(len(examples))]
+    return [dict(task.collator(rows[start : start + 16])) for start in range(0, len(rows), 16)]
