@@ -34,6 +34,7 @@ from .trainer import DistillingTrainer
 
 RUN_FILE, RESULTS_FILE, RESULTS_FORMAT = "run.json", "results.json", "supershaper-hf fine-tuning 1"
 MODEL = "model"
+NO_SCORES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def fine_tune(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -75,6 +76,7 @@ def fine_tune(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokeni
 
         shape = on_main_process(begin, processes)
         teacher = on_every_process(partial(load_teacher, args, task, tokenizer), processes)
+        on_main_process(partial(write_json, folder / RUN_FILE, RESULTS_FORMAT, settings(args, task)), processes)
         for seed in args.seeds:
             if on_main_process(partial(seed_results, folder, seed), processes) is None:
                 run_seed(args, task, tokenizer, shape, teacher, seed)
@@ -152,11 +154,13 @@ def make_trainer(
 
 
 def measured(trainer: DistillingTrainer, data: Any, split: str) -> dict[str, float]:
-    """Return the loss and the scores of a split, without the seconds that it took."""
+    """Return the scores of a split.
+
+    The loss is left out: on several processes, `Trainer` counts some examples twice in it.
+    """
     figures = trainer.evaluate(data, metric_key_prefix=split)
-    timed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     names = {name.removeprefix(f"{split}_"): value for name, value in figures.items() if name.startswith(f"{split}_")}
-    return {name: float(value) for name, value in names.items() if name not in timed}
+    return {name: float(value) for name, value in names.items() if name not in NO_SCORES}
 
 
 # The folder
@@ -184,12 +188,9 @@ def settings(args: FineTuningArguments, task: Task) -> dict[str, Any]:
 
 
 def check_settings(folder: Path, current: dict[str, Any]) -> None:
-    """Write down the options of a new folder. For one that has some, raise an error that names what differs."""
+    """Raise an error that names what differs if the runs in `folder` have other options."""
     file = folder / RUN_FILE
-    if not file.exists():
-        write_json(file, RESULTS_FORMAT, current)
-        return
-    before = read_json(file, RESULTS_FORMAT)
+    before = read_json(file, RESULTS_FORMAT) if file.exists() else current
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}" for name, value in current.items() if before.get(name) != value
     ]
@@ -277,7 +278,10 @@ def save_model(
 
         write_folder(folder, write, replace=True)
         return
-    rows = [{"split": split, **scores} for split, scores in found["scores"].items()]
+    rows = [
+        {"split": split} | {name: f"{value:.4f}" for name, value in scores.items()}
+        for split, scores in found["scores"].items()
+    ]
     training = (
         f"Fine-tuned on the task {task.name} ({len(task.train):,} examples) for {found['epochs']:g} epochs with AdamW, "
         f"learning rate {args.learning_rate:g}, batches of {args.train_batch_size} examples on each process, seed "

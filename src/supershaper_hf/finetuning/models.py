@@ -45,7 +45,7 @@ def load_model(args: FineTuningArguments, task: Task, shape: list[int] | None, s
     trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     before = AutoConfig.from_pretrained(args.model, **trust)
     config = AutoConfig.from_pretrained(args.model, **trust)
-    config.update(task.config)
+    config.update({**task.config, "dtype": torch.float32})
     set_seed(seed)
     model = task.auto_class.from_config(config, **trust)
     architecture = type(model).__name__

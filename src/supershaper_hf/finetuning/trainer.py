@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ..model.modeling_supershaper import IGNORE_INDEX
+from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperPreTrainedModel
 
 
 class DistillingTrainer(Trainer):
@@ -34,6 +34,10 @@ class DistillingTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.weight, self.temperature = weight, temperature
+        if not isinstance(self.model, SuperShaperPreTrainedModel):
+            # Heads of transformers take `num_items_in_batch`, but most of their losses are means over the micro-batch
+            # all the same: with 4 micro-batches, `Trainer` would make gradients 4 times too large.
+            self.model_accepts_loss_kwargs = False
         self.teacher: Any = teacher
         if self.teacher is not None:
             self.teacher.to(self.args.device).eval()
