@@ -49,7 +49,6 @@ from supershaper_hf.processes import on_every_process, on_main_process, start_ac
 from supershaper_hf.publish.hub import push_folder
 from supershaper_hf.report.findings import CONFIG_FILE, INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE
 from supershaper_hf.report.page import write_report
-from supershaper_hf.search.measures import MEASURES
 from supershaper_hf.search.pareto import pareto_front, shapes_at
 from supershaper_hf.search.predictor import MINIMUM_SHAPES
 from supershaper_hf.search.records import Record, read_records, to_dataset
@@ -107,7 +106,7 @@ class SearchArguments:
             check_count(f"--{name}", getattr(self, name))
         check_count("--num_shapes", self.num_shapes, least=MINIMUM_SHAPES)
         if self.measure is not None:
-            check_choice("--measure", self.measure, MEASURES)
+            check_choice("--measure", self.measure, ("loss", "distance"))
         if self.measure == "loss" and self.original:
             raise ValueError("--original is for --measure distance only.")
         check_number("--mlm_probability", self.mlm_probability, above=0, most=1)

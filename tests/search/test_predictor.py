@@ -933,7 +933,7 @@ def test_file_without_a_measure_predicts_losses(noisy, tmp_path):
 def test_records_of_two_measures_are_refused(noisy):
     records = records_of(*noisy[1:])
     del records[3]["loss"]
-    with pytest.raises(ValueError, match="has neither 'loss' nor 'distance'"):
+    with pytest.raises(ValueError, match="has none of 'loss', 'distance', 'task_loss'"):
         ShapePredictor.fit_records(records)
     records[3]["distance"] = 0.5
     with pytest.raises(ValueError, match="Some records hold losses and others distances"):

@@ -29,13 +29,8 @@ from supershaper_hf.data.sequences import tokenize
 from supershaper_hf.files import checksum, lock
 from supershaper_hf.search import evaluation
 from supershaper_hf.search import records as records_module
-from supershaper_hf.search.evaluation import (
-    evaluate_shapes,
-    fingerprint_data,
-    fingerprint_model,
-    make_header,
-    measure_batch,
-)
+from supershaper_hf.search.evaluation import evaluate_shapes, make_header, measure_batch
+from supershaper_hf.search.fingerprints import fingerprint_data, fingerprint_model
 from supershaper_hf.search.measures import MEASURES
 from supershaper_hf.search.records import (
     FORMAT,

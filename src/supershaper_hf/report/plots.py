@@ -25,6 +25,7 @@ AXES = {  # cost -> label of its axis, unit as a number, unit as text
 LABELS = {  # measure -> label of the axis of what is shown, label of the axis of the value itself
     "loss": ("perplexity of masked tokens, held-out text", "loss (nats per masked token)"),
     "distance": ("distance to the original, held-out text", "distance to the original"),
+    "task_loss": ("loss on the task, held-out examples", "loss on the task"),
 }
 Point = tuple[float, float]  # cost, and perplexity or distance
 
@@ -45,7 +46,7 @@ def plot_front(
     chosen: Sequence[Point] = (),
     named: Mapping[str, Point] | None = None,
 ) -> None:
-    """Write a PNG of a Pareto front: its (first) cost against predicted perplexity, or distance to the original.
+    """Write a PNG of a Pareto front: its (first) cost against predicted perplexity, or what else is predicted.
 
     The front of one cost is drawn as steps: up to the next point, the cheaper shape stays the best. The front of two
     costs is drawn as dots, because the first cost alone does not decide which shapes are on it.
@@ -125,7 +126,7 @@ def plot_agreement(
         measured: (n,) measured losses in nats, or measured distances.
         predicted: (n,) predictions in the same unit.
         deviations: (n,) standard deviations of the predictions, drawn as error bars.
-        measure: What was measured, `"loss"` or `"distance"`.
+        measure: What was measured, `"loss"`, `"distance"` or `"task_loss"`.
     """
     figure, axes = new_figure(5.5, 5)
     axes.errorbar(measured, predicted, yerr=deviations, fmt=".", capsize=2, linewidth=0.8)

@@ -1,13 +1,11 @@
-"""Measure many shapes of one supernet on the same text: the masked-LM loss, or the distance to the original model.
+"""Measure many shapes of one supernet on the same text: masked-LM loss, distance to the original, or loss on a task.
 
 A record depends only on the model, the text and the shape. It does not depend on the other shapes, on interruptions, or
 on the number of processes. On the same device and with the same number of threads it is the same bit for bit.
 """
 
 import copy
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -27,26 +25,18 @@ from ..devices import copy_mapped_weights
 from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperPreTrainedModel
 from ..processes import on_every_process, on_main_process
 from .distance import KEPT_BYTES, Original, check_original, encode, has_masked_lm_head
+from .fingerprints import fingerprint_data, fingerprint_encoder, fingerprint_model
 from .measures import find_measure
 from .records import Header, Record, append_record, hold_records, open_records, perplexity
+from .task_loss import Score, check_task_head, compute_score, count_labels, score_name, task_losses
 
 
-# The settings of a configuration that decide what a model computes, besides the weights.
-SIZES = (
-    "hidden_size",
-    "hidden_sizes",
-    "width_choices",
-    "merged_bottlenecks",
-    "head_slicing",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "vocab_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "tie_word_embeddings",
-)
+COUNTED = {"loss": "labelled_tokens", "distance": "tokens", "task_loss": "labels"}  # what a header counts
+NOTHING = {  # why nothing can be measured
+    "loss": "No token of the batches is labelled. Use more text, or a higher mlm_probability.",
+    "distance": "The batches have no token that is not padding. Use more text.",
+    "task_loss": "The batches have no label but -100. Use examples with labels.",
+}
 
 Batch = dict[str, torch.Tensor]
 Key = tuple[int, ...]  # a shape
@@ -63,6 +53,7 @@ def evaluate_shapes(
     records_file: str | Path | None = ...,
     measure: str = ...,
     original: PreTrainedModel | None = ...,
+    score: Score | None = ...,
 ) -> Record: ...
 @overload
 def evaluate_shapes(
@@ -74,6 +65,7 @@ def evaluate_shapes(
     records_file: str | Path | None = ...,
     measure: str = ...,
     original: PreTrainedModel | None = ...,
+    score: Score | None = ...,
 ) -> list[Record]: ...
 @torch.no_grad()
 def evaluate_shapes(
@@ -85,11 +77,13 @@ def evaluate_shapes(
     records_file: str | Path | None = None,
     measure: str = "loss",
     original: PreTrainedModel | None = None,
+    score: Score | None = None,
 ) -> Record | list[Record]:
-    """Measure each shape on `batches`: its masked-LM loss, or its distance to the original model.
+    """Measure each shape on `batches`: its masked-LM loss, its distance to the original model, or its loss on a task.
 
     The loss is measured on every labelled token. The distance compares the last hidden states of the encoder on every
     token that is not padding, so it needs neither labels nor a masked-LM head. See `distance` for its definition.
+    The loss on a task is that of the head of a task on labelled examples, see `task_loss`.
 
     With `records_file`, every record is written as soon as it is measured. After a kill the same call continues: only
     the shape that was being measured is lost. More shapes can be measured into the same file later.
@@ -98,9 +92,10 @@ def evaluate_shapes(
 
     Args:
         model: A supernet, or a subnet with `shapes=[None]`. Its mode, training or evaluation, stays. For the loss it
-            has a masked-LM head; for the distance any head, or none.
+            has a masked-LM head; for the distance any head, or none; for a task the head of the task.
         batches: Batches from `fixed_masks`, masked for the loss, and with `mlm_probability=0` for the distance. The
-            distance needs `input_ids` and `attention_mask`, and ignores `labels`.
+            distance needs `input_ids` and `attention_mask`, and ignores `labels`. For a task, what a collator makes of
+            its examples: the arguments of the model, labels included.
         shapes: Many shapes, or one. `None` in the list is the model's own full shape. A shape that occurs twice is
             measured once.
         description: Label of the progress bar.
@@ -108,23 +103,25 @@ def evaluate_shapes(
             An error on one process is raised on all of them. By default one process measures alone.
         records_file: A JSON lines file that records are added to, see `records`. By default none is written. Only
             one run at a time may use it, and only its main process reads and writes it.
-        measure: What is measured, `"loss"` or `"distance"`.
+        measure: What is measured, `"loss"`, `"distance"` or `"task_loss"`.
         original: For the distance, the model to compare with: the BERT that the supernet was made of, or another
             supernet, with or without a head. Its hidden size and its tokenizer are those of `model`. By default it is
             the largest shape of `model`.
+        score: For a task, a function of the logits and the labels of all examples that returns one number. It gets
+            arrays as `Trainer` gives them to `compute_metrics`. Its name is kept in `records_file`.
 
     Returns:
         One record per shape, in the order of `shapes`, or a single record for a single shape. A record is a dictionary.
         For the loss it has `shape`, `loss` (nats per labelled token), `perplexity` (infinity where it overflows) and
         `accuracy` (share of the labelled tokens that are predicted exactly). For the distance it has `shape`,
         `distance` (0 for the original, 1 for the same guess for every token) and `cosine` (of embeddings, 1 for the
-        original).
+        original). For a task it has `shape`, `task_loss` (mean over all labels) and `score` (None without a function,
+        or where it is not finite).
 
     Raises:
         TypeError: If a shape is not a sequence of integers, or `original` is no model.
-        ValueError: If no token is labelled, a shape is not allowed, the loss is asked of a model without a masked-LM
-            head, the sizes of `original` differ, the processes have different shapes, text or weights, or
-            `records_file` was begun with another measure, model, original or precision, or other data, or has no
+        ValueError: If no token is labelled, a shape is not allowed, the model has not the head of the measure, the sizes of `original` differ, the processes have different shapes, text or weights, or
+            `records_file` was begun with another measure, model, original, score or precision, or other data, or has no
             valid header.
         RuntimeError: If another run is using `records_file`.
         OSError: If `records_file` cannot be read or written. The records in it are kept.
@@ -147,10 +144,10 @@ def evaluate_shapes(
     many: list[Any] = [shapes] if single else list(shapes)
 
     def prepare() -> tuple[list[Key], Evaluation]:
-        check_measurable(model, measure, original)
+        check_measurable(model, measure, original, score)
         for each in (model,) if original is None else (model, original):
             copy_mapped_weights(each)
-        return [_key(model, shape) for shape in many], Evaluation(model, batches, accelerator, measure, original)
+        return [_key(model, shape) for shape in many], Evaluation(model, batches, accelerator, measure, original, score)
 
     asked, evaluation = on_every_process(prepare, accelerator)
     evaluation.check_same_call(asked)
@@ -221,15 +218,14 @@ class Evaluation:
         accelerator: Accelerator | None,
         measure: str = "loss",
         original: PreTrainedModel | None = None,
+        score: Score | None = None,
     ) -> None:
-        self.model, self.accelerator, self.kind = model, accelerator, measure
-        counted = [(batch, count_tokens(batch, measure)) for batch in batches]
+        self.model, self.accelerator, self.kind, self.score = model, accelerator, measure, score
+        counted = [(batch, count_measured(batch, measure)) for batch in batches]
         self.batches = [batch for batch, count in counted if count > 0]
         self.counts = [count for _, count in counted if count > 0]
-        if not self.batches and measure == "loss":
-            raise ValueError("No token of the batches is labelled. Use more text, or a higher mlm_probability.")
         if not self.batches:
-            raise ValueError("The batches have no token that is not padding. Use more text.")
+            raise ValueError(NOTHING[measure])
         self.processes = 1 if accelerator is None else accelerator.num_processes
         rank = 0 if accelerator is None else accelerator.process_index
         # FSDP needs every process in every forward pass. A process that has no batch left repeats the last one, and
@@ -238,7 +234,9 @@ class Evaluation:
         rounds = math.ceil(count / self.processes)
         share = [self.batches[min(i, count - 1)] for i in range(rank, rounds * self.processes, self.processes)]
         self.share = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in share]
-        self.original = None if measure == "loss" else Original(model, original, self.share, self.count_kept(rounds))
+        self.original = (
+            Original(model, original, self.share, self.count_kept(rounds)) if measure == "distance" else None
+        )
 
     def count_kept(self, rounds: int) -> int:
         """Return how many batches of each process have states of the original that are kept; see `Original`."""
@@ -271,7 +269,7 @@ class Evaluation:
         original = None if self.original is None else self.original.original
 
         def describe() -> Header:
-            return make_header(self.model, self.batches, self.precision(), self.kind, original)
+            return make_header(self.model, self.batches, self.precision(), self.kind, original, self.score)
 
         header = on_every_process(describe, self.accelerator)
         self._agree((header["model"], header["original"]), "have other weights", "Load the same models on each.")
@@ -298,10 +296,13 @@ class Evaluation:
 
         first = {name: tensor[:1] for name, tensor in self.share[0].items()}
         with self.model.get_input_embeddings().register_forward_pre_hook(look), self.autocast():
-            encode(self.model, first, None)
+            if self.kind == "task_loss":
+                task_losses(self.model, [first], None)
+            else:
+                encode(self.model, first, None)
         return seen[0]
 
-    def measure(self, shape: Sequence[int] | None) -> dict[str, float]:
+    def measure(self, shape: Sequence[int] | None) -> dict[str, float | None]:
         """Return the figures of a shape, all but `shape` in its record, the same on every process.
 
         `fsum` adds the figures of single batches exactly and rounds once. So the result does not depend on which
@@ -311,10 +312,21 @@ class Evaluation:
             spread = self.spread
             errors, cosines = self.gather(partial(self.original.compare, shape))
             return {"distance": math.fsum(errors) / spread, "cosine": math.fsum(cosines) / self.sequences}
+        if self.kind == "task_loss":
+            predictions: list[Any] | None = None if self.score is None else []
+            (sums,) = self.gather(partial(task_losses, self.model, self.share, shape, predictions))
+            return {"task_loss": math.fsum(sums) / sum(self.counts), "score": self.compute_score(predictions)}
         means, correct = self.gather(partial(self.measure_share, shape))
         tokens = sum(self.counts)
         loss = math.fsum(mean * count for mean, count in zip(means, self.counts, strict=True)) / tokens
         return {"loss": loss, "perplexity": perplexity(loss), "accuracy": math.fsum(correct) / tokens}
+
+    def compute_score(self, predictions: list[Any] | None) -> float | None:
+        """Return the score of what this process predicts for its share, and the others for theirs."""
+        if self.score is None or predictions is None:
+            return None
+        rows = self.in_order(predictions if self.processes == 1 else gather_object(predictions))
+        return on_main_process(partial(compute_score, self.score, rows, self.batches), self.accelerator)
 
     @cached_property
     def spread(self) -> float:
@@ -352,10 +364,15 @@ class Evaluation:
         figures = on_every_process(inside, self.accelerator)
         if self.accelerator is not None:
             figures = self.accelerator.gather(figures.to(self.accelerator.device))
-        # From (process, round) to the order of the batches; the last round may hold copies of the last batch.
-        count = figures.shape[-1]
-        figures = figures.view(self.processes, -1, count).transpose(0, 1).reshape(-1, count)[: len(self.batches)]
-        return figures.T.tolist()
+        return [list(column) for column in zip(*self.in_order(figures.tolist()), strict=True)]
+
+    def in_order(self, gathered: list[Any]) -> list[Any]:
+        """Return what the first process has of each round, then the second, ..., in the order of the batches.
+
+        The last round may hold copies of the last batch, which are left out.
+        """
+        rounds = len(gathered) // self.processes
+        return [gathered[i % self.processes * rounds + i // self.processes] for i in range(len(self.batches))]
 
     def measure_share(self, shape: Sequence[int] | None) -> torch.Tensor:
         """Return what `measure_batch` returns for each batch of this process, (batches, 2).
@@ -365,22 +382,28 @@ class Evaluation:
         return torch.stack([measure_batch(self.model, batch, shape) for batch in self.share])
 
 
-def check_measurable(model: SuperShaperPreTrainedModel, measure: str, original: PreTrainedModel | None) -> None:
+def check_measurable(
+    model: SuperShaperPreTrainedModel, measure: str, original: PreTrainedModel | None, score: Score | None
+) -> None:
     """Raise an error if a model has not what a measure needs; see `evaluate_shapes`."""
-    if measure == "distance":
-        if original is not None:
-            check_original(model, original)
-        return
-    if original is not None:
+    if original is not None and measure != "distance":
         raise ValueError('original is compared with for measure="distance" only. Leave it out to measure the loss.')
-    if not has_masked_lm_head(model):
+    if score is not None and measure != "task_loss":
+        raise ValueError('score is computed for measure="task_loss" only. Leave it out.')
+    if original is not None:
+        check_original(model, original)
+    if measure == "task_loss":
+        check_task_head(model)
+    if measure == "loss" and not has_masked_lm_head(model):
         raise ValueError(
             f'{type(model).__name__} has no masked-LM head, so it has no masked-LM loss. Use measure="distance".'
         )
 
 
-def count_tokens(batch: Batch, measure: str) -> int:
-    """Return the number of tokens of a batch that are measured: those with a label, or those that are not padding."""
+def count_measured(batch: Batch, measure: str) -> float:
+    """Return how many tokens of a batch are measured: those with a label, or that are not padding; or of its labels."""
+    if measure == "task_loss":
+        return count_labels(batch)
     counted = batch["labels"] != IGNORE_INDEX if measure == "loss" else batch["attention_mask"]
     return int(counted.sum())
 
@@ -392,15 +415,13 @@ def measure_batch(model: SuperShaperPreTrainedModel, batch: Batch, shape: Sequen
     return torch.stack([output.loss.float(), (output.logits.argmax(-1) == labels).sum().float()])
 
 
-# What was measured
-
-
 def make_header(
     model: SuperShaperPreTrainedModel,
     batches: Sequence[Batch],
     precision: str = "no",
     measure: str = "loss",
     original: PreTrainedModel | None = None,
+    score: Score | None = None,
 ) -> Header:
     """Return the header of a records file: which model is measured, in which way, on which data.
 
@@ -408,16 +429,19 @@ def make_header(
         model: A supernet or a subnet.
         batches: The batches that it is measured on.
         precision: Dtype of autocast, such as `"bfloat16"`, or `"no"` without autocast.
-        measure: `"loss"` or `"distance"`.
+        measure: `"loss"`, `"distance"` or `"task_loss"`.
         original: The model that a distance is measured to. By default it is the largest shape of `model`.
+        score: The score of a task.
     """
-    config, fingerprint = model.config, fingerprint_model(model) if measure == "loss" else fingerprint_encoder(model)
+    config = model.config
+    fingerprint = fingerprint_encoder(model) if measure == "distance" else fingerprint_model(model)
     compared = fingerprint if original is None else fingerprint_encoder(original)
     return {
         "version": version("supershaper-hf"),
         "measure": measure,
         "model": fingerprint,
         "original": compared if measure == "distance" else None,
+        "score": score_name(score),
         "data": fingerprint_data(batches),
         "precision": precision,
         "num_layers": config.num_hidden_layers,
@@ -426,49 +450,5 @@ def make_header(
         "hidden_sizes": config.hidden_sizes,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sequences": sum(len(batch["input_ids"]) for batch in batches),
-        "labelled_tokens" if measure == "loss" else "tokens": sum(count_tokens(batch, measure) for batch in batches),
+        COUNTED[measure]: sum(count_measured(batch, measure) for batch in batches),
     }
-
-
-def fingerprint_encoder(model: PreTrainedModel) -> str:
-    """Return the fingerprint of what decides a model's last hidden states: neither a head nor a pooler counts."""
-    encoder: Any = model.base_model
-    return fingerprint_model(encoder, skipped="pooler.")
-
-
-def fingerprint_model(model: PreTrainedModel, skipped: str | None = None) -> str:
-    """Return the SHA-256 of what decides a model's predictions: its sizes, and every weight with its dtype.
-
-    It does not depend on the device, nor on how many processes FSDP (version 2) shards the weights over. With FSDP all
-    processes have to call it. It gathers one tensor at a time, so it needs memory for the largest one only. Tensors
-    whose names begin with `skipped` do not count.
-    """
-    settings = {name: getattr(model.config, name, None) for name in SIZES}
-    if getattr(model.config, "full_head_scale", False):  # named only if it is on, because it is newer than fingerprints
-        settings["full_head_scale"] = True
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    tensors = model.state_dict()
-    for name in sorted(tensors.keys() - model.all_tied_weights_keys):
-        tensor = tensors[name]
-        if skipped is not None and name.startswith(skipped):
-            continue
-        _add_tensor(digest, name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
-    return digest.hexdigest()
-
-
-def fingerprint_data(batches: Sequence[Batch]) -> str:
-    """Return the SHA-256 of all tensors of all batches, in order: other masks or another batch size are other data."""
-    digest = hashlib.sha256()
-    for number, batch in enumerate(batches):
-        for name in sorted(batch):
-            _add_tensor(digest, f"{number} {name}", batch[name])
-    return digest.hexdigest()
-
-
-def _add_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
-    """Add the name, dtype, size and bytes of a tensor to a hash."""
-    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    # It is copied, because after `numpy()` `copy_mapped_weights` would take the tensor's memory for mapped. It is seen
-    # as bytes, because NumPy has no bfloat16.
-    copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    digest.update(copied.view(-1).view(torch.uint8).numpy())

@@ -43,15 +43,16 @@ class EvolutionResult:
 
     Attributes:
         shape: Hidden sizes, one per layer.
-        loss: Its predicted loss in nats, or None if distances were predicted.
-        perplexity: Its predicted perplexity, exp(loss), or None if distances were predicted.
+        loss: Its predicted loss in nats, or None if something else was predicted.
+        perplexity: Its predicted perplexity, exp(loss), or None if something else was predicted.
         costs: Its `"parameters"`, its `"flops"` and, if a table was given, its `"latency"` in seconds.
         candidates: Number of evaluated shapes.
         history: One dictionary for the initial population and one per iteration. `iteration` is its number,
             `candidates` the number of shapes evaluated so far. The other entries describe the best shape so far:
-            `violation` (sum of the relative violations of the constraints; 0 if it meets all), `loss` or `distance`,
-            and, by name, what is minimised or constrained.
-        distance: Its predicted distance to the original, or None if losses were predicted.
+            `violation` (sum of the relative violations of the constraints; 0 if it meets all), the
+            prediction, and, by name, what is minimised or constrained.
+        distance: Its predicted distance to the original, or None if something else was predicted.
+        task_loss: Its predicted loss on a task, or None if something else was predicted.
     """
 
     shape: list[int]
@@ -61,6 +62,7 @@ class EvolutionResult:
     candidates: int
     history: list[dict[str, float]]
     distance: float | None = None
+    task_loss: float | None = None
 
 
 def evolutionary_search(
@@ -86,12 +88,12 @@ def evolutionary_search(
 
     Args:
         space: The search space.
-        predictor: Its `predict(shapes (n, layers))` returns losses (n,) in nats, or distances if its attribute
-            `measure` says so. It need not be additive.
+        predictor: Its `predict(shapes (n, layers))` returns losses (n,) in nats, or of another measure if its
+            attribute `measure` says so. It need not be additive.
         constraints: Upper bounds, inclusive: `"parameters"`, `"flops"`, `"latency"` (seconds) and `"perplexity"` (the
-            exponential of the predicted loss) or `"distance"`. An empty mapping allows every shape.
-        minimize: `"parameters"`, `"flops"`, `"latency"`, or what is predicted, `"loss"` or `"distance"`. By default it
-            is what is predicted.
+            exponential of the predicted loss), `"distance"` or `"task_loss"`. An empty mapping allows every shape.
+        minimize: `"parameters"`, `"flops"`, `"latency"`, or what is predicted, `"loss"`, `"distance"` or
+            `"task_loss"`. By default it is what is predicted.
         latency: A `LatencyTable`, or another object with its method `chain_cost(config)`, in seconds.
         sequence_length: Tokens per sequence, for FLOPs.
         population_size: Number of shapes that are kept from one iteration to the next.
@@ -217,8 +219,8 @@ def _result(problem: Problem, state: _State) -> EvolutionResult:
     costs = {name: chain_cost(cost, hidden_size, shape[None])[0].item() for name, cost in problem.costs.items()}
     loss = best.get("loss")
     perplexity = None if loss is None else best.get("perplexity", float(np.exp(min(loss, MAX_LOG))))
-    distance = best.get("distance")
-    return EvolutionResult(shape.tolist(), loss, perplexity, costs, candidates, state.history, distance)
+    others = {name: best.get(name) for name in ("distance", "task_loss")}
+    return EvolutionResult(shape.tolist(), loss, perplexity, costs, candidates, state.history, **others)
 
 
 # Checkpoints
@@ -325,7 +327,7 @@ def _check_same_values(problem: Problem, probe: np.ndarray, file: Path) -> None:
     """Raise if the predictor or a cost gives other values for the initial shapes than in the checkpoint."""
     same = np.isclose(probe, problem.probe, rtol=1e-9, atol=0).all(axis=0)
     for name in np.array(problem.measures)[~same][:1]:
-        what = "predictor" if name in ("loss", "perplexity", "distance") else name
+        what = "predictor" if name in ("loss", "perplexity", "distance", "task_loss") else name
         raise _another_search(file, f"the {what} gives other values for the same shapes")
 
 

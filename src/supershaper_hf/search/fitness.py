@@ -19,15 +19,15 @@ from ..model.shapes import SearchSpace
 from .measures import MEASURES
 
 
-CONSTRAINTS = ("parameters", "flops", "latency", "perplexity", "distance")
-MINIMIZABLE = ("loss", "distance", "parameters", "flops", "latency")
+CONSTRAINTS = ("parameters", "flops", "latency", "perplexity", "distance", "task_loss")
+MINIMIZABLE = ("loss", "distance", "task_loss", "parameters", "flops", "latency")
 MAX_LOG = 700.0  # exp of more overflows
 
 
 class Predictor(Protocol):
     """Predicts the losses (n,) in nats of integer shapes (n, layers), as a `ShapePredictor` does.
 
-    If it has an attribute `measure` with the value `"distance"`, it predicts distances instead.
+    If it has an attribute `measure` with the value `"distance"` or `"task_loss"`, it predicts these instead.
     """
 
     def predict(self, shapes: np.ndarray, /) -> np.ndarray: ...
@@ -109,7 +109,7 @@ class Problem:
     Attributes:
         choices: The widths that a layer can have, with 0 first if layers can be dropped.
         droppable: (layers,) booleans: which layers can be dropped.
-        measure: What the predictor predicts, `"loss"` or `"distance"`.
+        measure: What the predictor predicts, `"loss"`, `"distance"` or `"task_loss"`.
         measures: Names of the columns of values: what is predicted, and what else is minimised or constrained.
         costs: The terms of each known cost, by name.
     """
@@ -258,7 +258,7 @@ class Problem:
 
 
 def measure_of_predictor(predictor: Predictor) -> str:
-    """Return what a predictor predicts, `"loss"` or `"distance"`. One that does not say so predicts losses."""
+    """Return what a predictor predicts, the name of a measure. One that does not say so predicts losses."""
     return getattr(predictor, "measure", "loss")
 
 

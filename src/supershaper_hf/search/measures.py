@@ -1,7 +1,7 @@
 """What can be measured of a shape, and what it is called in records, messages, tables and plots.
 
-Lower is better for both measures: the masked-LM loss, which needs a masked-LM head, and the distance to the original,
-which every encoder has.
+Lower is better for all measures: the masked-LM loss, which needs a masked-LM head; the distance to the original, which
+every encoder has; the loss on a task, which needs the head of a task and labelled examples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,6 +82,16 @@ MEASURES = {
         text="text",
         digits=3,
     ),
+    "task_loss": Measure(
+        name="task_loss",
+        plural="losses on the task",
+        keys=("shape", "task_loss", "score"),
+        shown="task_loss",
+        title="loss on the task",
+        unit="",
+        text="examples of the task",
+        digits=3,
+    ),
 }
 
 
@@ -94,7 +104,7 @@ def find_measure(name: str) -> Measure:
     Example:
         >>> find_measure("perplexity")
         Traceback (most recent call last):
-        ValueError: measure='perplexity' is unknown. Allowed: 'loss', 'distance'.
+        ValueError: measure='perplexity' is unknown. Allowed: 'loss', 'distance', 'task_loss'.
     """
     check_choice("measure", name, MEASURES)
     return MEASURES[name]
@@ -104,7 +114,7 @@ def measure_of(records: Sequence[Mapping[str, Any]]) -> Measure:
     """Return what the records of shapes hold. Without any record it is the loss.
 
     Raises:
-        ValueError: If a record has neither a loss nor a distance, or not what the others have.
+        ValueError: If a record has no value of a measure, or not what the others have.
 
     Example:
         >>> measure_of([{"shape": [8, 16], "distance": 0.5}]).name
@@ -113,12 +123,13 @@ def measure_of(records: Sequence[Mapping[str, Any]]) -> Measure:
     found = [next((name for name in MEASURES if name in record), None) for record in records]
     if None in found:
         raise ValueError(
-            f"The record {records[found.index(None)]!r} has neither 'loss' nor 'distance'. Use records of "
+            f"The record {records[found.index(None)]!r} has none of {', '.join(map(repr, MEASURES))}. Use records of "
             "evaluate_shapes."
         )
     if len(set(found)) > 1:
+        first, second = [measure.plural for measure in MEASURES.values() if measure.name in found][:2]
         raise ValueError(
-            "Some records hold losses and others distances, which cannot be compared. Measure all shapes with the same "
-            "measure."
+            f"Some records hold {first} and others {second}, which cannot be compared. Measure all shapes with the "
+            "same measure."
         )
     return MEASURES[found[0] or "loss"] if found else MEASURES["loss"]

@@ -45,8 +45,8 @@ class ParetoFront:
     Attributes:
         shapes: (n, layers) integers; 0 drops a layer.
         costs: (n,) numbers by name: `"parameters"`, `"flops"`, `"latency"` (seconds); one or two of them.
-        losses: (n,) predicted losses in nats, or predicted distances. With one cost, they decrease.
-        measure: What is predicted, `"loss"` or `"distance"`.
+        losses: (n,) predicted losses in nats, or predicted distances or losses on a task. With one cost, they decrease.
+        measure: What is predicted, `"loss"`, `"distance"` or `"task_loss"`.
     """
 
     shapes: np.ndarray

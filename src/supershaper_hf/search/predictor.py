@@ -72,7 +72,7 @@ class ShapePredictor:
             everywhere.
         evidence: The measurements that the predictor was fitted on, for `uncertainty` and `draw`.
         quality: How well shapes that were left out of the fit are predicted.
-        measure: What is predicted, `"loss"` in nats or `"distance"`, which has no unit.
+        measure: What is predicted, `"loss"` in nats, or `"distance"` or `"task_loss"`, which have no unit.
 
     Raises:
         ValueError: If sizes do not agree, a number is not finite, a width is negative or occurs twice, or the measure
@@ -141,7 +141,7 @@ class ShapePredictor:
             losses: One per shape. Distances, if `measure="distance"`.
             pairs: Whether to use terms of neighbouring layers. With None, leave-one-out cross-validation chooses.
             monotone: Whether a wider layer is never worse. It excludes `pairs`.
-            measure: What was measured, `"loss"` or `"distance"`. Predictions are in the same unit.
+            measure: What was measured, `"loss"`, `"distance"` or `"task_loss"`. Predictions are in the same unit.
 
         Raises:
             ValueError: If the lengths differ, there are too few shapes, or the losses are not finite or all equal.
@@ -164,8 +164,8 @@ class ShapePredictor:
             monotone: Whether a wider layer is never worse: see `fit`.
 
         Raises:
-            ValueError: If a loss is not a number, too few losses are finite, all losses are equal, or some records
-                hold losses and others distances.
+            ValueError: If a loss is not a number, too few losses are finite, all losses are equal, or the records are
+                of different measures.
 
         Example:
             >>> records = [{"shape": [a, b], "loss": 3 - (a + b) / 90} for a in (8, 16, 24) for b in (8, 16, 24)]

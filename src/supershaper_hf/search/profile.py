@@ -30,9 +30,9 @@ class Profile:
     Attributes:
         widths: (layers,) width of each layer over the mean width of its shape, averaged over budgets.
         width_deviations: (layers,) standard deviations of `widths` over drawn predictors.
-        importances: (layers,) loss in nats, or distance, at the layer's smallest width minus that at its largest.
+        importances: (layers,) loss in nats, or distance or loss on a task, at the layer's smallest width minus that at its largest.
         importance_deviations: (layers,) standard deviations of `importances` over drawn predictors.
-        measure: What the importances are parts of, `"loss"` or `"distance"`.
+        measure: What the importances are parts of, `"loss"`, `"distance"` or `"task_loss"`.
     """
 
     widths: np.ndarray
@@ -51,7 +51,7 @@ class Profile:
             which = f"layer {layer + 1}" if count == 1 else f"layers {layer + 1}-{layer + count}"
             parts.append(f"{which} {word} ({mean:.2f})")
             layer += count
-        unit = MEASURES[self.measure].unit or " of distance"
+        unit = MEASURES[self.measure].unit or f" of {self.measure.replace('_', ' ')}"
         most, least = int(self.importances.argmax()), int(self.importances.argmin())
         return (
             f"Good shapes have {', '.join(parts)}; widest is layer {self.widths.argmax() + 1}. Layer {most + 1} "

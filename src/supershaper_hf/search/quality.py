@@ -25,7 +25,7 @@ class Quality:
         spearman: Spearman's rank correlation.
         kendall: Kendall's rank correlation: the probability that two shapes are put in the right order, times 2,
             minus 1.
-        measure: What is predicted, `"loss"` or `"distance"`.
+        measure: What is predicted, `"loss"`, `"distance"` or `"task_loss"`.
 
     Example:
         >>> print(Quality.of(np.array([3.0, 2.5, 2.0]), np.array([2.9, 2.6, 2.0])))

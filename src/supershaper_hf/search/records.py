@@ -17,7 +17,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ CONDITIONS = {
     "measure": "another measure",
     "model": "another model",
     "original": "the distance to another original",
+    "score": "another score",
     "data": "other data",
     "precision": "another precision",
 }
@@ -82,8 +83,8 @@ def open_records(file: str | Path, header: Header) -> list[Record]:
             whatever else a reader may want to know.
 
     Raises:
-        ValueError: If the file was begun with another measure, model, original or precision, or with other data, or
-            has no valid header.
+        ValueError: If the file was begun with another measure, model, original, score or precision, or with other data,
+            or has no valid header.
         OSError: If it cannot be read or written.
     """
     file = Path(file)
@@ -240,12 +241,13 @@ def parse_header(file: Path, line: bytes) -> Header:
     try:
         header = parse_line(line)
         choices, measure = header["width_choices"], header.setdefault("measure", "loss")
-        original = header.setdefault("original", None)
+        original, score = (header.setdefault(name, None) for name in ("original", "score"))
         valid = (
             header.pop("format") == FORMAT
             and measure in MEASURES
             and all(isinstance(header[key], str) for key in ("model", "data", "precision"))
             and isinstance(original, str if measure == "distance" else type(None))
+            and (score is None or (measure == "task_loss" and isinstance(score, str)))
             and is_shape(header["hidden_sizes"])
             and (choices is None or is_shape(choices))
             and len(header["hidden_sizes"]) == header["num_layers"]
@@ -292,8 +294,7 @@ def parse_record(line: bytes, header: Header) -> Record:
         value = float(row[value_is])
     elif type(value) is not float or not math.isfinite(value):  # JSON may say 1e999, which Python reads as infinity
         raise ValueError(f"{measure.name} {value!r} is not a number")
-    figures = check_distance(row, value) if measure.name == "distance" else check_loss(row, value)
-    return {"shape": shape, measure.name: value, **figures}
+    return {"shape": shape, measure.name: value, **CHECKS[measure.name](row, value)}
 
 
 def check_loss(row: Mapping[str, Any], loss: float) -> dict[str, float]:
@@ -320,6 +321,23 @@ def check_distance(row: Mapping[str, Any], distance: float) -> dict[str, float]:
     return {"cosine": cosine}
 
 
+def check_task_loss(row: Mapping[str, Any], loss: float) -> dict[str, float | None]:
+    """Return the score of a record, or raise a ValueError that says what is wrong with it or with its loss."""
+    score = row["score"]
+    if loss < 0:
+        raise ValueError(f"task_loss {loss} is below 0")
+    if score is not None and (type(score) is not float or not math.isfinite(score)):
+        raise ValueError(f"score {score!r} is neither a number nor null")
+    return {"score": score}
+
+
+CHECKS: dict[str, Callable[[Mapping[str, Any], float], dict[str, Any]]] = {
+    "loss": check_loss,
+    "distance": check_distance,
+    "task_loss": check_task_loss,
+}
+
+
 def is_shape(value: Any) -> bool:
     """Return whether a JSON value is a list of integers. True and False are not integers here."""
     return isinstance(value, list) and all(type(width) is int for width in value)
@@ -331,15 +349,15 @@ def is_shape(value: Any) -> bool:
 def to_dataset(records: Sequence[Record], space: SearchSpace | None = None) -> Dataset:
     """Return records as a dataset, whose columns are the keys of the records.
 
-    These are `shape`, `loss`, `perplexity` and `accuracy`, or `shape`, `distance` and `cosine`. Without any record they
-    are those of losses. Its `to_list()` returns the same records, also after a way through Parquet.
+    These are `shape`, `loss`, `perplexity` and `accuracy`; or `shape`, `distance` and `cosine`; or `shape`, `task_loss`
+    and `score`. Without any record they are those of losses. Its `to_list()` returns the same records, also after a way through Parquet.
 
     Args:
         records: Records from `evaluate_shapes` or `read_records`.
         space: The search space. If it is given, the column `parameters` holds the size of the subnet of each shape.
 
     Raises:
-        ValueError: If a shape is not in `space`, or some records hold losses and others distances.
+        ValueError: If a shape is not in `space`, or the records are of different measures.
 
     Example:
         >>> record = {"shape": [120, 0, 768], "loss": 2.0, "perplexity": 7.389, "accuracy": 0.5}
