@@ -37,7 +37,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_supershaper import SuperShaperConfig
-from .narrowing import channels, merge, read, write
+from .narrowing import channels, check_ordinary, merge, read, replacement, write
 
 
 class SuperShaperCode(nn.Module):
@@ -56,10 +56,13 @@ class SuperShaperCode(nn.Module):
 
     def write(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Narrow the outputs of a linear map to this code."""
+        check_ordinary(self.writer)
         return write(weight, bias, self.writer.weight)
 
     def read(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Narrow the inputs of a linear map to this code."""
+        check_ordinary(self.writer)
+        check_ordinary(self.reader)
         return read(weight, bias, self.writer.weight, self.reader.weight, self.reader.bias)
 
 
@@ -80,12 +83,16 @@ def elastic_linear(
 
     Inputs and outputs are the first channels, or a code of all channels if `reads` or `writes` is given. A layer that
     is not narrowed is called as a module, so that replacements of `nn.Linear` (quantised ones, adapters) work in
-    subnets.
+    subnets and at the full shape.
+
+    Raises:
+        TypeError: If a layer that is to be narrowed was replaced.
     """
     in_width = inputs.shape[-1]
     width = layer.out_features if width is None else width
     if (in_width, width) == (layer.in_features, layer.out_features):
         return layer(inputs)
+    check_ordinary(layer)
     weight, bias = layer.weight, layer.bias
     if reads is None:
         weight = channels(weight, 1, in_width, in_heads)
@@ -102,10 +109,14 @@ def elastic_layer_norm(norm: nn.LayerNorm, inputs: torch.Tensor, writes: SuperSh
     """Normalise `inputs` (..., width) over its own width, with the first `width` weights and biases of `norm`.
 
     If its outputs are a code, the bias is coded too.
+
+    Raises:
+        TypeError: If a LayerNorm that is to be narrowed was replaced.
     """
     width = inputs.shape[-1]
     if (width,) == norm.normalized_shape:
         return norm(inputs)
+    check_ordinary(norm)
     weight = norm.weight[:width]
     bias = norm.bias[:width] if writes is None else writes.write(norm.weight, norm.bias)[1]
     return nn.functional.layer_norm(inputs, (width,), weight, bias, norm.eps)
@@ -341,8 +352,9 @@ class SuperShaperEncoder(nn.Module):
         exit = self.exit(previous, source)
         tokens = hidden_states.numel() // source
         # Take the way with fewer multiplications. Merging costs one product of (width, full) and (full, source). Each
-        # token then goes from `source` to `width` directly instead of through `full`.
-        if source * width * (full + tokens) < tokens * full * (source + width):
+        # token then goes from `source` to `width` directly instead of through `full`. Replaced layers have no product.
+        cheaper = source * width * (full + tokens) < tokens * full * (source + width)
+        if cheaper and replacement(entry) is None and replacement(exit) is None:
             kept = entry.weight[:width], entry.bias[:width]
             into = kept if code is None else code.write(entry.weight, entry.bias)
             return nn.functional.linear(hidden_states, *merge(exit.weight[:, :source], exit.bias, *into))

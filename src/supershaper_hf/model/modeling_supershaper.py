@@ -50,7 +50,7 @@ from .elastic import (
     SuperShaperLayer,
     SuperShaperSelfAttention,
 )
-from .narrowing import subnet_tensors
+from .narrowing import subnet_tensors, tensors_of
 
 
 IGNORE_INDEX = -100  # label of positions that do not count in the loss, as everywhere in transformers
@@ -191,7 +191,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
         subnet = empty_model(type(self), self.config.subnet_config(shape))
         if getattr(self, "pooler", True) is None:
             subnet.pooler = None
-        tensors = subnet_tensors(subnet, self.config, shape, self.state_dict().__getitem__)
+        tensors = subnet_tensors(subnet, self.config, shape, tensors_of(self))
         # The tensors are still views of the supernet's, so they are copied.
         own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
         subnet.load_state_dict(own, assign=True, strict=False)

@@ -13,9 +13,10 @@
 # limitations under the License.
 """How one linear map is narrowed and merged, and how a subnet is cut out of its supernet: tensors in, tensors out.
 
-In reading order: `channels`, `write` and `read` narrow one linear map, `merge` multiplies two bottlenecks, and
-`subnet_tensors` stores what the encoder would have used. Modules that use the first four are in `elastic.py`. This file
-travels to the Hub beside `modeling_supershaper.py`.
+In reading order: `replacement` tells whether the weights of a layer say all that it computes, `channels`, `write` and
+`read` narrow one linear map, `merge` multiplies two bottlenecks, and `subnet_tensors` stores what the encoder would
+have used. The modules that are narrowed are in `elastic.py`. This file travels to the Hub beside
+`modeling_supershaper.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,40 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_supershaper import SuperShaperConfig
+
+
+def replacement(layer: nn.Module) -> str | None:
+    """Say what `layer` is, if it computes with more than its `weight` and `bias`; `None` for an ordinary layer.
+
+    Adapters, quantised layers and hooks that prune keep a weight which they do not use alone: a part of it is not a
+    part of what they compute. Parametrisations of `torch.nn.utils.parametrize`, DDP and FSDP2 leave layers ordinary,
+    because their `weight` is the one that is used.
+    """
+    kind = type(layer)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.forward not in (nn.Linear.forward, nn.LayerNorm.forward, nn.Embedding.forward):
+        return name
+    if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):  # Accelerate's hooks only move tensors
+        return f"{name} with another forward method"
+    for parameter in layer._parameters:
+        if parameter not in ("weight", "bias"):
+            return f"{name} with the parameter {parameter}"
+    tensor = type(layer.weight)
+    if hasattr(tensor, "__tensor_flatten__") and not tensor.__module__.startswith("torch.distributed."):
+        return f"{name} with a weight of {tensor.__module__}.{tensor.__qualname__}"
+    return None
+
+
+def check_ordinary(layer: nn.Module, name: str = "a layer") -> None:
+    """Raise TypeError if `layer`, which is called `name` in the message, is not one that can be narrowed or copied."""
+    found = replacement(layer)
+    if found is not None:
+        raise TypeError(
+            f"Only ordinary layers are narrowed or cut, but {name} is {found}. Allowed are nn.Linear, nn.LayerNorm and "
+            "nn.Embedding, also with torch.nn.utils.parametrize. Merge adapters into the weights first: model = "
+            "peft_model.merge_and_unload(). Or call extract_subnet(shape) on the supernet before anything is replaced, "
+            "and adapt, quantise or prune the subnet."
+        )
 
 
 def channels(tensor: torch.Tensor, axis: int, width: int, num_heads: int = 1) -> torch.Tensor:
@@ -74,6 +109,21 @@ def merge(
     product is exact: W = W_in W_out, b = W_in b_out + b_in.
     """
     return in_weight @ out_weight, in_weight @ out_bias + in_bias
+
+
+def tensors_of(model: nn.Module) -> Callable[[str], torch.Tensor]:
+    """Return a function that gives a tensor of `model` by name, for `subnet_tensors`.
+
+    It raises TypeError, with the name of the layer, for a layer that is not an ordinary one.
+    """
+
+    def load(name: str) -> torch.Tensor:
+        path, _, tensor = name.rpartition(".")
+        layer = model.get_submodule(path)
+        check_ordinary(layer, path)
+        return getattr(layer, tensor)
+
+    return load
 
 
 def subnet_tensors(
