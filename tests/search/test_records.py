@@ -172,6 +172,7 @@ def test_header_tells_what_was_measured(written, batches):
         "measure": "loss",
         "model": fingerprint_model(MODEL),
         "original": None,
+        "score": None,
         "data": fingerprint_data(batches),
         "precision": "no",
         "num_layers": 3,

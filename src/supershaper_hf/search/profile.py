@@ -30,7 +30,7 @@ class Profile:
     Attributes:
         widths: (layers,) width of each layer over the mean width of its shape, averaged over budgets.
         width_deviations: (layers,) standard deviations of `widths` over drawn predictors.
-        importances: (layers,) loss in nats, or distance or loss on a task, at the layer's smallest width minus that at its largest.
+        importances: (layers,) what is measured, at the layer's smallest width minus that at its largest.
         importance_deviations: (layers,) standard deviations of `importances` over drawn predictors.
         measure: What the importances are parts of, `"loss"`, `"distance"` or `"task_loss"`.
     """

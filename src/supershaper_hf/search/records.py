@@ -350,7 +350,8 @@ def to_dataset(records: Sequence[Record], space: SearchSpace | None = None) -> D
     """Return records as a dataset, whose columns are the keys of the records.
 
     These are `shape`, `loss`, `perplexity` and `accuracy`; or `shape`, `distance` and `cosine`; or `shape`, `task_loss`
-    and `score`. Without any record they are those of losses. Its `to_list()` returns the same records, also after a way through Parquet.
+    and `score`. Without any record they are those of losses. Its `to_list()` returns the same records, also after a way
+    through Parquet.
 
     Args:
         records: Records from `evaluate_shapes` or `read_records`.
