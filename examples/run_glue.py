@@ -5,6 +5,9 @@ r"""Fine-tune a subnet, or any other encoder, on a task of GLUE or on your own f
         --seeds 0 1 2 --output_dir outputs/rte
     accelerate launch --num_processes 2 examples/run_glue.py --model SUBNET --task mnli --output_dir outputs/mnli
 
+With --sandwich the whole supernet is fine-tuned: afterwards every subnet is ready for the task. Shapes are measured on
+it, and the best one for --max_cost is saved in the folder `subnet`.
+
 Data comes from the Hub, or from CSV, JSON lines or Parquet files with GLUE's column names. `--task classification` and
 `--task regression` take files with labels of your own. Every option of transformers.TrainingArguments works too.
 
@@ -53,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.process_index == 0:
         print(f"shape {results['shape']}, seeds {args.seeds}, model of seed {results['best_seed']}: {args.output_dir}")
         print(text_table(score_rows(results)))
+        if args.sandwich:
+            print(text_table(sorted(results["shapes"], key=lambda row: -row["parameters"])))
     return 0
 
 

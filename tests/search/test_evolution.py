@@ -673,7 +673,7 @@ def test_fewer_iterations_than_the_checkpoint_has_are_refused(tmp_path):
     [
         (
             {"params": 1e6},
-            "Unknown constraint 'params'. Allowed: 'parameters', 'flops', 'latency', 'perplexity', 'distance'.",
+            "Unknown constraint 'params'. Allowed: 'parameters', 'flops', 'latency', 'perplexity', 'distance', ",
         ),
         ({"loss": 2.0}, "Unknown constraint 'loss'. Allowed"),
         ({"parameters": 0}, "constraints['parameters']=0 must be a finite number above 0."),
@@ -697,7 +697,7 @@ def test_bad_constraints_are_refused(constraints, message):
     [
         (
             {"minimize": "perplexity"},
-            "minimize='perplexity' is unknown. Allowed: 'loss', 'distance', 'parameters', 'flops', 'latency'.",
+            "minimize='perplexity' is unknown. Allowed: 'loss', 'distance', 'task_loss', 'parameters', ",
         ),
         ({"minimize": "latency"}, "but not known. Pass latency=LatencyTable(...)"),
         ({"latency": "parameters"}, "latency='parameters' must be a LatencyTable, or have its method chain_cost"),

@@ -55,6 +55,12 @@ class FineTuningArguments(TrainingArguments):
         None, "Folder or Hub id of a model of any kind that is fine-tuned on this task and has the same tokenizer."
     )
     distillation_weight: float = option(0.5, "Share of the loss that is the distance to the teacher's logits.")
+    sandwich: bool = option(
+        False,
+        "Whether the whole supernet is fine-tuned: each step trains the largest shape, the smallest one and random "
+        "ones, which learn from the logits of the teacher, or else of the largest shape. Then shapes are measured.",
+    )
+    random_shapes: int = option(2, "Number of random shapes in each step with --sandwich.")
     temperature: float = option(1.0, "Temperature of both distributions that are compared with the teacher's.")
     trust_remote_code: bool = option(False, "Whether code in the repositories of --model and --teacher may run.")
     max_length: int = option(128, "Tokens of the longest example.")
@@ -80,6 +86,9 @@ class FineTuningArguments(TrainingArguments):
         if self.max_cost is not None:
             check_number("max_cost", self.max_cost, above=0)
         check_choice("cost", self.cost, COSTS)
+        if self.sandwich and self.shape is not None:
+            raise ValueError("sandwich fine-tunes every shape. Leave shape out, or sandwich.")
+        check_count("random_shapes", self.random_shapes, least=0)
         check_count("num_shapes", self.num_shapes)
         check_count("max_length", self.max_length)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):

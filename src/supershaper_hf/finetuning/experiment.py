@@ -2,6 +2,7 @@
 
     output_dir/seed-0/            one run: checkpoints while it runs, afterwards its results alone
                model/             the model of the best seed, complete: weights, code, tokenizer, card
+               search/  subnet/   with a sandwich: shapes measured on the task; the best one for the budget
                run.json           the options that may not change in this folder
                results.json       the scores of every seed, their means and spreads, and what was fine-tuned
 
@@ -28,6 +29,7 @@ from ..publish.hub import save_for_hub
 from ..report.tables import markdown_table
 from .arguments import FineTuningArguments
 from .models import choose_shape, load_model, load_teacher
+from .super_tuning import SEARCH, SandwichTrainer, search_task
 from .task import Task
 from .trainer import DistillingTrainer
 
@@ -51,6 +53,7 @@ def fine_tune(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokeni
     Returns:
         The content of `results.json`: `task`, `model`, `shape`, `parameters`, `seeds` (a list with the scores of each
         seed by split), `mean` and `spread` (standard deviation over the seeds) of every score, `best_seed`.
+        With `args.sandwich` the scores are those of the largest shape, and `shapes` has the rows of `search_task`.
 
     Raises:
         ValueError: If `args.output_dir` holds results of other options, the model is no supernet but a shape is asked
@@ -80,7 +83,16 @@ def fine_tune(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokeni
         for seed in args.seeds:
             if on_main_process(partial(seed_results, folder, seed), processes) is None:
                 run_seed(args, task, tokenizer, shape, teacher, seed)
-        return on_main_process(partial(summarize, args, task), processes)
+        summary = on_main_process(partial(summarize, args, task), processes)
+        if args.sandwich:
+            summary["shapes"] = on_main_process(partial(search_best, args, task, tokenizer), processes)
+        return summary
+
+
+def search_best(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Measure the shapes of the best supernet on the task; return the rows of a table."""
+    folder = Path(str(args.output_dir))
+    return search_task(args, task, tokenizer, task.auto_class.from_pretrained(folder / MODEL), folder / SEARCH)
 
 
 def run_seed(
@@ -138,7 +150,10 @@ def make_trainer(
     own.restore_callback_states_from_checkpoint = True  # for the patience of early stopping
     own.dataloader_pin_memory = own.dataloader_pin_memory and own.device.type == "cuda"  # elsewhere it only warns
     patience = args.early_stopping_patience
-    return DistillingTrainer(
+    trainer_class: Any = DistillingTrainer
+    if args.sandwich:
+        trainer_class = partial(SandwichTrainer, random_shapes=args.random_shapes)
+    return trainer_class(
         model=model,
         args=own,
         train_dataset=task.train,
@@ -181,7 +196,7 @@ def settings(args: FineTuningArguments, task: Task) -> dict[str, Any]:
     names = (
         *("model", "shape", "max_cost", "cost", "teacher", "distillation_weight", "temperature", "max_length"),
         *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay"),
-        *("gradient_accumulation_steps", "warmup_steps", "early_stopping_patience"),
+        *("gradient_accumulation_steps", "warmup_steps", "early_stopping_patience", "sandwich", "random_shapes"),
     )
     examples = {"train": len(task.train)} | {split: len(data) for split, data in task.evaluation.items()}
     return {"task": task.name, "examples": examples} | {name: getattr(args, name) for name in names}

@@ -39,7 +39,8 @@ def load_model(args: FineTuningArguments, task: Task, shape: list[int] | None, s
     Args:
         args: The options: which model.
         task: The task.
-        shape: The shape that is cut out of a supernet; `None` takes the largest one, or the whole model.
+        shape: The shape that is cut out of a supernet; `None` takes the largest one, or the whole model. With
+            `args.sandwich` the supernet stays whole.
         seed: Seed of the new head.
     """
     trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
@@ -57,6 +58,8 @@ def load_model(args: FineTuningArguments, task: Task, shape: list[int] | None, s
         if missing:
             raise ValueError(f"{args.model} lacks weights that {architecture} needs: {missing[:3]}.")
     copy_mapped_weights(model)
+    if args.sandwich:
+        return model
     if is_supernet(model):
         return model.extract_subnet(model.config.hidden_sizes if shape is None else shape)
     if shape is not None:
@@ -105,7 +108,7 @@ def is_supernet(model: PreTrainedModel) -> bool:
 
 
 def choose_shape(args: FineTuningArguments, task: Task, folder: Path) -> list[int] | None:
-    """Return the shape that the options ask for; `None` for the whole model.
+    """Return the shape that the options ask for; `None` for the whole model, which a sandwich trains.
 
     With `max_cost` it is the shape with the lowest predicted loss or distance within the budget. The predictor is
     fitted to the records of the supernet. Without records, `num_shapes` shapes are measured by their distance to the
@@ -114,7 +117,7 @@ def choose_shape(args: FineTuningArguments, task: Task, folder: Path) -> list[in
     Raises:
         ValueError: If the model is not a supernet, or no shape is as cheap as `max_cost`.
     """
-    if args.max_cost is None:
+    if args.max_cost is None or args.sandwich:
         return args.shape
     config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     if not isinstance(config, SuperShaperConfig) or config.merged_bottlenecks:

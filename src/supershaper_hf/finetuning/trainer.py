@@ -47,9 +47,8 @@ class DistillingTrainer(Trainer):
     ) -> Any:
         """Return the loss of a micro-batch, as `Trainer` calls it. Scoring has the loss on the labels alone."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.teacher is not None and model.training:
-            with torch.no_grad():
-                taught = self.teacher(**without_labels(inputs))
+        taught = self.teach(inputs) if model.training else None
+        if taught is not None:
             distance = logit_distance(outputs, taught, inputs, self.temperature)
             if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
                 # The loss on the labels is this micro-batch's part of the step's mean, and so is the distance.
@@ -58,6 +57,11 @@ class DistillingTrainer(Trainer):
                     distance = distance * self.accelerator.num_processes
             loss = (1 - self.weight) * loss + self.weight * distance
         return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def teach(self, inputs: dict[str, Any]) -> Any:
+        """Return what the teacher makes of a micro-batch; `None` if there is none to learn from."""
+        return None if self.teacher is None else self.teacher(**without_labels(inputs))
 
 
 LABELS = ("labels", "start_positions", "end_positions")

@@ -94,11 +94,12 @@ def plot_front(
     figure.savefig(file, dpi=130)
 
 
-def plot_measured(file: str | Path, **groups: Sequence[Point]) -> None:
-    """Write a PNG of measured shapes: parameters against distance to the original.
+def plot_measured(file: str | Path, quantity: str | None = None, /, **groups: Sequence[Point]) -> None:
+    """Write a PNG of measured shapes: parameters against distance to the original, or another quantity.
 
     Args:
         file: The PNG file to write.
+        quantity: What was measured, in words. By default it is the distance to the original.
         **groups: Parameters and distance of the shapes of each group. The first group is joined by a line.
 
     Example:
@@ -110,8 +111,9 @@ def plot_measured(file: str | Path, **groups: Sequence[Point]) -> None:
     label, unit, suffix = AXES["parameters"]
     axes.set_xlabel(label)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / unit:,.10g}{suffix}")
-    axes.set_ylabel(LABELS["distance"][0])
-    axes.set_ylim(bottom=0)
+    axes.set_ylabel(quantity or LABELS["distance"][0])
+    if quantity is None:
+        axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     figure.savefig(file, dpi=130)
 

@@ -1,7 +1,7 @@
 """Measure the speed and the memory of `evaluate_shapes` on a supernet of BERT-base size.
 
-    python benchmarks/evaluate.py           # 2 minutes on two cores
-    python benchmarks/evaluate.py --small   # half a minute
+    python benchmarks/evaluate_shapes.py           # 2 minutes on two cores
+    python benchmarks/evaluate_shapes.py --small   # half a minute
 
 Speed: three ways to measure a random shape take turns, several times. They are `evaluate_shapes` on the supernet, a
 plain loop over the batches with the subnet cut at that shape, and a strict loop: a plain one whose masked-LM head, too,
