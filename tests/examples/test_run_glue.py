@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def test_script_prints_shape_and_scores(script, options, tmp_path, capsys):
     assert "shape [36, 20, 48], seeds [0, 1], model of seed" in printed
     mean, spread = (results[key]["validation"]["accuracy"] for key in ("mean", "spread"))
     assert f"{mean:.4f} ± {spread:.4f}" in printed
+
+
+@pytest.mark.filterwarnings("ignore:Shapes left out of the fit")  # of a model of a few steps
+def test_script_prints_every_measured_shape_of_a_sandwich(script, options, tmp_path, capsys):
+    without_shape = [each for each in options if each not in ("--shape", "36", "20", "48")]
+    script.main([*without_shape, "--sandwich", "--num_shapes", "12", "--output_dir", str(tmp_path / "out")])
+    table = capsys.readouterr().out.partition("task_loss")[2]
+    parameters = [int(number.replace(",", "")) for number in re.findall(r"^[a-z].*?  +([\d,]+)  ", table, re.MULTILINE)]
+    assert len(parameters) >= 12
+    assert parameters == sorted(parameters, reverse=True)
 
 
 def test_two_processes_fine_tune_as_one_does_at_the_same_global_batch(script, options, tmp_path):

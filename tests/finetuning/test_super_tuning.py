@@ -98,9 +98,9 @@ def by_hand(supernet, data, shapes, teacher=None):
     return model
 
 
-def first_shapes(supernet):
+def shapes_of(supernet, step):
     space = SearchSpace.from_config(supernet.config)
-    return [space.largest, space.smallest, *space.sample(2, (42, 0)).tolist()]  # 42: the seed of TrainingArguments
+    return [space.largest, space.smallest, *space.sample(2, (42, step)).tolist()]  # 42: the seed of TrainingArguments
 
 
 @pytest.mark.parametrize("changes", [{}, {"bottlenecks": "by_width", "head_slicing": "per_head"}])
@@ -108,15 +108,23 @@ def first_shapes(supernet):
 @pytest.mark.parametrize(("size", "accumulate"), [(8, 1), (2, 4)])
 def test_update_is_the_sum_over_the_shapes_however_the_batch_is_split(kind, size, accumulate, changes, tmp_path):
     supernet, data = make(kind, **changes)
-    expected = by_hand(supernet, data, first_shapes(supernet))
+    expected = by_hand(supernet, data, shapes_of(supernet, 0))
     trained = train(tmp_path, supernet, data, size, accumulate)
     assert_same(dict(trained.state_dict()), dict(expected.state_dict()), atol=5e-6)
+
+
+def test_every_step_has_shapes_of_its_own(tmp_path):
+    supernet, data = make("one label")
+    first = by_hand(supernet, data, shapes_of(supernet, 0))
+    expected = by_hand(first, data, shapes_of(supernet, 1))
+    assert shapes_of(supernet, 0) != shapes_of(supernet, 1)
+    assert_same(dict(train(tmp_path, supernet, data, steps=2).state_dict()), dict(expected.state_dict()), atol=1e-5)
 
 
 def test_all_shapes_learn_from_an_outside_teacher_if_there_is_one(tmp_path):
     supernet, data = make("one label")
     teacher = randomize(BertForSequenceClassification(tiny_bert_config(num_labels=3)), seed=7)
-    expected = by_hand(supernet, data, first_shapes(supernet), teacher)
+    expected = by_hand(supernet, data, shapes_of(supernet, 0), teacher)
     assert_same(dict(train(tmp_path, supernet, data, teacher=teacher).state_dict()), dict(expected.state_dict()), 5e-6)
 
 
