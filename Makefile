@@ -6,7 +6,7 @@ PYTEST := -m pytest -n 2 --dist loadfile
 # TRF057 asks for @auto_docstring of transformers, which prints errors outside the source tree of transformers.
 MLINTER_EXCEPT := TRF057
 
-.PHONY: help quickstart test test-oldest check format clean
+.PHONY: help quickstart test test-oldest test-neighbours check format clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -15,7 +15,9 @@ help: ## Show this help
 .venv/installed: EXTRA := dev
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 .venv-oldest/installed: EXTRA := test
-.venv/installed .venv-oldest/installed:
+.venv-neighbours/installed: pyproject.toml constraints.txt
+.venv-neighbours/installed: EXTRA := neighbours
+.venv/installed .venv-oldest/installed .venv-neighbours/installed:
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "supershaper-hf needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(filter constraints%,$^) --editable '.[$(EXTRA)]'
@@ -25,13 +27,16 @@ quickstart: .venv/installed ## Install into .venv, then go the whole way once, f
 	rm -rf outputs/quickstart
 	$(BIN)/python examples/quickstart.py --output_dir outputs/quickstart
 
-test test-oldest: export OMP_NUM_THREADS = 1
+test test-oldest test-neighbours: export OMP_NUM_THREADS = 1
 
 test: .venv/installed ## Install into .venv, then run the tests on two cores
 	$(BIN)/python $(PYTEST)
 
 test-oldest: .venv-oldest/installed ## Run the tests with the oldest versions that pyproject.toml admits (.venv-oldest)
 	.venv-oldest/bin/python $(PYTEST)
+
+test-neighbours: .venv-neighbours/installed ## Run the tests with the libraries of docs/clients.md (.venv-neighbours)
+	.venv-neighbours/bin/python $(PYTEST) tests/neighbours
 
 check: .venv/installed ## Check format, lint, types, spelling, and the modeling conventions of transformers
 	$(BIN)/ruff format --check .
@@ -47,4 +52,4 @@ format: .venv/installed ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove what the other targets created
-	rm -rf .venv .venv-oldest outputs
+	rm -rf .venv .venv-oldest .venv-neighbours outputs

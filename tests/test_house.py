@@ -187,7 +187,7 @@ def test_everything_imported_is_declared():
 
 def test_every_tool_and_library_is_pinned_within_its_bounds():
     pinned = pins("constraints.txt")
-    for requirement in requirements("test", "dev", "benchmarks"):
+    for requirement in requirements("test", "dev", "benchmarks", "neighbours"):
         assert pinned[canonical(requirement.name)] in requirement.specifier, requirement
 
 
