@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Two worker processes with one thread each. All tests of a file run in one worker, which makes the file's fixtures once.
 PYTEST := -m pytest -n 2 --dist loadfile
+OWN := --ignore tests/neighbours
 # TRF057 asks for @auto_docstring of transformers, which prints errors outside the source tree of transformers.
 MLINTER_EXCEPT := TRF057
 
@@ -30,10 +31,10 @@ quickstart: .venv/installed ## Install into .venv, then go the whole way once, f
 test test-oldest test-neighbours: export OMP_NUM_THREADS = 1
 
 test: .venv/installed ## Install into .venv, then run the tests on two cores
-	$(BIN)/python $(PYTEST)
+	$(BIN)/python $(PYTEST) $(OWN)
 
 test-oldest: .venv-oldest/installed ## Run the tests with the oldest versions that pyproject.toml admits (.venv-oldest)
-	.venv-oldest/bin/python $(PYTEST)
+	.venv-oldest/bin/python $(PYTEST) $(OWN)
 
 test-neighbours: .venv-neighbours/installed ## Run the tests with the libraries of docs/clients.md (.venv-neighbours)
 	.venv-neighbours/bin/python $(PYTEST) tests/neighbours

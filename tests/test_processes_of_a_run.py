@@ -1,10 +1,9 @@
 """Two processes under torch's launcher know of each other, and the error of one ends the wait of the other.
 
-This file is also the script that the launcher runs: `work` at its end, on each process.
+The launcher runs `work`, at the end of this file, on each process.
 """
 
 import json
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import gather_object
-from launching import ENVIRONMENT, start
+from launching import launch
 
 from supershaper_hf import processes
 from supershaper_hf.processes import on_every_process, on_main_process, start_accelerator
@@ -88,12 +87,9 @@ def seen(tmp_path_factory):
     As a user who does not know Accelerate would: with torch's launcher and no setting of Accelerate's.
     """
     folder = tmp_path_factory.mktemp("two_processes")
-    environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("ACCELERATE_")}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launching.ENVIRONMENT", environment)
-        process = start(2, __file__, folder)
-        printed = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, printed
+    process = launch(2, work, folder, log=folder / "log.txt")
+    process.join(300)
+    assert process.exitcode == 0, (folder / "log.txt").read_text()
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -212,7 +208,3 @@ def work(folder):
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(report, file)
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    work(*sys.argv[1:])

@@ -9,8 +9,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from conftest import randomize, tiny_config
 from datasets import Dataset
 from hub_server import HubServer
 from huggingface_hub import close_session, constants
-from launching import ENVIRONMENT, launcher
+from launching import launch
 from texts import random_documents
 
 from supershaper_hf import (
@@ -46,11 +44,16 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def script():
+def load_script():
     spec = importlib.util.spec_from_file_location("search_shapes", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    module = load_script()
     # Two shapes of each size and two runs of each: what they tell is tested in tests/latency.
     module.compare_equal_sizes = partial(module.compare_equal_sizes, num_shapes=2, repeats=2)
     return module
@@ -233,11 +236,16 @@ def test_killed_run_goes_on_and_ends_with_the_same_records(first_run, search, tm
 def test_two_processes_write_what_one_does(first_run, inputs, tmp_path):
     _, folder = first_run
     options = [*inputs, "--output_dir", str(tmp_path / "search"), *OPTIONS, "--max_cost=90000"]
-    command = [sys.executable, *launcher(), str(SCRIPT), *options]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    process = launch(2, run_script, options, log=tmp_path / "log.txt")
+    process.join(300)
+    printed = (tmp_path / "log.txt").read_text()
+    assert process.exitcode == 0, printed
     assert (tmp_path / "search" / "records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
-    assert done.stdout.count("Written: ") == 1
+    assert printed.count("Written: ") == 1
+
+
+def run_script(options):
+    assert load_script().main(options) == 0
 
 
 @pytest.mark.filterwarnings("ignore:It seems that you are about to commit a data file")  # yes, beside the model

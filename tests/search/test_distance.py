@@ -154,7 +154,13 @@ def test_states_of_the_original_are_kept_where_there_is_memory(batches, monkeypa
 def test_every_process_keeps_as_many_states(batches, monkeypatch, processes):
     """Else one would wait for the others under FSDP. Together they keep no more than one process may."""
     size = [4 * 48 * batch["input_ids"].numel() for batch in batches]
-    for limit in range(0, sum(size) + 1, 48):
+    sums = list(itertools.accumulate(size))
+    for limit in [
+        0,
+        48,
+        *(total + change for total in sums for change in (-48, 0)),
+        *range(0, sums[-1], sums[-1] // 40),
+    ]:
         monkeypatch.setattr(evaluation, "KEPT_BYTES", limit)
         ranks = [
             evaluation.Evaluation(tiny_model(), batches, Rank(rank, processes), "distance") for rank in range(processes)

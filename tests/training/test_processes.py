@@ -152,7 +152,7 @@ def disturbed(tmp_path_factory):
         getattr(launchers[name], act)()
     found = {}
     for name, launcher in launchers.items():
-        launcher.join(60)
+        launcher.join(120)
         if name != "died":
             wait_for(lambda name=name: all((folder / name / f"end{rank}.json").exists() for rank in (0, 1)))
         file = folder / name / "killed"
@@ -193,7 +193,7 @@ def run_to_the_end(mode, folder, attempts=1):
     """
     log = folder / f"{mode}.log"
     launcher = launch(2, work, mode, folder, log=log)
-    launcher.join(110)
+    launcher.join(400)
     if attempts > 1 and "Segmentation fault" in log.read_text():
         for run in folder.glob(f"*{mode}*/"):
             shutil.rmtree(run)
@@ -462,7 +462,7 @@ def interrupted_and_resumed(folder, **changes):
 
 
 def work(mode, folder):
-    signal.alarm(100)  # ends a deadlock
+    signal.alarm(360)  # ends a deadlock
     progress_module.matrix_product_rate = lambda *_: 1e9
     progress_module.plot_evaluations = lambda *_: None  # slow, and drawn by one process only
     accelerator = start_accelerator()
