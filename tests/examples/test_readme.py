@@ -1,4 +1,4 @@
-"""Every Python block of the README runs as it stands, and prints what the README says it prints."""
+"""Every Python block of the README and of the guide runs as it stands, and prints what they say it prints."""
 
 import os
 import re
@@ -18,7 +18,8 @@ from supershaper_hf.publish.sentences import sentence_encoder_files, write_files
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, flags=re.DOTALL)
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README + GUIDE, flags=re.DOTALL)
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 MODELS = {"google-bert/bert-base-cased": BertForMaskedLM, ENCODER: BertModel}
@@ -57,12 +58,12 @@ def run(command, environment, folder):
     return done.stdout
 
 
-def test_readme_has_its_blocks():
+def test_both_have_their_blocks():
     assert len(BLOCKS) == 5
 
 
-def test_options_shown_in_the_readme_are_those_of_the_example():
-    (shown,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+def test_options_shown_in_the_guide_are_those_of_the_example():
+    (shown,) = re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.DOTALL)
     example = yaml.safe_load((ROOT / "examples" / "run.yaml").read_text(encoding="utf-8"))
     for name, value in yaml.safe_load(shown).items():
         assert value == example[name] or (isinstance(value, list) and value == example[name][: len(value)])
@@ -77,7 +78,7 @@ def test_every_file_has_its_line():
 
 
 @pytest.mark.parametrize(
-    ("code", "printed"), BLOCKS, ids=["ten lines", "calibration", "search", "to the Hub", "sentences"]
+    ("code", "printed"), BLOCKS, ids=["ten lines", "search", "to the Hub", "calibration", "sentences"]
 )
-def test_block_runs_and_prints_what_the_readme_says(code, printed, hub_environment, tmp_path):
+def test_block_runs_and_prints_what_is_written(code, printed, hub_environment, tmp_path):
     assert run([sys.executable, "-c", code], hub_environment, tmp_path) == printed

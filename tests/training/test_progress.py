@@ -1,8 +1,10 @@
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from supershaper_hf.training import progress as progress_module
@@ -249,6 +251,34 @@ def test_record_of_a_step_is_complete(clock):
     advance(monitor, clock)
     record = {"step": 1, "loss": [3.0, 4.0], "learning_rate": 1e-3, "gradient_norm": 0.5}
     assert monitor.log_history == [record | {"tokens_per_second": 5.0, "share_of_peak": 0.25}]
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "full", "warned"),
+    [
+        ("bf16", "cpu", 7e9, True),
+        ("bf16", "cpu", 1e9, False),
+        ("bf16", "cuda", 7e9, False),
+        ("no", "cpu", 7e9, False),
+    ],
+)
+def test_processor_that_is_slower_in_half_precision_is_told(monkeypatch, precision, device, full, warned):
+    messages = []
+    monkeypatch.setattr(progress_module.logger, "warning", messages.append)
+    rates = {"no": full, precision: full if precision == "no" else 1e9}
+    monkeypatch.setattr(progress_module, "matrix_product_rate", lambda device, precision="no": rates[precision])
+    accelerator = SimpleNamespace(
+        device=torch.device(device),
+        mixed_precision=precision,
+        num_processes=2,
+        is_main_process=True,
+        is_local_main_process=False,
+    )
+    monitor = Monitor(accelerator, SuperPretrainingArguments(max_steps=1), Progress(), "Test")
+    assert monitor.peak == 2 * rates[precision]
+    expected = "in bf16 at 1 GFLOP/s, in float32 at 7 GFLOP/s. mixed_precision='no' is faster."
+    assert len(messages) == warned
+    assert all(message.endswith(expected) for message in messages)
 
 
 def test_speed_is_that_since_the_last_record(clock):
