@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same, tiny_batch, tiny_model
+from publishing import IGNORE_UPLOADS, server  # noqa: F401, a fixture
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers.utils import hub
 
 from supershaper_hf import SuperShaperForSequenceClassification
 
@@ -55,6 +57,19 @@ def test_predictions_are_those_of_the_model(folder, rows, tmp_path):
     found = run.predict(rows)
     expected = run.model(**tiny_batch(batch=8)).logits.detach()
     np.testing.assert_allclose(found.predictions, expected, atol=1e-5)
+
+
+@IGNORE_UPLOADS
+def test_pushed_model_loads_from_the_hub(folder, rows, tmp_path, server, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(hub, "_hf_api", None)  # it keeps the endpoint of an earlier server
+    run = trainer(folder, tmp_path / "run", rows, max_steps=1, hub_model_id="user/tuned", hub_token=server.token)
+    run.train()
+    run.push_to_hub()
+    published = server.repos["user/tuned"].files()
+    assert {"config.json", "model.safetensors", "README.md", "modeling_supershaper.py"} <= set(published)
+    assert not [path for path in published if path.startswith("checkpoint-")]
+    loaded = AutoModelForSequenceClassification.from_pretrained("user/tuned")
+    assert_same(dict(loaded.state_dict()), dict(run.model.state_dict()), atol=0)
 
 
 def test_hidden_states_of_unequal_widths_are_predicted_too(folder, rows, tmp_path):
