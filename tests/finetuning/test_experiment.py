@@ -15,7 +15,7 @@ from tiny_tasks import arguments, examples, tune, write_bert, write_csv, write_s
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperForSequenceClassification, evaluate_shapes
-from supershaper_hf.finetuning.experiment import fine_tune, newest_checkpoint
+from supershaper_hf.finetuning.experiment import fine_tune, newest_checkpoint, score_rows
 from supershaper_hf.finetuning.glue import glue_task
 from supershaper_hf.finetuning.models import load_model
 from supershaper_hf.search.records import append_record
@@ -76,6 +76,9 @@ def test_mean_and_spread_are_those_of_the_seeds(supernet, files, tokenizer, tmp_
     )
     assert_same(weights(tmp_path / "out"), weights(tmp_path / "alone"), atol=0)
     assert alone["seeds"][0] == results["seeds"][results["best_seed"]]
+    assert alone["spread"]["validation"]["accuracy"] is None
+    shown = f"{alone['mean']['validation']['accuracy']:.4f}"
+    assert score_rows(alone)[0]["accuracy"] == shown
 
 
 def test_further_seeds_are_added_without_running_the_first_again(supernet, files, tokenizer, tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def fine_tune(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokeni
 
     Returns:
         The content of `results.json`: `task`, `model`, `shape`, `parameters`, `seeds` (a list with the scores of each
-        seed by split), `mean` and `spread` (standard deviation over the seeds) of every score, `best_seed`.
+        seed by split), `mean` and `spread` (standard deviation over the seeds; `None` of one seed) of every score, `best_seed`.
         With `args.sandwich` the scores are those of the largest shape, and `shapes` has the rows of `search_task`.
 
     Raises:
@@ -244,9 +244,9 @@ def summarize(args: FineTuningArguments, task: Task) -> dict[str, Any]:
     best = best_of(results, task)
     scores = {split: list(best["scores"][split]) for split in task.evaluation}
 
-    def over_seeds(compute: Any) -> dict[str, dict[str, float]]:
+    def over_seeds(compute: Any) -> dict[str, dict[str, Any]]:
         return {
-            split: {name: round(compute([found["scores"][split][name] for found in results]), 6) for name in names}
+            split: {name: compute([found["scores"][split][name] for found in results]) for name in names}
             for split, names in scores.items()
         }
 
@@ -257,8 +257,8 @@ def summarize(args: FineTuningArguments, task: Task) -> dict[str, Any]:
         "parameters": best["parameters"],
         "shape": best["shape"],
         "seeds": results,
-        "mean": over_seeds(statistics.fmean),
-        "spread": over_seeds(lambda values: statistics.stdev(values) if len(values) > 1 else 0.0),
+        "mean": over_seeds(lambda values: round(statistics.fmean(values), 6)),
+        "spread": over_seeds(lambda values: round(statistics.stdev(values), 6) if len(values) > 1 else None),
         "best_seed": best["seed"],
     }
     write_json(folder / RESULTS_FILE, RESULTS_FORMAT, summary)
@@ -266,12 +266,16 @@ def summarize(args: FineTuningArguments, task: Task) -> dict[str, Any]:
 
 
 def score_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the results as the rows of a table: one for each split, the scores as mean ± spread over the seeds."""
+    """Return the results as the rows of a table: one for each split, the scores as mean ± spread over the seeds.
+
+    One seed has no spread.
+    """
     rows = []
     for split, means in summary["mean"].items():
         row: dict[str, Any] = {"task": summary["task"], "split": split, "parameters": summary["parameters"]}
         for name, mean in means.items():
-            row[name] = f"{mean:.4f} ± {summary['spread'][split][name]:.4f}"
+            spread = summary["spread"][split][name]
+            row[name] = f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"
         rows.append(row)
     return rows
 
