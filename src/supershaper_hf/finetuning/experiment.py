@@ -52,7 +52,8 @@ def fine_tune(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokeni
 
     Returns:
         The content of `results.json`: `task`, `model`, `shape`, `parameters`, `seeds` (a list with the scores of each
-        seed by split), `mean` and `spread` (standard deviation over the seeds; `None` of one seed) of every score, `best_seed`.
+        seed by split), `mean` and `spread` (standard deviation over the seeds; `None` of one seed) of every score, and
+        `best_seed`.
         With `args.sandwich` the scores are those of the largest shape, and `shapes` has the rows of `search_task`.
 
     Raises:
