@@ -22,10 +22,10 @@ import transformers
 from conftest import SPECIAL_TOKENS, WORDS, tiny_batch, tiny_model
 from launching import ENVIRONMENT, free_port
 from safetensors.torch import load_file
-from tiny_tasks import examples, write_csv
-from transformers import BertTokenizer
+from tiny_tasks import examples, write_bert, write_csv
+from transformers import AutoModelForSequenceClassification, BertTokenizer
 
-from supershaper_hf import save_for_hub
+from supershaper_hf import SuperShaperForSequenceClassification, save_for_hub
 
 
 EXAMPLES = Path(os.environ.get("TRANSFORMERS_EXAMPLES", "")).resolve()
@@ -276,19 +276,60 @@ def test_trained_folder_is_scored_again_alike(home, servers, kind, package, tmp_
     assert again["eval_loss"] == pytest.approx(scores["eval_loss"], abs=1e-6)
 
 
+def test_run_mlm_no_trainer_ends_with_this_accelerate_whatever_the_model(home, servers, tmp_path):
+    script = next(script for script in SCRIPTS if "mlm_no_trainer" in script.file)
+    model = write_bert(tmp_path / "bert", BertTokenizer.from_pretrained(home / "subnet"))
+    with pytest.raises(AssertionError, match="AttributeError: TPU"):
+        run(servers["imported"], command_line(home, script, model, "imported", tmp_path / "out"), tmp_path / "out")
+
+
 @pytest.mark.parametrize("package", SITECUSTOMIZE)
-@pytest.mark.parametrize("kind", ["subnet", "supernet", "supernet-by_width"])
-@pytest.mark.parametrize("script", [GLUE, GLUE_NO_TRAINER], ids=lambda script: Path(script.file).stem)
+def test_other_labels_and_a_model_from_scratch(home, servers, package, tmp_path):
+    """The options `ignore_mismatched_sizes` of run_glue.py and `config_name` of run_mlm_no_trainer.py."""
+    tokenizer = BertTokenizer.from_pretrained(home / "subnet")
+    labels = tiny_model(SuperShaperForSequenceClassification, vocab_size=len(tokenizer), num_labels=3)
+    save_for_hub(labels, tmp_path / "labels", tokenizer=tokenizer)
+    command = command_line(home, GLUE, tmp_path / "labels", package, tmp_path / "out")
+    scores = run(servers[package], [*command, "--ignore_mismatched_sizes"], tmp_path / "out")
+    assert_trained(GLUE, tmp_path / "labels", tmp_path / "out", scores)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").num_labels == 2
+
+    script = next(script for script in SCRIPTS if "mlm_no_trainer" in script.file)
+    model, output = home / "supernet", tmp_path / "scratch"
+    command = command_line(home, script, model, package, output)
+    command.remove(f"--model_name_or_path={model}")
+    options = [f"--config_name={model}", f"--tokenizer_name={model}"]
+    assert_trained(script, model, output, run(servers[package], [*command, *options], output, TPU))
+
+
+def launch(home, script, kind, package, output):
+    """Run a script on two processes; return the process."""
+    options = ["--multi_gpu", "--num_processes=2", f"--main_process_port={free_port()}"]
+    command = command_line(home, script, home / kind, package, output)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *command]
+    return subprocess.run(command, cwd=home, env=environment(home, package), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "package"),
+    [
+        (GLUE, "subnet", "imported"),
+        (GLUE, "supernet-by_width", "absent"),
+        (GLUE_NO_TRAINER, "subnet", "absent"),
+        (GLUE_NO_TRAINER, "supernet", "imported"),
+        (GLUE_NO_TRAINER, "supernet", "absent"),
+    ],
+    ids=lambda value: Path(value.file).stem if isinstance(value, Script) else value,
+)
 def test_script_on_two_processes(home, script, kind, package, tmp_path):
     output = tmp_path / "out"
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes=2",
-        f"--main_process_port={free_port()}",
-    ]
-    command = [sys.executable, *launch, *command_line(home, script, home / kind, package, output)]
-    process = subprocess.run(command, cwd=home, env=environment(home, package), capture_output=True, text=True)
+    process = launch(home, script, kind, package, output)
     assert process.returncode == 0, process.stderr[-6000:]
     assert_trained(script, home / kind, output, json.loads((output / "all_results.json").read_text()))
+
+
+def test_ddp_without_trainer_refuses_weights_that_the_full_shape_does_not_use(home, tmp_path):
+    """The script makes its `Accelerator` without `find_unused_parameters`, and has no option for it."""
+    process = launch(home, GLUE_NO_TRAINER, "supernet-by_width", "imported", tmp_path / "out")
+    assert process.returncode != 0
+    assert "`find_unused_parameters=True`" in process.stderr
