@@ -292,7 +292,7 @@ def test_other_labels_and_a_model_from_scratch(home, servers, package, tmp_path)
     command = command_line(home, GLUE, tmp_path / "labels", package, tmp_path / "out")
     scores = run(servers[package], [*command, "--ignore_mismatched_sizes"], tmp_path / "out")
     assert_trained(GLUE, tmp_path / "labels", tmp_path / "out", scores)
-    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").num_labels == 2
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 2
 
     script = next(script for script in SCRIPTS if "mlm_no_trainer" in script.file)
     model, output = home / "supernet", tmp_path / "scratch"
