@@ -55,6 +55,14 @@ def model(request, model_class):
     return supernet if request.param == "supernet" else supernet.extract_subnet([8, 0, 36])
 
 
+def test_attributes_of_a_head_of_bert_are_there(model, model_class):
+    """Code that works on BERT reads them, such as `model.num_labels`."""
+    bert = getattr(transformers, model_class.__name__.replace("SuperShaper", "Bert"))(tiny_bert_config())
+    missing = {name for name in vars(bert) if not name.startswith("_")} - set(vars(model))
+    assert not missing
+    assert getattr(model, "num_labels", 2) == model.config.num_labels
+
+
 # Saving and loading
 
 

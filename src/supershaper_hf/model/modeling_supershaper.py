@@ -191,8 +191,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
         subnet = empty_model(type(self), self.config.subnet_config(shape))
         if getattr(self, "pooler", True) is None:
             subnet.pooler = None
-        tensors = subnet_tensors(subnet, self.config, shape, tensors_of(self))
-        # The tensors are still views of the supernet's, so they are copied.
+        tensors = subnet_tensors(subnet, self.config, shape, tensors_of(self))  # some are views of the supernet's
         own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
         subnet.load_state_dict(own, assign=True, strict=False)
         subnet.eval().tie_weights()
@@ -347,6 +346,7 @@ class SuperShaperForSequenceClassification(SuperShaperPreTrainedModel):
         super().__init__(config)
         self.bert = SuperShaperModel(config)
         self.dropout = classifier_dropout(config)
+        self.num_labels = config.num_labels
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -367,10 +367,9 @@ class SuperShaperForSequenceClassification(SuperShaperPreTrainedModel):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, shape, return_dict=True, **kwargs
         )
         logits = self.classifier(self.dropout(outputs.pooler_output))
-        loss = None
+        loss, num_items = None, kwargs.get("num_items_in_batch")
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-            num_items = kwargs.get("num_items_in_batch")
             if num_items is not None and self.config.problem_type != "single_label_classification":
                 # For regression and several labels, transformers takes the mean over this batch only.
                 loss = loss * labels.ne(IGNORE_INDEX).sum() / num_items  # the Trainer counts labels like this
@@ -384,6 +383,7 @@ class SuperShaperForTokenClassification(SuperShaperPreTrainedModel):
         super().__init__(config)
         self.bert = SuperShaperModel(config, add_pooling_layer=False)
         self.dropout = classifier_dropout(config)
+        self.num_labels = config.num_labels
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -414,6 +414,7 @@ class SuperShaperForQuestionAnswering(SuperShaperPreTrainedModel):
     def __init__(self, config: SuperShaperConfig):
         super().__init__(config)
         self.bert = SuperShaperModel(config, add_pooling_layer=False)
+        self.num_labels = config.num_labels
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -434,12 +435,11 @@ class SuperShaperForQuestionAnswering(SuperShaperPreTrainedModel):
         outputs = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, shape, return_dict=True, **kwargs
         )
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
-        start_logits, end_logits = start_logits.contiguous(), end_logits.contiguous()
+        logits = [scores.contiguous() for scores in self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)]
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
-        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
+            loss = self.loss_function(*logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(loss, *logits, outputs.hidden_states, outputs.attentions)
 
 
 class SuperShaperForMultipleChoice(SuperShaperPreTrainedModel):
