@@ -83,6 +83,20 @@ def test_labels_with_names_are_put_in_the_order_of_the_task(tokenizer, tmp_path)
     assert glue_task("rte", tokenizer, file, [file]).train["labels"] == [1, 0, 0]
 
 
+def test_names_that_are_not_all_those_of_the_task(tokenizer, tmp_path):
+    """If one name is a label of the task, another one is not a label by its number."""
+    for names, expected in ((["0", "1"], [0, 1]), (["no", "yes"], [0, 1]), (["positive", "bad"], None)):
+        features = Features({"sentence": Value("string"), "label": ClassLabel(names=names)})
+        rows = [{"sentence": "the cat", "label": label} for label in (0, 1)]
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{names[0]}.parquet")
+        file = str(tmp_path / f"{names[0]}.parquet")
+        if expected is not None:
+            assert glue_task("sst2", tokenizer, file, [file]).train["labels"][:] == expected
+            continue
+        with pytest.raises(ValueError, match=r"has the label 'bad' in row 1. Allowed: one of \['negative', 'positive'"):
+            glue_task("sst2", tokenizer, file, [file])
+
+
 def test_own_labels_are_words_of_the_data(tokenizer, tmp_path):
     rows = [{"text": "the cat", "label": label} for label in ("spam", "ham", "spam", "news")]
     train = write_csv(tmp_path / "train.csv", rows[:3])
@@ -98,6 +112,44 @@ def test_own_labels_that_are_numbers_are_sorted_by_value(tokenizer, tmp_path):
     file = write_csv(tmp_path / "data.csv", rows)
     task = glue_task("classification", tokenizer, file, [file])
     assert (task.config["id2label"], task.train["labels"]) == ({0: "2", 1: "9", 2: "10"}, [2, 1, 0])
+
+
+@pytest.mark.parametrize("names", [["1", "2"], ["2", "1"], ["low", "high"]])
+def test_own_labels_with_names_have_these_names(names, tokenizer, tmp_path):
+    """Also if the names are numbers, which are not the numbers that stand for them."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    rows = [{"text": "the cat", "label": label} for label in (0, 1, 1)]
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data.parquet")
+    file = str(tmp_path / "data.parquet")
+    task = glue_task("classification", tokenizer, file, [file])
+    assert [task.config["id2label"][label] for label in task.train["labels"]] == [names[0], names[1], names[1]]
+
+
+def test_own_labels_are_the_same_whether_a_file_has_them_as_numbers_or_as_words(tokenizer, tmp_path):
+    """A column of a CSV file is of numbers only if all of its values are."""
+    train = write_csv(tmp_path / "train.csv", [{"text": "cat", "label": label} for label in (1, 2)])
+    validation = write_csv(tmp_path / "val.csv", [{"text": "cat", "label": label} for label in (1, "x")])
+    task = glue_task("classification", tokenizer, train, [validation])
+    assert task.config["id2label"] == {0: "1", 1: "2", 2: "x"}
+    assert (task.train["labels"][:], task.evaluation["validation"]["labels"][:]) == ([0, 1], [0, 2])
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+@pytest.mark.parametrize("others", [["spam", "ham"], [0, 1], []])
+def test_own_label_that_is_missing_is_refused(empty, others, tokenizer, tmp_path):
+    if empty == "" and 0 in others:
+        pytest.skip("a column has values of one type")
+    rows = [{"text": "the cat", "label": label} for label in (*others, empty)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = str(tmp_path / "data.jsonl")
+    with pytest.raises(ValueError, match=rf"has the label {empty!r} in row {len(others)}"):
+        glue_task("classification", tokenizer, file, [file])
+
+
+def test_own_labels_are_two_or_more(tokenizer, tmp_path):
+    file = write_csv(tmp_path / "data.csv", [{"text": "the cat", "label": 1}])
+    with pytest.raises(ValueError, match=r"have the labels \['1'\]. It needs two different ones"):
+        glue_task("classification", tokenizer, file, [file])
 
 
 def test_long_pairs_are_cut_at_the_longer_sentence(tokenizer, tmp_path):
@@ -134,6 +186,7 @@ def test_numbers_are_scored_by_correlations(tokenizer, tmp_path):
         ([{"text": "a", "label": 0}], "sst2", r"lacks the columns \['sentence'\]; it has \['text', 'label'\]"),
         ([{"sentence": "a"}], "sst2", r"lacks the columns \['label'\]"),
         ([{"sentence1": "a", "sentence2": "b", "label": "high"}], "stsb", r"has the label 'high'.*a finite number"),
+        ([{"text": "a"}], "classification", r"lacks the columns \['label'\]; it has \['text'\]"),
         ([{"words": "a", "label": 0}], "classification", r"data.csv has the columns .* Its text must be in one of"),
     ],
 )  # fmt: skip

@@ -100,10 +100,9 @@ def glue_task(
     splits = read_splits(name, train_file, validation_files, dataset_name)
     columns = known.columns or find_columns(splits["train"], train_file or dataset_name)
     labels = known.labels if known.labels is not None else find_labels(splits)
-    checked = {
-        split: check_examples(data, name, split, columns, labels if known.labels is None else known.labels)
-        for split, data in splits.items()
-    }
+    checked = {split: check_examples(data, name, split, columns, labels) for split, data in splits.items()}
+    if known.labels is None and len(labels) < 2:
+        raise ValueError(f"The examples of task {name!r} have the labels {list(labels)}. It needs two different ones.")
     tokenized = {split: tokenize_pairs(data, tokenizer, columns, max_length) for split, data in checked.items()}
     score = known.scores[0] if len(known.scores) == 1 else "combined_score"
     return Task(
@@ -179,9 +178,28 @@ def find_columns(data: Dataset, source: str) -> tuple[str, ...]:
 
 
 def find_labels(splits: Mapping[str, Dataset]) -> tuple[str, ...]:
-    """Return the labels of all splits, sorted; whole numbers by their value."""
-    found = {value for data in splits.values() for value in data.unique("label")}
-    return tuple(map(str, sorted(found, key=lambda value: (isinstance(value, str), value))))
+    """Return the labels of all splits as text, sorted; whole numbers by their value. Nothing is no label."""
+    found: set[str] = set()
+    for data in splits.values():
+        if "label" in data.column_names:
+            words = class_names(data)
+            found.update(text for value in data.unique("label") if (text := label_text(value, words)) is not None)
+    return tuple(sorted(found, key=lambda text: (not text.isdecimal(), int(text) if text.isdecimal() else 0, text)))
+
+
+def class_names(data: Dataset) -> list[str] | None:
+    """Return the names of the labels of `data`, if it has numbers for them."""
+    kind = data.features["label"]
+    return kind.names if isinstance(kind, ClassLabel) else None
+
+
+def label_text(value: Any, words: Sequence[str] | None) -> str | None:
+    """Return a label as text, which is its name if `words` are the names of numbers; None if there is none."""
+    if value is None or value == "":
+        return None
+    if words is None:
+        return str(value)
+    return words[value] if 0 <= value < len(words) else None
 
 
 def check_examples(data: Dataset, name: str, split: str, columns: Sequence[str], labels: Sequence[str]) -> Dataset:
@@ -199,15 +217,17 @@ def check_examples(data: Dataset, name: str, split: str, columns: Sequence[str],
         empty = next((row for row, text in enumerate(data[column]) if not isinstance(text, str)), None)
         if empty is not None:
             raise ValueError(f"The split {split!r} of task {name!r} has no text in column {column!r} of row {empty}.")
-    kind = data.features["label"]
-    words = kind.names if isinstance(kind, ClassLabel) else None
+    words = class_names(data)
+    if words is not None and not set(words) & set(labels):
+        words = None  # the numbers are indices of labels
     values = [label_value(value, labels, words) for value in data["label"]]
     wrong = next((row for row, value in enumerate(values) if value is None), None)
     if wrong is not None:
         allowed = f"one of {list(labels)} or its index" if labels else "a finite number"
+        value = data[wrong]["label"]
+        value = value if words is None else label_text(value, words)
         raise ValueError(
-            f"The split {split!r} of task {name!r} has the label {data[wrong]['label']!r} in row {wrong}. Allowed: "
-            f"{allowed}."
+            f"The split {split!r} of task {name!r} has the label {value!r} in row {wrong}. Allowed: {allowed}."
         )
     features = Features({column: Value("string") for column in columns} | {"label": Value(LABEL_TYPE[bool(labels)])})
     return Dataset.from_dict({column: data[column] for column in columns} | {"label": values}, features=features)
@@ -223,11 +243,10 @@ def label_value(value: Any, labels: Sequence[str], words: Sequence[str] | None) 
             return float(value) if np.isfinite(float(value)) else None
         except (TypeError, ValueError):
             return None
-    if words is not None and isinstance(value, int) and 0 <= value < len(words) and words[value] in labels:
-        return list(labels).index(words[value])
-    if str(value) in labels:
-        return list(labels).index(str(value))
-    return value if isinstance(value, int) and 0 <= value < len(labels) else None
+    text = label_text(value, words)
+    if text is not None and text in labels:
+        return list(labels).index(text)
+    return value if words is None and isinstance(value, int) and 0 <= value < len(labels) else None
 
 
 def tokenize_pairs(
