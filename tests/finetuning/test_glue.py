@@ -203,6 +203,29 @@ def test_example_without_text_is_refused(tokenizer, tmp_path):
         glue_task("sst2", tokenizer, file, [file])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", r"a\.csv is empty"),
+        ("a.csv", "sentence,label\n", r"a\.csv has no row"),
+        ("a.jsonl", "\n", r"a\.jsonl has no row"),
+        ("a.csv", "sentence,label\na, b,1\nc,2\n", r"a\.csv is damaged.*Text that holds a comma must stand in quotes"),
+        ("a.csv", "sentence,label\nc,2\na, b,1\n", r"a\.csv is damaged.*line 3, saw 3.*must stand in quotes"),
+        ("a.csv", b"sentence,label\nZ\xfcrich,1\n", r"a\.csv is damaged.*0xfc"),
+        (
+            "a.jsonl",
+            '{"sentence": "a", "label": 1}\n{',
+            r"a\.jsonl is damaged, or is no \.jsonl file: .*JSON parse error",
+        ),
+        ("a.parquet", "PAR", r"a\.parquet is damaged, or is no \.parquet file"),
+    ],
+)
+def test_damaged_file_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        read_file(tmp_path / name)
+
+
 def test_wrong_options_are_refused(tokenizer, tmp_path):
     file = write_csv(tmp_path / "data.csv", examples(4, 0))
     with pytest.raises(ValueError, match=r"task='sst3' is unknown"):

@@ -4,6 +4,7 @@ Source: GLUE, arXiv 1804.07461. Data comes from the Hub (`nyu-mll/glue`), or fro
 columns have GLUE's names.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowException
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -21,6 +24,7 @@ from transformers import (
 
 from ..checks import check_choice, check_count
 from .metrics import GlueMetric
+from .rows import check_file
 from .task import Task
 
 
@@ -158,14 +162,27 @@ def read_splits(
 
 
 def read_file(file: str | Path) -> Dataset:
-    """Read a CSV, JSON lines or Parquet file. Words such as "NA" or "null" in a CSV file are text."""
+    """Read a CSV, JSON lines or Parquet file. Words such as "NA" or "null" in a CSV file are text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its suffix is unknown, or it is damaged or has no row.
+    """
     kind = FORMATS.get(Path(file).suffix)
     if kind is None:
         raise ValueError(f"{file} has an unknown format. Allowed: {', '.join(FORMATS)}.")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file} does not exist.")
-    options = {"keep_default_na": False} if kind == "csv" else {}
-    return load_dataset(kind, data_files=str(file), split="train", **options)
+    check_file(file)
+    options = {"keep_default_na": False, "index_col": False} if kind == "csv" else {}
+    hint = " Text that holds a comma must stand in quotes." if kind == "csv" else ""
+    try:
+        with warnings.catch_warnings():  # a first row with more values than the header has columns only warns
+            warnings.filterwarnings("error", "Length of header or names does not match")
+            return load_dataset(kind, data_files=str(file), split="train", **options)
+    except (DatasetGenerationError, ArrowException) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"{file} is damaged, or is no {Path(file).suffix} file: {reason}.{hint}") from error
+    except (ValueError, StopIteration) as error:  # what `datasets` raises where it finds no row
+        raise ValueError(f"{file} has no row that can be read. {error}") from error
 
 
 def find_columns(data: Dataset, source: str) -> tuple[str, ...]:
