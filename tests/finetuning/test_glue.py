@@ -238,3 +238,7 @@ def test_wrong_options_are_refused(tokenizer, tmp_path):
         glue_task("sst2", tokenizer, str(tmp_path / "none.csv"), [file])
     with pytest.raises(ValueError, match=r"data\.txt has an unknown format\. Allowed: \.csv"):
         glue_task("sst2", tokenizer, str(tmp_path / "data.txt"), [file])
+    tokenizer.model_max_length = 32
+    for length in (2, 33):
+        with pytest.raises(ValueError, match=rf"max_length={length} must be between 8 and 32"):
+            glue_task("sst2", tokenizer, file, [file], max_length=length)

@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..checks import check_choice, check_count
+from ..checks import check_choice
+from ..data.sequences import check_length
 from .metrics import GlueMetric
 from .rows import check_file
 from .task import Task
@@ -99,7 +100,7 @@ def glue_task(
         'accuracy'
     """
     check_choice("task", name, TASKS)
-    check_count("max_length", max_length)
+    check_length(tokenizer, max_length)
     known = TASKS[name]
     splits = read_splits(name, train_file, validation_files, dataset_name)
     columns = known.columns or find_columns(splits["train"], train_file or dataset_name)
@@ -179,7 +180,7 @@ def read_file(file: str | Path) -> Dataset:
             warnings.filterwarnings("error", "Length of header or names does not match")
             return load_dataset(kind, data_files=str(file), split="train", **options)
     except (DatasetGenerationError, ArrowException) as error:
-        reason = error.__cause__ or error
+        reason = str(error.__cause__ or error).strip(" .\n")
         raise ValueError(f"{file} is damaged, or is no {Path(file).suffix} file: {reason}.{hint}") from error
     except (ValueError, StopIteration) as error:  # what `datasets` raises where it finds no row
         raise ValueError(f"{file} has no row that can be read. {error}") from error
