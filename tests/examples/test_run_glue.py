@@ -46,6 +46,8 @@ def test_script_prints_shape_and_scores(script, options, tmp_path, capsys):
     assert "shape [36, 20, 48], seeds [0, 1], model of seed" in printed
     mean, spread = (results[key]["validation"]["accuracy"] for key in ("mean", "spread"))
     assert f"{mean:.4f} ± {spread:.4f}" in printed
+    assert script.main([*options, "--seeds", "1", *seeds[3:], "--output_dir", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == printed  # of all seeds in the folder
 
 
 @pytest.mark.filterwarnings("ignore:Shapes left out of the fit")  # of a model of a few steps

@@ -89,6 +89,16 @@ def test_further_seeds_are_added_without_running_the_first_again(supernet, files
     assert len(trained) == 1
 
 
+def test_model_is_that_of_the_best_seed_however_the_seeds_are_divided_over_calls(supernet, files, tokenizer, tmp_path):
+    options = {"shape": SHAPE, "num_train_epochs": 1}
+    expected = tune(tmp_path / "whole", supernet, files, tokenizer, seeds=[0, 1, 2], **options)
+    order = sorted(expected["seeds"], key=lambda run: -run["scores"]["validation"]["accuracy"])
+    for run in order:  # the best one first
+        results = tune(tmp_path / "out", supernet, files, tokenizer, seeds=[run["seed"]], **options)
+    assert results == expected
+    assert_same(weights(tmp_path / "out"), weights(tmp_path / "whole"), atol=0)
+
+
 def test_best_epoch_is_kept_and_patience_ends_a_run(supernet, files, tokenizer, tmp_path):
     """With a learning rate that ruins the model, no epoch is better than the first ones."""
     results = tune(

@@ -7,7 +7,7 @@
                results.json       the scores of every seed, their means and spreads, and what was fine-tuned
 
 A run that was killed resumes from its newest complete checkpoint and, on a CPU, ends with the same weights. Seeds that
-are done are not run again.
+are done are not run again: a call with further seeds adds them to the results.
 """
 
 import copy
@@ -125,8 +125,7 @@ def run_seed(
     }
 
     def write() -> None:
-        results = [found, *filter(None, (seed_results(Path(str(args.output_dir)), other) for other in args.seeds))]
-        if best_of(results, task) is found:
+        if best_of([found, *all_results(Path(str(args.output_dir)))], task) is found:
             save_model(args, task, tokenizer, model, found)
         write_json(folder / RESULTS_FILE, RESULTS_FORMAT, found)
         for checkpoint in folder.glob("checkpoint-*"):
@@ -191,6 +190,12 @@ def seed_results(folder: Path, seed: int) -> dict[str, Any] | None:
     return read_json(file, RESULTS_FORMAT) if file.exists() else None
 
 
+def all_results(folder: Path) -> list[dict[str, Any]]:
+    """Return the results of all seeds that are done, also of those that an earlier call ran, in the order of seeds."""
+    seeds = [int(path.parent.name.removeprefix("seed-")) for path in folder.glob(f"seed-*/{RESULTS_FILE}")]
+    return [found for seed in sorted(seeds) if (found := seed_results(folder, seed)) is not None]
+
+
 def settings(args: FineTuningArguments, task: Task) -> dict[str, Any]:
     """Return the options that decide the results of a seed."""
     names = (
@@ -240,7 +245,7 @@ def best_of(results: list[dict[str, Any]], task: Task) -> dict[str, Any]:
 def summarize(args: FineTuningArguments, task: Task) -> dict[str, Any]:
     """Write `results.json` and return its content."""
     folder = Path(str(args.output_dir))
-    results = [found for seed in args.seeds if (found := seed_results(folder, seed)) is not None]
+    results = all_results(folder)
     best = best_of(results, task)
     scores = {split: list(best["scores"][split]) for split in task.evaluation}
 
@@ -263,6 +268,12 @@ def summarize(args: FineTuningArguments, task: Task) -> dict[str, Any]:
     }
     write_json(folder / RESULTS_FILE, RESULTS_FORMAT, summary)
     return summary
+
+
+def summary_line(summary: Mapping[str, Any], folder: Any) -> str:
+    """Return what the results in a folder are of, in one line."""
+    seeds = [found["seed"] for found in summary["seeds"]]
+    return f"shape {summary['shape']}, seeds {seeds}, model of seed {summary['best_seed']}: {folder}"
 
 
 def score_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
