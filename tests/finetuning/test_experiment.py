@@ -175,10 +175,37 @@ def test_subnet_and_bert_are_fine_tuned_as_they_are(supernet, files, tokenizer, 
     assert bert["shape"] is None
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "third" / "model")
     assert type(loaded).__name__ == "BertForSequenceClassification"
-    with pytest.raises(ValueError, match=r"is not a supernet, so no shape can be cut out of it"):
-        tune(tmp_path / "fourth", subnet, files, tokenizer, shape=SHAPE)
-    with pytest.raises(ValueError, match=r"max_cost=1000 needs a supernet"):
-        tune(tmp_path / "fifth", subnet, files, tokenizer, max_cost=1000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": [36, 20]}, r"shape=\[36, 20\] has 2 widths, but the supernet has 3 layers.*Allowed: \[8, 20, 36, 48\]"),
+        ({"shape": [36, 20, 47]}, r"width 47 of layer 2 is not divisible.*Allowed: \[8, 20, 36, 48\]"),
+        ({"max_cost": 10}, "max_cost=10 parameters cannot be met: the cheapest shape has 10,804"),
+        ({"max_cost": 10, "sandwich": True}, "max_cost=10 parameters cannot be met: the smallest shape has 10,804"),
+        (
+            {"max_cost": 10, "sandwich": True, "cost": "flops", "max_length": 9},
+            "max_cost=10 FLOPs cannot be met: the smallest shape has 165,600 FLOPs",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_shape_or_budget_is_refused_before_anything_is_written(
+    changes, message, supernet, files, tokenizer, tmp_path, monkeypatch
+):
+    """So the same command works in the same folder once it is right."""
+    monkeypatch.setattr(Trainer, "train", None)
+    with pytest.raises(ValueError, match=message):
+        tune(tmp_path / "out", supernet, files, tokenizer, **changes)
+    assert [file.name for file in (tmp_path / "out").glob("[!.]*")] == []
+
+
+@pytest.mark.parametrize("changes", [{"shape": SHAPE}, {"max_cost": 1000}, {"sandwich": True}])
+def test_shapes_need_a_supernet(changes, files, tokenizer, tmp_path):
+    bert = write_bert(tmp_path / "bert", tokenizer)
+    with pytest.raises(ValueError, match=r"(shape=\[36, 20, 48\]|max_cost=1000|sandwich=True) needs a supernet, and"):
+        tune(tmp_path / "out", bert, files, tokenizer, **changes)
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 def load(task_name, model, files, tokenizer, tmp_path, seed=0):
