@@ -167,6 +167,18 @@ def test_budget_without_records_measures_shapes_on_the_task(supernet, files, tok
     assert (tmp_path / "out" / "records.jsonl").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Shapes left out of the fit")
+def test_budget_in_flops_is_of_sequences_of_max_length(supernet, files, tokenizer, tmp_path):
+    """A budget that no shape could meet at another length, of `pareto_front`."""
+    space = SearchSpace.from_config(SuperShaperConfig.from_pretrained(supernet))
+    budget = 3 * space.flops(space.smallest, 12)
+    assert budget < space.flops(space.smallest, 128)
+    results = tune(
+        tmp_path / "out", supernet, files, tokenizer, max_cost=budget, cost="flops", max_steps=1, num_shapes=12
+    )  # fmt: skip
+    assert space.flops(results["shape"], 12) <= budget
+
+
 def test_subnet_and_bert_are_fine_tuned_as_they_are(supernet, files, tokenizer, tmp_path):
     tune(tmp_path / "first", supernet, files, tokenizer, shape=SHAPE, max_steps=1)
     subnet = str(tmp_path / "first" / "model")

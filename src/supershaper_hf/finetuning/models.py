@@ -170,7 +170,9 @@ def measure_on(task: Task, args: FineTuningArguments, space: SearchSpace, folder
     def measure(shapes: list[list[int]]) -> list[dict[str, Any]]:
         return evaluate_shapes(supernet, batches, shapes, measure="distance", records_file=file)
 
-    return measure_in_rounds(space, measure, args.num_shapes, cost=args.cost, max_cost=args.max_cost)
+    return measure_in_rounds(
+        space, measure, args.num_shapes, cost=args.cost, max_cost=args.max_cost, sequence_length=args.max_length
+    )
 
 
 def first_batches(data: Dataset, task: Task, count: int) -> list[dict[str, torch.Tensor]]:
