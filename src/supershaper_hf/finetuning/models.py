@@ -138,7 +138,7 @@ def choose_shape(args: FineTuningArguments, task: Task, folder: Path) -> list[in
     if args.shape is not None:
         space.validate(args.shape)
     if args.sandwich and args.max_cost is not None:
-        check_budget(args, space)
+        check_budget(args, space, args.max_cost)
     if args.max_cost is None or args.sandwich:
         return args.shape
     file = Path(args.records_file or Path(args.model) / RECORDS)
@@ -149,14 +149,14 @@ def choose_shape(args: FineTuningArguments, task: Task, folder: Path) -> list[in
     return front.best(max_cost=args.max_cost)
 
 
-def check_budget(args: FineTuningArguments, space: SearchSpace) -> None:
+def check_budget(args: FineTuningArguments, space: SearchSpace, max_cost: float) -> None:
     """Raise a ValueError unless the smallest shape is as cheap as `max_cost`."""
     smallest = (
         space.flops(space.smallest, args.max_length) if args.cost == "flops" else space.num_parameters(space.smallest)
     )
-    if smallest > args.max_cost:
+    if smallest > max_cost:
         raise ValueError(
-            f"max_cost={amount(args.max_cost, args.cost)} cannot be met: the smallest shape has "
+            f"max_cost={amount(max_cost, args.cost)} cannot be met: the smallest shape has "
             f"{amount(smallest, args.cost)}. Raise the budget."
         )
 
