@@ -1,5 +1,6 @@
 """Fine-tuning with several seeds: what is trained, what is kept, and what is resumed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -318,6 +319,53 @@ def test_folder_of_other_options_is_not_mixed_up(supernet, files, tokenizer, tmp
         ValueError, match=r"with other options: shape was \[36, 20, 48\], is \[36, 20, 20\]; learning_rate"
     ):
         tune(tmp_path / "out", supernet, files, tokenizer, shape=[36, 20, 20], max_steps=1, learning_rate=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr_scheduler_type": "constant"}, {"optim": "sgd"}, {"max_grad_norm": 0.5}, {"bf16": True},
+        {"load_best_model_at_end": False}, {"adam_beta2": 0.9}, {"label_smoothing_factor": 0.1},
+    ],
+)  # fmt: skip
+def test_every_option_that_decides_the_results_is_compared(changes, supernet, files, tokenizer, tmp_path):
+    tune(tmp_path / "out", supernet, files, tokenizer, shape=SHAPE, max_steps=1)
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=rf"with other options: {name} was .*, is .*{value}"):
+        tune(tmp_path / "out", supernet, files, tokenizer, shape=SHAPE, max_steps=1, **changes)
+    tune(tmp_path / "out", supernet, files, tokenizer, shape=SHAPE, max_steps=1, logging_steps=7, seeds=[0])
+
+
+def test_other_examples_and_another_way_to_score_are_noticed(supernet, files, tokenizer, tmp_path):
+    tune(tmp_path / "out", supernet, files, tokenizer, shape=SHAPE, max_steps=1)
+    other = files[0], write_csv(tmp_path / "other.csv", examples(24, 7))
+    with pytest.raises(ValueError, match=r"with other options: fingerprint of validation was '\w+', is '\w+'\. Use"):
+        tune(tmp_path / "out", supernet, other, tokenizer, shape=SHAPE, max_steps=1)
+    args = arguments(tmp_path / "out", supernet, shape=SHAPE, max_steps=1)
+    task = glue_task("sst2", tokenizer, files[0], [files[1]], max_length=12)
+    with pytest.raises(ValueError, match=r"with other options: max_answer_length was None, is 7\. Use"):
+        fine_tune(args, dataclasses.replace(task, options={"max_answer_length": 7}), tokenizer)
+
+
+def test_shape_of_other_records_is_noticed(supernet, files, tokenizer, tmp_path):
+    """The shapes that a first seed and a second one would have."""
+    space = SearchSpace.from_config(SuperShaperConfig.from_pretrained(supernet))
+    budget = space.num_parameters([20, 8, 48])
+    options = {"max_cost": budget, "max_steps": 1, "records_file": str(tmp_path / "records.jsonl")}
+    for layer, seed in ((2, 0), (0, 1)):  # the one that matters
+        records = [
+            {"shape": shape, "distance": 3 - shape[layer] / 60, "cosine": 0.5}
+            for shape in space.sample(30, seed=0).tolist()
+        ]
+        Path(options["records_file"]).unlink(missing_ok=True)
+        write_records(Path(options["records_file"]), records, supernet)
+        if seed == 0:
+            tune(tmp_path / "out", supernet, files, tokenizer, **options)
+            continue
+        with pytest.raises(
+            ValueError, match=r"with other options: chosen_shape was \[.*\], is \[.*\]\. Use another folder"
+        ):
+            tune(tmp_path / "out", supernet, files, tokenizer, seeds=[0, 1], **options)
 
 
 # Options

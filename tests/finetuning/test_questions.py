@@ -143,6 +143,13 @@ def write(folder, *examples):
     return file
 
 
+def test_options_of_scoring_are_kept_with_the_task(tokenizer, tmp_path):
+    file = write(tmp_path, example(CONTEXT, "dog"))
+    task = question_task(tokenizer, file, file, max_length=32, max_answer_length=5, null_score_diff_threshold=0.5)
+    assert task.options == {"max_answer_length": 5, "null_score_diff_threshold": 0.5}
+    assert (task.compute_metrics.max_answer_length, task.compute_metrics.threshold) == (5, 0.5)
+
+
 def test_lengths(tokenizer):
     assert check_lengths(tokenizer, 384, None, None) == (384, 128, 64)
     assert check_lengths(tokenizer, 32, None, None) == (32, 10, 8)

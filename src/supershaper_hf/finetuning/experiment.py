@@ -11,6 +11,8 @@ are done are not run again: a call with further seeds adds them to the results.
 """
 
 import copy
+import hashlib
+import json
 import shutil
 import statistics
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
 
@@ -71,15 +74,19 @@ def fine_tune(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokeni
     folder = Path(str(args.output_dir))
     with ExitStack() as stack:
 
-        def begin() -> list[int] | None:
+        def begin() -> tuple[list[int] | None, dict[str, Any]]:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(folder))
-            check_settings(folder, settings(args, task))
-            return choose_shape(args, task, folder)
+            current = settings(args, task)
+            check_settings(folder, current)
+            shape = choose_shape(args, task, folder)
+            current["chosen_shape"] = shape  # other records may lead to another shape
+            check_settings(folder, current)
+            return shape, current
 
-        shape = on_main_process(begin, processes)
+        shape, current = on_main_process(begin, processes)
         teacher = on_every_process(partial(load_teacher, args, task, tokenizer), processes)
-        on_main_process(partial(write_json, folder / RUN_FILE, RESULTS_FORMAT, settings(args, task)), processes)
+        on_main_process(partial(write_json, folder / RUN_FILE, RESULTS_FORMAT, current), processes)
         for seed in args.seeds:
             if on_main_process(partial(seed_results, folder, seed), processes) is None:
                 run_seed(args, task, tokenizer, shape, teacher, seed)
@@ -196,15 +203,34 @@ def all_results(folder: Path) -> list[dict[str, Any]]:
     return [found for seed in sorted(seeds) if (found := seed_results(folder, seed)) is not None]
 
 
+OPTIONS = (  # that decide the results of a seed
+    *("model", "shape", "max_cost", "cost", "teacher", "distillation_weight", "temperature", "max_length"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "num_train_epochs", "max_steps", "warmup_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "dataloader_drop_last"),
+    *("weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "data_seed", "train_sampling_strategy"),
+    *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end"),
+    *("early_stopping_patience", "sandwich", "random_shapes"),
+)
+
+
 def settings(args: FineTuningArguments, task: Task) -> dict[str, Any]:
-    """Return the options that decide the results of a seed."""
-    names = (
-        *("model", "shape", "max_cost", "cost", "teacher", "distillation_weight", "temperature", "max_length"),
-        *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay"),
-        *("gradient_accumulation_steps", "warmup_steps", "early_stopping_patience", "sandwich", "random_shapes"),
+    """Return what decides the results of a seed: the task, its examples, and the options."""
+    splits = {"train": task.train, **task.evaluation}
+    return (
+        {"task": task.name, "examples": {split: len(data) for split, data in splits.items()}}
+        | {f"fingerprint of {split}": fingerprint(data) for split, data in splits.items()}
+        | task.options
+        | {name: getattr(args, name, None) for name in OPTIONS}
     )
-    examples = {"train": len(task.train)} | {split: len(data) for split, data in task.evaluation.items()}
-    return {"task": task.name, "examples": examples} | {name: getattr(args, name) for name in names}
+
+
+def fingerprint(data: Dataset) -> str:
+    """Return the first digits of the SHA-256 of all examples."""
+    digest = hashlib.sha256()
+    for batch in data.iter(1000):
+        digest.update(json.dumps(batch, sort_keys=True).encode())
+    return digest.hexdigest()[:12]
 
 
 def check_settings(folder: Path, current: dict[str, Any]) -> None:
