@@ -19,6 +19,7 @@ from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperForSequenc
 from supershaper_hf.finetuning.experiment import fine_tune, newest_checkpoint
 from supershaper_hf.finetuning.glue import glue_task
 from supershaper_hf.finetuning.models import load_model
+from supershaper_hf.finetuning.questions import question_task
 from supershaper_hf.search.records import append_record
 
 
@@ -281,6 +282,17 @@ def test_teacher_of_another_task_or_vocabulary_is_refused(supernet, files, token
     words = type(tokenizer)(vocab=dict(reversed([(word, i) for i, word in enumerate(reversed(tokenizer.get_vocab()))])))
     with pytest.raises(ValueError, match="has another vocabulary than"):
         tune(tmp_path / "out", supernet, files, tokenizer, teacher=write_bert(tmp_path / "words", words))
+
+
+def test_teacher_without_a_head_for_the_task_is_refused(supernet, tokenizer, tmp_path):
+    """The labels of a head for questions have no names, so they do not tell."""
+    rows = [{"id": "0", "question": "the cat", "context": "the dog ran", "answers": {"text": [], "answer_start": []}}]
+    (tmp_path / "data.jsonl").write_text(json.dumps(rows[0]))
+    task = question_task(tokenizer, tmp_path / "data.jsonl", tmp_path / "data.jsonl", max_length=16)
+    other = write_bert(tmp_path / "bert", tokenizer, id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id=None)
+    message = r"lacks weights of a BertForQuestionAnswering: \['qa_outputs.bias', 'qa_outputs.weight'\]. Use a teacher"
+    with pytest.raises(ValueError, match=message):
+        fine_tune(arguments(tmp_path / "out", supernet, teacher=other, max_steps=1), task, tokenizer)
 
 
 # Interruptions

@@ -84,12 +84,19 @@ def load_teacher(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTok
     """Return the fine-tuned teacher, if the options name one.
 
     Raises:
-        ValueError: If its labels or its tokenizer are not those of the model that learns.
+        ValueError: If it has no head for the task, or its labels or its tokenizer are not those of the model that learns.
     """
     if args.teacher is None:
         return None
     trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    teacher = task.auto_class.from_pretrained(args.teacher, dtype=torch.float32, **trust)
+    teacher, loading = task.auto_class.from_pretrained(
+        args.teacher, dtype=torch.float32, output_loading_info=True, **trust
+    )
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"The teacher {args.teacher} lacks weights of a {type(teacher).__name__}: {sorted(loading['missing_keys'])}. "
+            "Use a teacher that was fine-tuned on this task."
+        )
     expected = teacher.config.__class__()
     expected.update(task.config)
     if not same_labels(teacher.config, expected):
