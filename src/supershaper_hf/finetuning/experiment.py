@@ -133,6 +133,7 @@ def run_seed(
 
     def write() -> None:
         if best_of([found, *all_results(Path(str(args.output_dir)))], task) is found:
+            shutil.rmtree(Path(str(args.output_dir)) / SEARCH, ignore_errors=True)  # of the model that is replaced
             save_model(args, task, tokenizer, model, found)
         write_json(folder / RESULTS_FILE, RESULTS_FORMAT, found)
         for checkpoint in folder.glob("checkpoint-*"):
