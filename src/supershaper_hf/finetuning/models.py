@@ -84,7 +84,7 @@ def load_teacher(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTok
     """Return the fine-tuned teacher, if the options name one.
 
     Raises:
-        ValueError: If it has no head for the task, or its labels or its tokenizer are not those of the model that learns.
+        ValueError: If it has no head for the task, or other labels or another vocabulary than the model that learns.
     """
     if args.teacher is None:
         return None
@@ -94,8 +94,8 @@ def load_teacher(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTok
     )
     if loading["missing_keys"]:
         raise ValueError(
-            f"The teacher {args.teacher} lacks weights of a {type(teacher).__name__}: {sorted(loading['missing_keys'])}. "
-            "Use a teacher that was fine-tuned on this task."
+            f"The teacher {args.teacher} lacks weights of a {type(teacher).__name__}: "
+            f"{sorted(loading['missing_keys'])}. Use a teacher that was fine-tuned on this task."
         )
     expected = teacher.config.__class__()
     expected.update(task.config)
