@@ -73,6 +73,22 @@ def test_class_labels_of_parquet_become_their_names(tmp_path):
     assert list(read_sentences(tmp_path / "train.parquet")) == SENTENCES
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, -1], r"row 2 has the label -1. Allowed: 0 to 1, which stand for O, B-PER. Use a split that has labels"),
+        ([0, None], r"row 2 has the label None. Allowed: 0 to 1"),
+        (None, r"row 2: 'ner_tags' must be of the type list, got 'None'"),
+    ],
+)
+def test_class_labels_without_a_name_are_refused(tmp_path, labels, message):
+    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=["O", "B-PER"]))})
+    rows = {"tokens": [["EU", "rejects"]] * 2, "ner_tags": [[0, 1], labels]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match=rf"test\.parquet, {message}"):
+        read_sentences(tmp_path / "test.parquet")
+
+
 def test_folder_of_a_data_set(tmp_path):
     for split in ("train", "validation", "test"):
         classes().to_parquet(tmp_path / f"{split}.parquet")
