@@ -138,6 +138,12 @@ def test_tokenizer_that_knows_no_words_is_refused(tokenizer, tmp_path, monkeypat
         entity_task(tokenizer, tmp_path / "a.conll", tmp_path / "a.conll")
 
 
+@pytest.mark.parametrize("length", [7, 25])
+def test_length_that_the_tokenizer_cannot_make_is_refused(tokenizer, tmp_path, length):
+    with pytest.raises(ValueError, match=f"max_length={length} must be between 8 and 24"):
+        entity_task(tokenizer, tmp_path / "a.conll", tmp_path / "a.conll", max_length=length)
+
+
 def test_trainer_learns_the_labels_by_heart(tokenizer, tmp_path):
     """Sentences that are divided and padded reach the scores of `Trainer` with their labels."""
     lines = ["cats B-PER", "dogs I-PER", "ran O", "the O", "moon B-LOC", "big O", "a O", "mat B-LOC", "sat O"]
