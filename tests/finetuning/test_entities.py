@@ -101,6 +101,8 @@ def test_scores_by_hand(tokenizer, tmp_path):
         {"precision": 3 / 4, "recall": 1.0, "f1": 6 / 7, "accuracy": 6 / 7, "f1_LOC": 4 / 5, "f1_PER": 1.0}
     )
     assert task.score in scores
+    more = (logits, np.zeros(3))  # of a model that also returns its hidden states
+    assert task.compute_metrics(EvalPrediction(predictions=more, label_ids=np.array(labels))) == scores
 
 
 def test_seqeval_has_the_same_scores():

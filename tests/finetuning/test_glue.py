@@ -165,7 +165,8 @@ def test_scores_are_those_of_the_highest_logits(tokenizer, tmp_path):
     train, validation = write_task(tmp_path)
     logits = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [5.0, 4.0]])
     task = glue_task("sst2", tokenizer, train, [validation])
-    assert task.compute_metrics(EvalPrediction(logits, np.array([0, 1, 1, 0]))) == {"accuracy": 0.75}
+    for predictions in (logits, (logits, np.zeros(3))):  # the second one of a model that returns its hidden states
+        assert task.compute_metrics(EvalPrediction(predictions, np.array([0, 1, 1, 0]))) == {"accuracy": 0.75}
     file = write_csv(tmp_path / "pairs.csv", pairs(("sentence1", "sentence2"), [0, 1]))
     found = glue_task("mrpc", tokenizer, file, [file]).compute_metrics(EvalPrediction(logits, np.array([0, 1, 1, 0])))
     assert found == pytest.approx({"accuracy": 0.75, "f1": 2 / 3, "combined_score": (0.75 + 2 / 3) / 2})

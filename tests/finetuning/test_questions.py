@@ -9,7 +9,14 @@ from datasets import Dataset
 from transformers import BertTokenizer, EvalPrediction, Trainer, TrainingArguments
 
 from supershaper_hf import SuperShaperForQuestionAnswering
-from supershaper_hf.finetuning.questions import QuestionScorer, check_lengths, make_windows, question_task
+from supershaper_hf.finetuning.questions import (
+    QuestionScorer,
+    best_spans,
+    check_lengths,
+    cut_questions,
+    make_windows,
+    question_task,
+)
 from supershaper_hf.finetuning.squad import EXAMPLES
 
 
@@ -123,6 +130,17 @@ def test_long_questions_are_cut_and_empty_texts_have_a_window(tokenizer, side):
     assert {question.strip() for question in questions[:-2]} == {"who cats who cats"}
     assert [question.strip() for question in questions[-2:]] == ["who?", ""]
     assert [window["start_positions"] for window in found][-2:] == [0, 0]
+
+
+def test_white_space_around_a_question_is_left_out(tokenizer):
+    """Tokenizers of other encoders make a token of it."""
+    assert cut_questions(["  who sat?\n", "who cats\n", "\n"], tokenizer, 4) == ["who sat?", "who cats", ""]
+
+
+def test_windows_name_their_question_however_many_there_are(tokenizer):
+    """`datasets` tokenises a thousand at a time."""
+    found = windows_of(tokenizer, *(example("cat", name=str(number)) for number in range(1002)))
+    assert found["example"][:] == list(range(1002))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -255,6 +273,13 @@ def test_lowest_score_of_no_answer_counts(tokenizer):
     logits[:, :, 0] = 50
     logits[:, 1, 0] = -50
     assert scoring.answers(*logits)[0].doubt() < 0
+
+
+def test_tokens_of_no_character_are_no_answer():
+    """As byte-level tokenizers have them, for a part of a character."""
+    logits = np.array([0.0, 5, 0, 0]), np.array([0.0, 5, 0, 1])
+    offsets = [[-1, -1], [2, 2], [2, 5], [6, 9]]
+    assert best_spans(*logits, offsets, longest=1, count=5) == [(1.0, 6, 9), (0.0, 2, 5)]
 
 
 @pytest.mark.parametrize("version_2", [False, True])
