@@ -187,6 +187,8 @@ def test_numbers_are_scored_by_correlations(tokenizer, tmp_path):
         ([{"text": "a", "label": 0}], "sst2", r"lacks the columns \['sentence'\]; it has \['text', 'label'\]"),
         ([{"sentence": "a"}], "sst2", r"lacks the columns \['label'\]"),
         ([{"sentence1": "a", "sentence2": "b", "label": "high"}], "stsb", r"has the label 'high'.*a finite number"),
+        ([{"sentence1": "a", "sentence2": "b", "label": "inf"}], "stsb", r"has the label inf.*a finite number"),
+        ([{"sentence": 7, "label": 0}], "sst2", r"no text in column 'sentence' of row 0"),
         ([{"text": "a"}], "classification", r"lacks the columns \['label'\]; it has \['text'\]"),
         ([{"words": "a", "label": 0}], "classification", r"data.csv has the columns .* Its text must be in one of"),
     ],

@@ -176,6 +176,20 @@ def test_lengths(tokenizer):
         check_lengths(tokenizer, 16, 7, 6)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_answer_length": 0}, "max_answer_length=0 must be an integer of at least 1"),
+        ({"null_score_diff_threshold": float("nan")}, "null_score_diff_threshold=nan must be a finite number"),
+        ({"stride": -1}, "stride=-1 must be an integer of at least 0"),
+        ({"max_question_length": 0}, "max_question_length=0 must be an integer of at least 1"),
+    ],
+)
+def test_wrong_options_are_refused(tokenizer, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        question_task(tokenizer, tmp_path / "a.json", tmp_path / "a.json", max_length=32, **changes)
+
+
 # Answers
 
 
