@@ -40,6 +40,21 @@ def test_every_task_of_glue_is_read_from_its_columns(name, tokenizer, tmp_path):
     assert set(task.config["id2label"].values()) == (set(known.labels) or {"score"})
 
 
+def test_labels_have_the_numbers_of_glue():
+    """Those of the data set on the Hub: files hold numbers without names."""
+    assert {name: TASKS[name].labels for name in NINE} == {
+        "cola": ("unacceptable", "acceptable"),
+        "sst2": ("negative", "positive"),
+        "mrpc": ("not_equivalent", "equivalent"),
+        "qqp": ("not_duplicate", "duplicate"),
+        "stsb": (),
+        "mnli": ("entailment", "neutral", "contradiction"),
+        "qnli": ("entailment", "not_entailment"),
+        "rte": ("entailment", "not_entailment"),
+        "wnli": ("not_entailment", "entailment"),
+    }
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet"])
 def test_files_of_every_format_hold_the_same(kind, tmp_path):
     rows, file = examples(6, 0), tmp_path / f"data.{kind}"
