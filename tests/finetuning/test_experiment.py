@@ -333,6 +333,13 @@ def test_folder_of_other_options_is_not_mixed_up(supernet, files, tokenizer, tmp
         tune(tmp_path / "out", supernet, files, tokenizer, shape=[36, 20, 20], max_steps=1, learning_rate=1e-4)
 
 
+@pytest.mark.parametrize(("name", "changes"), [("model", {"shape": SHAPE}), ("search", {"sandwich": True})])
+def test_folders_that_no_fine_tuning_has_written_are_not_replaced(name, changes, supernet, files, tokenizer, tmp_path):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=rf"out holds {name}, which a fine-tuning would replace, but no run.json"):
+        tune(tmp_path / "out", supernet, files, tokenizer, max_steps=1, **changes)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

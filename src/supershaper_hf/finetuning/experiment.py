@@ -32,7 +32,7 @@ from ..publish.hub import save_for_hub
 from ..report.tables import markdown_table
 from .arguments import FineTuningArguments
 from .models import choose_shape, load_model, load_teacher
-from .super_tuning import SEARCH, SandwichTrainer, search_task
+from .super_tuning import SEARCH, SUBNET, SandwichTrainer, search_task
 from .task import Task
 from .trainer import DistillingTrainer
 
@@ -61,6 +61,7 @@ def fine_tune(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokeni
     Raises:
         ValueError: If `args.output_dir` holds results of other options, the model is no supernet but a shape is asked
             for, or the teacher does not fit.
+        FileExistsError: If `args.output_dir` holds a folder `model` that no fine-tuning has written.
         RuntimeError: If another run is using `args.output_dir`.
 
     Example:
@@ -133,7 +134,8 @@ def run_seed(
 
     def write() -> None:
         if best_of([found, *all_results(Path(str(args.output_dir)))], task) is found:
-            shutil.rmtree(Path(str(args.output_dir)) / SEARCH, ignore_errors=True)  # of the model that is replaced
+            if args.sandwich:
+                shutil.rmtree(Path(str(args.output_dir)) / SEARCH, ignore_errors=True)  # of the model that is replaced
             save_model(args, task, tokenizer, model, found)
         write_json(folder / RESULTS_FILE, RESULTS_FORMAT, found)
         for checkpoint in folder.glob("checkpoint-*"):
@@ -235,8 +237,15 @@ def fingerprint(data: Dataset) -> str:
 
 
 def check_settings(folder: Path, current: dict[str, Any]) -> None:
-    """Raise an error that names what differs if the runs in `folder` have other options."""
+    """Raise an error that names what differs if the runs in `folder` have other options, or are not ours."""
     file = folder / RUN_FILE
+    names = (MODEL, *((SEARCH, SUBNET) if current["sandwich"] else ()))
+    strange = [name for name in names if (folder / name).exists() and not file.exists()]
+    if strange:
+        raise FileExistsError(
+            f"{folder} holds {' and '.join(strange)}, which a fine-tuning would replace, but no {RUN_FILE} of an "
+            "earlier one. Choose another folder."
+        )
     before = read_json(file, RESULTS_FORMAT) if file.exists() else current
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}" for name, value in current.items() if before.get(name) != value
