@@ -16,7 +16,7 @@ from tiny_tasks import arguments, examples, tune, write_bert, write_csv, write_s
 from transformers import AutoModelForSequenceClassification, Trainer
 
 from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperForSequenceClassification, evaluate_shapes
-from supershaper_hf.finetuning.experiment import fine_tune, newest_checkpoint
+from supershaper_hf.finetuning.experiment import best_of, fine_tune, newest_checkpoint
 from supershaper_hf.finetuning.glue import glue_task
 from supershaper_hf.finetuning.models import load_model
 from supershaper_hf.finetuning.questions import question_task
@@ -311,6 +311,30 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(supernet, files, tokenize
     assert newest_checkpoint(folder) == str(folder / "checkpoint-12")
     assert tune(tmp_path / "killed", supernet, files, tokenizer, **options) == expected
     assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"), atol=0)
+
+
+def test_patience_is_resumed(supernet, files, tokenizer, tmp_path, monkeypatch):
+    """Stopped in the epoch that would have ended the run, which has had one epoch without a better score before."""
+    options = {"shape": SHAPE, "num_train_epochs": 30, "early_stopping_patience": 2, "learning_rate": 3e-3}
+    expected = tune(tmp_path / "whole", supernet, files, tokenizer, **options)
+    last = f"checkpoint-{expected['seeds'][0]['steps']}"
+
+    def stop(self, output_dir, save=Trainer._save_rng_state):
+        if output_dir.endswith(last):
+            raise KeyboardInterrupt
+        save(self, output_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_rng_state", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tune(tmp_path / "stopped", supernet, files, tokenizer, **options)
+    assert tune(tmp_path / "stopped", supernet, files, tokenizer, **options) == expected
+
+
+def test_smallest_of_equally_good_seeds_is_the_best(files, tokenizer):
+    task = glue_task("sst2", tokenizer, files[0], [files[1]], max_length=12)
+    results = [{"seed": seed, "scores": {"validation": {"accuracy": 0.5}}} for seed in (3, 1, 2)]
+    assert best_of(results, task)["seed"] == 1
 
 
 def tune_until_killed(folder, supernet, files, tokenizer, options):
