@@ -14,8 +14,10 @@ from forking import fork
 from safetensors.torch import load_file
 from tiny_tasks import arguments, examples, tune, write_bert, write_csv, write_supernet, write_task
 from transformers import AutoModelForSequenceClassification, Trainer
+from transformers.trainer_callback import TrainerState
 
 from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperForSequenceClassification, evaluate_shapes
+from supershaper_hf.files import lock
 from supershaper_hf.finetuning.experiment import best_of, fine_tune, newest_checkpoint
 from supershaper_hf.finetuning.glue import glue_task
 from supershaper_hf.finetuning.models import load_model
@@ -311,6 +313,20 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(supernet, files, tokenize
     assert newest_checkpoint(folder) == str(folder / "checkpoint-12")
     assert tune(tmp_path / "killed", supernet, files, tokenizer, **options) == expected
     assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"), atol=0)
+
+
+def test_newest_checkpoint_is_that_of_the_most_steps(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for step in (9, 100, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        TrainerState(global_step=step).save_to_json(str(tmp_path / f"checkpoint-{step}" / "trainer_state.json"))
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+
+
+def test_folder_that_another_run_is_using_is_refused(supernet, files, tokenizer, tmp_path):
+    (tmp_path / "out").mkdir()
+    with lock(tmp_path / "out"), pytest.raises(RuntimeError, match=r"out"):
+        tune(tmp_path / "out", supernet, files, tokenizer, shape=SHAPE, max_steps=1)
 
 
 def test_patience_is_resumed(supernet, files, tokenizer, tmp_path, monkeypatch):
