@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerState
 
 from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperForSequenceClassification, evaluate_shapes
 from supershaper_hf.files import lock
-from supershaper_hf.finetuning.experiment import best_of, fine_tune, newest_checkpoint
+from supershaper_hf.finetuning.experiment import best_of, fine_tune, make_trainer, newest_checkpoint, save_model
 from supershaper_hf.finetuning.glue import glue_task
 from supershaper_hf.finetuning.models import load_model
 from supershaper_hf.finetuning.questions import question_task
@@ -295,6 +295,32 @@ def test_teacher_without_a_head_for_the_task_is_refused(supernet, tokenizer, tmp
     message = r"lacks weights of a BertForQuestionAnswering: \['qa_outputs.bias', 'qa_outputs.weight'\]. Use a teacher"
     with pytest.raises(ValueError, match=message):
         fine_tune(arguments(tmp_path / "out", supernet, teacher=other, max_steps=1), task, tokenizer)
+
+
+def test_trainer_has_the_options_of_the_teacher_and_the_first_split(supernet, tokenizer, tmp_path):
+    rows = [{"premise": row["sentence"], "hypothesis": "the cat", "label": row["label"]} for row in examples(24, 0)]
+    first, second = write_csv(tmp_path / "a.csv", rows[:12]), write_csv(tmp_path / "b.csv", rows[12:])
+    task = glue_task("mnli", tokenizer, first, [first, second], max_length=12)
+    args = arguments(tmp_path / "out", supernet, distillation_weight=0.25, temperature=3.0)
+    model = load_model(args, task, SHAPE, 5)
+    trainer = make_trainer(args, task, tokenizer, model, None, 5)
+    assert (trainer.weight, trainer.temperature, trainer.args.seed) == (0.25, 3.0, 5)
+    assert trainer.eval_dataset is task.evaluation["validation_matched"]
+    assert args.seed == 42  # that of other seeds is not changed
+
+
+def test_card_names_the_model_of_the_hub_that_was_fine_tuned(supernet, files, tokenizer, tmp_path):
+    """But no folder of this machine."""
+    args = arguments(tmp_path / "out", supernet)
+    task = glue_task("sst2", tokenizer, files[0], [files[1]], max_length=12)
+    found = {"seed": 0, "epochs": 1.0, "scores": {"validation": {"accuracy": 0.5}}}
+    model = load_model(args, task, SHAPE, 0)
+    (tmp_path / "out").mkdir()
+    for name in (supernet, "user/name"):
+        save_model(dataclasses.replace(args, model=name), task, tokenizer, model, found)
+        card = (tmp_path / "out" / "model" / "README.md").read_text()
+        assert ("base_model: user/name" in card) == (name == "user/name")
+        assert str(tmp_path) not in card
 
 
 # Interruptions

@@ -196,3 +196,18 @@ def test_shapes_are_measured_again_if_a_further_seed_is_better(tokenizer, tmp_pa
     for seed in sorted(scores, key=scores.get):  # the best one last
         results = tune(tmp_path / "out", supernet, files, tokenizer, seeds=[seed], **options)
     assert results == expected
+
+
+@pytest.mark.filterwarnings("ignore:Shapes left out of the fit")
+def test_budget_in_flops_is_of_sequences_of_max_length(tokenizer, tmp_path):
+    """A budget that no shape could meet at 128 tokens."""
+    files = write_task(tmp_path)
+    supernet = write_supernet(tmp_path / "supernet", tokenizer)
+    space = SearchSpace.from_config(SuperShaperConfig.from_pretrained(supernet))
+    budget = 3 * space.flops(space.smallest, 12)
+    tune(
+        tmp_path / "out", supernet, files, tokenizer, sandwich=True, max_cost=budget, cost="flops", max_steps=1,
+        num_shapes=12,
+    )  # fmt: skip
+    subnet = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "subnet")
+    assert space.flops(subnet.config.hidden_sizes, 12) <= budget
