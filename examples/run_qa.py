@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from supershaper_hf import text_table
 from supershaper_hf.finetuning.arguments import parse_options
-from supershaper_hf.finetuning.experiment import fine_tune, score_rows
+from supershaper_hf.finetuning.experiment import fine_tune, score_rows, summary_line
 from supershaper_hf.finetuning.models import load_tokenizer
 from supershaper_hf.finetuning.questions import question_task
 from supershaper_hf.training.arguments import option
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     results = fine_tune(args, task, tokenizer)
     if args.process_index == 0:
-        print(f"shape {results['shape']}, seeds {args.seeds}, model of seed {results['best_seed']}: {args.output_dir}")
+        print(summary_line(results, args.output_dir))
         shown = ("exact_match", "exact", "f1", "HasAns_f1", "NoAns_f1", "best_f1", "best_f1_thresh")
         rows = score_rows(results)
         kept = ("task", "split", "parameters", *shown)

@@ -46,6 +46,10 @@ def test_script_prints_shape_and_scores(script, options, tmp_path, capsys):
     assert "shape [36, 20, 48], seeds [0, 1], model of seed" in printed
     mean, spread = (results[key]["validation"]["accuracy"] for key in ("mean", "spread"))
     assert f"{mean:.4f} ± {spread:.4f}" in printed
+    assert script.main([*options, "--seeds", "1", *seeds[3:], "--output_dir", str(tmp_path / "out")]) == 0
+    again = capsys.readouterr().out
+    assert again.startswith("shape")
+    assert printed.endswith(again)  # what is trained prints its loss first
 
 
 @pytest.mark.filterwarnings("ignore:Shapes left out of the fit")  # of a model of a few steps

@@ -101,6 +101,8 @@ def test_scores_by_hand(tokenizer, tmp_path):
         {"precision": 3 / 4, "recall": 1.0, "f1": 6 / 7, "accuracy": 6 / 7, "f1_LOC": 4 / 5, "f1_PER": 1.0}
     )
     assert task.score in scores
+    more = (logits, np.zeros(3))  # of a model that also returns its hidden states
+    assert task.compute_metrics(EvalPrediction(predictions=more, label_ids=np.array(labels))) == scores
 
 
 def test_seqeval_has_the_same_scores():
@@ -136,6 +138,12 @@ def test_tokenizer_that_knows_no_words_is_refused(tokenizer, tmp_path, monkeypat
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     with pytest.raises(ValueError, match="cannot say where in the text a token stands"):
         entity_task(tokenizer, tmp_path / "a.conll", tmp_path / "a.conll")
+
+
+@pytest.mark.parametrize("length", [7, 25])
+def test_length_that_the_tokenizer_cannot_make_is_refused(tokenizer, tmp_path, length):
+    with pytest.raises(ValueError, match=f"max_length={length} must be between 8 and 24"):
+        entity_task(tokenizer, tmp_path / "a.conll", tmp_path / "a.conll", max_length=length)
 
 
 def test_trainer_learns_the_labels_by_heart(tokenizer, tmp_path):

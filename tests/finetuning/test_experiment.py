@@ -1,5 +1,6 @@
 """Fine-tuning with several seeds: what is trained, what is kept, and what is resumed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,11 +14,21 @@ from forking import fork
 from safetensors.torch import load_file
 from tiny_tasks import arguments, examples, tune, write_bert, write_csv, write_supernet, write_task
 from transformers import AutoModelForSequenceClassification, Trainer
+from transformers.trainer_callback import TrainerState
 
 from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperForSequenceClassification, evaluate_shapes
-from supershaper_hf.finetuning.experiment import fine_tune, newest_checkpoint, score_rows
+from supershaper_hf.files import lock
+from supershaper_hf.finetuning.experiment import (
+    best_of,
+    fine_tune,
+    make_trainer,
+    newest_checkpoint,
+    save_model,
+    score_rows,
+)
 from supershaper_hf.finetuning.glue import glue_task
 from supershaper_hf.finetuning.models import load_model
+from supershaper_hf.finetuning.questions import question_task
 from supershaper_hf.search.records import append_record
 
 
@@ -92,6 +103,16 @@ def test_further_seeds_are_added_without_running_the_first_again(supernet, files
     assert len(trained) == 1
 
 
+def test_model_is_that_of_the_best_seed_however_the_seeds_are_divided_over_calls(supernet, files, tokenizer, tmp_path):
+    options = {"shape": SHAPE, "num_train_epochs": 1}
+    expected = tune(tmp_path / "whole", supernet, files, tokenizer, seeds=[0, 1, 2], **options)
+    order = sorted(expected["seeds"], key=lambda run: -run["scores"]["validation"]["accuracy"])
+    for run in order:  # the best one first
+        results = tune(tmp_path / "out", supernet, files, tokenizer, seeds=[run["seed"]], **options)
+    assert results == expected
+    assert_same(weights(tmp_path / "out"), weights(tmp_path / "whole"), atol=0)
+
+
 def test_best_epoch_is_kept_and_patience_ends_a_run(supernet, files, tokenizer, tmp_path):
     """With a learning rate that ruins the model, no epoch is better than the first ones."""
     results = tune(
@@ -160,6 +181,18 @@ def test_budget_without_records_measures_shapes_on_the_task(supernet, files, tok
     assert (tmp_path / "out" / "records.jsonl").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Shapes left out of the fit")
+def test_budget_in_flops_is_of_sequences_of_max_length(supernet, files, tokenizer, tmp_path):
+    """A budget that no shape could meet at another length, of `pareto_front`."""
+    space = SearchSpace.from_config(SuperShaperConfig.from_pretrained(supernet))
+    budget = 3 * space.flops(space.smallest, 12)
+    assert budget < space.flops(space.smallest, 128)
+    results = tune(
+        tmp_path / "out", supernet, files, tokenizer, max_cost=budget, cost="flops", max_steps=1, num_shapes=12
+    )  # fmt: skip
+    assert space.flops(results["shape"], 12) <= budget
+
+
 def test_subnet_and_bert_are_fine_tuned_as_they_are(supernet, files, tokenizer, tmp_path):
     tune(tmp_path / "first", supernet, files, tokenizer, shape=SHAPE, max_steps=1)
     subnet = str(tmp_path / "first" / "model")
@@ -168,10 +201,37 @@ def test_subnet_and_bert_are_fine_tuned_as_they_are(supernet, files, tokenizer, 
     assert bert["shape"] is None
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "third" / "model")
     assert type(loaded).__name__ == "BertForSequenceClassification"
-    with pytest.raises(ValueError, match=r"is not a supernet, so no shape can be cut out of it"):
-        tune(tmp_path / "fourth", subnet, files, tokenizer, shape=SHAPE)
-    with pytest.raises(ValueError, match=r"max_cost=1000 needs a supernet"):
-        tune(tmp_path / "fifth", subnet, files, tokenizer, max_cost=1000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": [36, 20]}, r"shape=\[36, 20\] has 2 widths, but the supernet has 3 layers.*Allowed: \[8, 20, "),
+        ({"shape": [36, 20, 47]}, r"width 47 of layer 2 is not divisible.*Allowed: \[8, 20, 36, 48\]"),
+        ({"max_cost": 10}, "max_cost=10 parameters cannot be met: the cheapest shape has 10,804"),
+        ({"max_cost": 10, "sandwich": True}, "max_cost=10 parameters cannot be met: the smallest shape has 10,804"),
+        (
+            {"max_cost": 10, "sandwich": True, "cost": "flops", "max_length": 9},
+            "max_cost=10 FLOPs cannot be met: the smallest shape has 165,600 FLOPs",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_shape_or_budget_is_refused_before_anything_is_written(
+    changes, message, supernet, files, tokenizer, tmp_path, monkeypatch
+):
+    """So the same command works in the same folder once it is right."""
+    monkeypatch.setattr(Trainer, "train", None)
+    with pytest.raises(ValueError, match=message):
+        tune(tmp_path / "out", supernet, files, tokenizer, **changes)
+    assert [file.name for file in (tmp_path / "out").glob("[!.]*")] == []
+
+
+@pytest.mark.parametrize("changes", [{"shape": SHAPE}, {"max_cost": 1000}, {"sandwich": True}])
+def test_shapes_need_a_supernet(changes, files, tokenizer, tmp_path):
+    bert = write_bert(tmp_path / "bert", tokenizer)
+    with pytest.raises(ValueError, match=r"(shape=\[36, 20, 48\]|max_cost=1000|sandwich=True) needs a supernet, and"):
+        tune(tmp_path / "out", bert, files, tokenizer, **changes)
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 def load(task_name, model, files, tokenizer, tmp_path, seed=0):
@@ -236,6 +296,43 @@ def test_teacher_of_another_task_or_vocabulary_is_refused(supernet, files, token
         tune(tmp_path / "out", supernet, files, tokenizer, teacher=write_bert(tmp_path / "words", words))
 
 
+def test_teacher_without_a_head_for_the_task_is_refused(supernet, tokenizer, tmp_path):
+    """The labels of a head for questions have no names, so they do not tell."""
+    rows = [{"id": "0", "question": "the cat", "context": "the dog ran", "answers": {"text": [], "answer_start": []}}]
+    (tmp_path / "data.jsonl").write_text(json.dumps(rows[0]))
+    task = question_task(tokenizer, tmp_path / "data.jsonl", tmp_path / "data.jsonl", max_length=16)
+    other = write_bert(tmp_path / "bert", tokenizer, id2label={0: "LABEL_0", 1: "LABEL_1"}, label2id=None)
+    message = r"lacks weights of a BertForQuestionAnswering: \['qa_outputs.bias', 'qa_outputs.weight'\]. Use a teacher"
+    with pytest.raises(ValueError, match=message):
+        fine_tune(arguments(tmp_path / "out", supernet, teacher=other, max_steps=1), task, tokenizer)
+
+
+def test_trainer_has_the_options_of_the_teacher_and_the_first_split(supernet, tokenizer, tmp_path):
+    rows = [{"premise": row["sentence"], "hypothesis": "the cat", "label": row["label"]} for row in examples(24, 0)]
+    first, second = write_csv(tmp_path / "a.csv", rows[:12]), write_csv(tmp_path / "b.csv", rows[12:])
+    task = glue_task("mnli", tokenizer, first, [first, second], max_length=12)
+    args = arguments(tmp_path / "out", supernet, distillation_weight=0.25, temperature=3.0)
+    model = load_model(args, task, SHAPE, 5)
+    trainer = make_trainer(args, task, tokenizer, model, None, 5)
+    assert (trainer.weight, trainer.temperature, trainer.args.seed) == (0.25, 3.0, 5)
+    assert trainer.eval_dataset is task.evaluation["validation_matched"]
+    assert args.seed == 42  # that of other seeds is not changed
+
+
+def test_card_names_the_model_of_the_hub_that_was_fine_tuned(supernet, files, tokenizer, tmp_path):
+    """But no folder of this machine."""
+    args = arguments(tmp_path / "out", supernet)
+    task = glue_task("sst2", tokenizer, files[0], [files[1]], max_length=12)
+    found = {"seed": 0, "epochs": 1.0, "scores": {"validation": {"accuracy": 0.5}}}
+    model = load_model(args, task, SHAPE, 0)
+    (tmp_path / "out").mkdir()
+    for name in (supernet, "user/name"):
+        save_model(dataclasses.replace(args, model=name), task, tokenizer, model, found)
+        card = (tmp_path / "out" / "model" / "README.md").read_text()
+        assert ("base_model: user/name" in card) == (name == "user/name")
+        assert str(tmp_path) not in card
+
+
 # Interruptions
 
 
@@ -252,6 +349,44 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(supernet, files, tokenize
     assert newest_checkpoint(folder) == str(folder / "checkpoint-12")
     assert tune(tmp_path / "killed", supernet, files, tokenizer, **options) == expected
     assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"), atol=0)
+
+
+def test_newest_checkpoint_is_that_of_the_most_steps(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for step in (9, 100, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        TrainerState(global_step=step).save_to_json(str(tmp_path / f"checkpoint-{step}" / "trainer_state.json"))
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
+
+
+def test_folder_that_another_run_is_using_is_refused(supernet, files, tokenizer, tmp_path):
+    (tmp_path / "out").mkdir()
+    with lock(tmp_path / "out"), pytest.raises(RuntimeError, match=r"out"):
+        tune(tmp_path / "out", supernet, files, tokenizer, shape=SHAPE, max_steps=1)
+
+
+def test_patience_is_resumed(supernet, files, tokenizer, tmp_path, monkeypatch):
+    """Stopped in the epoch that would have ended the run, which has had one epoch without a better score before."""
+    options = {"shape": SHAPE, "num_train_epochs": 30, "early_stopping_patience": 2, "learning_rate": 3e-3}
+    expected = tune(tmp_path / "whole", supernet, files, tokenizer, **options)
+    last = f"checkpoint-{expected['seeds'][0]['steps']}"
+
+    def stop(self, output_dir, save=Trainer._save_rng_state):
+        if output_dir.endswith(last):
+            raise KeyboardInterrupt
+        save(self, output_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_rng_state", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tune(tmp_path / "stopped", supernet, files, tokenizer, **options)
+    assert tune(tmp_path / "stopped", supernet, files, tokenizer, **options) == expected
+
+
+def test_smallest_of_equally_good_seeds_is_the_best(files, tokenizer):
+    task = glue_task("sst2", tokenizer, files[0], [files[1]], max_length=12)
+    results = [{"seed": seed, "scores": {"validation": {"accuracy": 0.5}}} for seed in (3, 1, 2)]
+    assert best_of(results, task)["seed"] == 1
 
 
 def tune_until_killed(folder, supernet, files, tokenizer, options):
@@ -272,6 +407,60 @@ def test_folder_of_other_options_is_not_mixed_up(supernet, files, tokenizer, tmp
         ValueError, match=r"with other options: shape was \[36, 20, 48\], is \[36, 20, 20\]; learning_rate"
     ):
         tune(tmp_path / "out", supernet, files, tokenizer, shape=[36, 20, 20], max_steps=1, learning_rate=1e-4)
+
+
+@pytest.mark.parametrize(("name", "changes"), [("model", {"shape": SHAPE}), ("search", {"sandwich": True})])
+def test_folders_that_no_fine_tuning_has_written_are_not_replaced(name, changes, supernet, files, tokenizer, tmp_path):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=rf"out holds {name}, which a fine-tuning would replace, but no run.json"):
+        tune(tmp_path / "out", supernet, files, tokenizer, max_steps=1, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr_scheduler_type": "constant"}, {"optim": "sgd"}, {"max_grad_norm": 0.5}, {"bf16": True},
+        {"load_best_model_at_end": False}, {"adam_beta2": 0.9}, {"label_smoothing_factor": 0.1},
+    ],
+)  # fmt: skip
+def test_every_option_that_decides_the_results_is_compared(changes, supernet, files, tokenizer, tmp_path):
+    tune(tmp_path / "out", supernet, files, tokenizer, shape=SHAPE, max_steps=1)
+    ((name, value),) = changes.items()
+    with pytest.raises(ValueError, match=rf"with other options: {name} was .*, is .*{value}"):
+        tune(tmp_path / "out", supernet, files, tokenizer, shape=SHAPE, max_steps=1, **changes)
+    tune(tmp_path / "out", supernet, files, tokenizer, shape=SHAPE, max_steps=1, logging_steps=7, seeds=[0])
+
+
+def test_other_examples_and_another_way_to_score_are_noticed(supernet, files, tokenizer, tmp_path):
+    tune(tmp_path / "out", supernet, files, tokenizer, shape=SHAPE, max_steps=1)
+    other = files[0], write_csv(tmp_path / "other.csv", examples(24, 7))
+    with pytest.raises(ValueError, match=r"with other options: fingerprint of validation was '\w+', is '\w+'\. Use"):
+        tune(tmp_path / "out", supernet, other, tokenizer, shape=SHAPE, max_steps=1)
+    args = arguments(tmp_path / "out", supernet, shape=SHAPE, max_steps=1)
+    task = glue_task("sst2", tokenizer, files[0], [files[1]], max_length=12)
+    with pytest.raises(ValueError, match=r"with other options: max_answer_length was None, is 7\. Use"):
+        fine_tune(args, dataclasses.replace(task, options={"max_answer_length": 7}), tokenizer)
+
+
+def test_shape_of_other_records_is_noticed(supernet, files, tokenizer, tmp_path):
+    """The shapes that a first seed and a second one would have."""
+    space = SearchSpace.from_config(SuperShaperConfig.from_pretrained(supernet))
+    budget = space.num_parameters([20, 8, 48])
+    options = {"max_cost": budget, "max_steps": 1, "records_file": str(tmp_path / "records.jsonl")}
+    for layer, seed in ((2, 0), (0, 1)):  # the one that matters
+        records = [
+            {"shape": shape, "distance": 3 - shape[layer] / 60, "cosine": 0.5}
+            for shape in space.sample(30, seed=0).tolist()
+        ]
+        Path(options["records_file"]).unlink(missing_ok=True)
+        write_records(Path(options["records_file"]), records, supernet)
+        if seed == 0:
+            tune(tmp_path / "out", supernet, files, tokenizer, **options)
+            continue
+        with pytest.raises(
+            ValueError, match=r"with other options: chosen_shape was \[.*\], is \[.*\]\. Use another folder"
+        ):
+            tune(tmp_path / "out", supernet, files, tokenizer, seeds=[0, 1], **options)
 
 
 # Options

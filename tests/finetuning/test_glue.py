@@ -40,6 +40,21 @@ def test_every_task_of_glue_is_read_from_its_columns(name, tokenizer, tmp_path):
     assert set(task.config["id2label"].values()) == (set(known.labels) or {"score"})
 
 
+def test_labels_have_the_numbers_of_glue():
+    """Those of the data set on the Hub: files hold numbers without names."""
+    assert {name: TASKS[name].labels for name in NINE} == {
+        "cola": ("unacceptable", "acceptable"),
+        "sst2": ("negative", "positive"),
+        "mrpc": ("not_equivalent", "equivalent"),
+        "qqp": ("not_duplicate", "duplicate"),
+        "stsb": (),
+        "mnli": ("entailment", "neutral", "contradiction"),
+        "qnli": ("entailment", "not_entailment"),
+        "rte": ("entailment", "not_entailment"),
+        "wnli": ("not_entailment", "entailment"),
+    }
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet"])
 def test_files_of_every_format_hold_the_same(kind, tmp_path):
     rows, file = examples(6, 0), tmp_path / f"data.{kind}"
@@ -83,6 +98,20 @@ def test_labels_with_names_are_put_in_the_order_of_the_task(tokenizer, tmp_path)
     assert glue_task("rte", tokenizer, file, [file]).train["labels"] == [1, 0, 0]
 
 
+def test_names_that_are_not_all_those_of_the_task(tokenizer, tmp_path):
+    """If one name is a label of the task, another one is not a label by its number."""
+    for names, expected in ((["0", "1"], [0, 1]), (["no", "yes"], [0, 1]), (["positive", "bad"], None)):
+        features = Features({"sentence": Value("string"), "label": ClassLabel(names=names)})
+        rows = [{"sentence": "the cat", "label": label} for label in (0, 1)]
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{names[0]}.parquet")
+        file = str(tmp_path / f"{names[0]}.parquet")
+        if expected is not None:
+            assert glue_task("sst2", tokenizer, file, [file]).train["labels"][:] == expected
+            continue
+        with pytest.raises(ValueError, match=r"has the label 'bad' in row 1. Allowed: one of \['negative', 'positive'"):
+            glue_task("sst2", tokenizer, file, [file])
+
+
 def test_own_labels_are_words_of_the_data(tokenizer, tmp_path):
     rows = [{"text": "the cat", "label": label} for label in ("spam", "ham", "spam", "news")]
     train = write_csv(tmp_path / "train.csv", rows[:3])
@@ -100,6 +129,44 @@ def test_own_labels_that_are_numbers_are_sorted_by_value(tokenizer, tmp_path):
     assert (task.config["id2label"], task.train["labels"]) == ({0: "2", 1: "9", 2: "10"}, [2, 1, 0])
 
 
+@pytest.mark.parametrize("names", [["1", "2"], ["2", "1"], ["low", "high"]])
+def test_own_labels_with_names_have_these_names(names, tokenizer, tmp_path):
+    """Also if the names are numbers, which are not the numbers that stand for them."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    rows = [{"text": "the cat", "label": label} for label in (0, 1, 1)]
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data.parquet")
+    file = str(tmp_path / "data.parquet")
+    task = glue_task("classification", tokenizer, file, [file])
+    assert [task.config["id2label"][label] for label in task.train["labels"]] == [names[0], names[1], names[1]]
+
+
+def test_own_labels_are_the_same_whether_a_file_has_them_as_numbers_or_as_words(tokenizer, tmp_path):
+    """A column of a CSV file is of numbers only if all of its values are."""
+    train = write_csv(tmp_path / "train.csv", [{"text": "cat", "label": label} for label in (1, 2)])
+    validation = write_csv(tmp_path / "val.csv", [{"text": "cat", "label": label} for label in (1, "x")])
+    task = glue_task("classification", tokenizer, train, [validation])
+    assert task.config["id2label"] == {0: "1", 1: "2", 2: "x"}
+    assert (task.train["labels"][:], task.evaluation["validation"]["labels"][:]) == ([0, 1], [0, 2])
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+@pytest.mark.parametrize("others", [["spam", "ham"], [0, 1], []])
+def test_own_label_that_is_missing_is_refused(empty, others, tokenizer, tmp_path):
+    if empty == "" and 0 in others:
+        pytest.skip("a column has values of one type")
+    rows = [{"text": "the cat", "label": label} for label in (*others, empty)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    file = str(tmp_path / "data.jsonl")
+    with pytest.raises(ValueError, match=rf"has the label {empty!r} in row {len(others)}"):
+        glue_task("classification", tokenizer, file, [file])
+
+
+def test_own_labels_are_two_or_more(tokenizer, tmp_path):
+    file = write_csv(tmp_path / "data.csv", [{"text": "the cat", "label": 1}])
+    with pytest.raises(ValueError, match=r"have the labels \['1'\]. It needs two different ones"):
+        glue_task("classification", tokenizer, file, [file])
+
+
 def test_long_pairs_are_cut_at_the_longer_sentence(tokenizer, tmp_path):
     rows = [{"sentence1": "cat " * 40, "sentence2": "dog dog", "label": 0}]
     file = write_csv(tmp_path / "data.csv", rows)
@@ -113,7 +180,8 @@ def test_scores_are_those_of_the_highest_logits(tokenizer, tmp_path):
     train, validation = write_task(tmp_path)
     logits = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0], [5.0, 4.0]])
     task = glue_task("sst2", tokenizer, train, [validation])
-    assert task.compute_metrics(EvalPrediction(logits, np.array([0, 1, 1, 0]))) == {"accuracy": 0.75}
+    for predictions in (logits, (logits, np.zeros(3))):  # the second one of a model that returns its hidden states
+        assert task.compute_metrics(EvalPrediction(predictions, np.array([0, 1, 1, 0]))) == {"accuracy": 0.75}
     file = write_csv(tmp_path / "pairs.csv", pairs(("sentence1", "sentence2"), [0, 1]))
     found = glue_task("mrpc", tokenizer, file, [file]).compute_metrics(EvalPrediction(logits, np.array([0, 1, 1, 0])))
     assert found == pytest.approx({"accuracy": 0.75, "f1": 2 / 3, "combined_score": (0.75 + 2 / 3) / 2})
@@ -134,6 +202,9 @@ def test_numbers_are_scored_by_correlations(tokenizer, tmp_path):
         ([{"text": "a", "label": 0}], "sst2", r"lacks the columns \['sentence'\]; it has \['text', 'label'\]"),
         ([{"sentence": "a"}], "sst2", r"lacks the columns \['label'\]"),
         ([{"sentence1": "a", "sentence2": "b", "label": "high"}], "stsb", r"has the label 'high'.*a finite number"),
+        ([{"sentence1": "a", "sentence2": "b", "label": "inf"}], "stsb", r"has the label inf.*a finite number"),
+        ([{"sentence": 7, "label": 0}], "sst2", r"no text in column 'sentence' of row 0"),
+        ([{"text": "a"}], "classification", r"lacks the columns \['label'\]; it has \['text'\]"),
         ([{"words": "a", "label": 0}], "classification", r"data.csv has the columns .* Its text must be in one of"),
     ],
 )  # fmt: skip
@@ -150,6 +221,29 @@ def test_example_without_text_is_refused(tokenizer, tmp_path):
         glue_task("sst2", tokenizer, file, [file])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", r"a\.csv is empty"),
+        ("a.csv", "sentence,label\n", r"a\.csv has no row"),
+        ("a.jsonl", "\n", r"a\.jsonl has no row"),
+        ("a.csv", "sentence,label\na, b,1\nc,2\n", r"a\.csv is damaged.*Text that holds a comma must stand in quotes"),
+        ("a.csv", "sentence,label\nc,2\na, b,1\n", r"a\.csv is damaged.*line 3, saw 3.*must stand in quotes"),
+        ("a.csv", b"sentence,label\nZ\xfcrich,1\n", r"a\.csv is damaged.*0xfc"),
+        (
+            "a.jsonl",
+            '{"sentence": "a", "label": 1}\n{',
+            r"a\.jsonl is damaged, or is no \.jsonl file: .*JSON parse error",
+        ),
+        ("a.parquet", "PAR", r"a\.parquet is damaged, or is no \.parquet file"),
+    ],
+)
+def test_damaged_file_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        read_file(tmp_path / name)
+
+
 def test_wrong_options_are_refused(tokenizer, tmp_path):
     file = write_csv(tmp_path / "data.csv", examples(4, 0))
     with pytest.raises(ValueError, match=r"task='sst3' is unknown"):
@@ -162,3 +256,7 @@ def test_wrong_options_are_refused(tokenizer, tmp_path):
         glue_task("sst2", tokenizer, str(tmp_path / "none.csv"), [file])
     with pytest.raises(ValueError, match=r"data\.txt has an unknown format\. Allowed: \.csv"):
         glue_task("sst2", tokenizer, str(tmp_path / "data.txt"), [file])
+    tokenizer.model_max_length = 32
+    for length in (2, 33):
+        with pytest.raises(ValueError, match=rf"max_length={length} must be between 8 and 32"):
+            glue_task("sst2", tokenizer, file, [file], max_length=length)

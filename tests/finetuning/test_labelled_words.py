@@ -73,12 +73,68 @@ def test_class_labels_of_parquet_become_their_names(tmp_path):
     assert list(read_sentences(tmp_path / "train.parquet")) == SENTENCES
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, -1], r"row 2 has the label -1. Allowed: 0 to 1, which stand for O, B-PER. Use a split that has labels"),
+        ([0, None], r"row 2 has the label None. Allowed: 0 to 1"),
+        (None, r"row 2: 'ner_tags' must be of the type list, got 'None'"),
+    ],
+)
+def test_class_labels_without_a_name_are_refused(tmp_path, labels, message):
+    features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=["O", "B-PER"]))})
+    rows = {"tokens": [["EU", "rejects"]] * 2, "ner_tags": [[0, 1], labels]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match=rf"test\.parquet, {message}"):
+        read_sentences(tmp_path / "test.parquet")
+
+
 def test_folder_of_a_data_set(tmp_path):
     for split in ("train", "validation", "test"):
         classes().to_parquet(tmp_path / f"{split}.parquet")
     sources = split_sources(None, {"validation": None, "test": None}, str(tmp_path))
     assert sources == {split: (str(tmp_path), split) for split in ("train", "validation", "test")}
     assert [list(read_sentences(*source)) for source in sources.values()] == [SENTENCES] * 3
+
+
+def test_data_set_without_a_test_split(tmp_path):
+    for split in ("train", "validation"):
+        classes().to_parquet(tmp_path / f"{split}.parquet")
+    sources = split_sources(None, {"validation": None, "test": None}, str(tmp_path))
+    assert list(sources) == ["train", "validation"]
+
+
+def test_data_set_without_a_validation_split(tmp_path):
+    classes().to_parquet(tmp_path / "train.parquet")
+    sources = split_sources(None, {"validation": None, "test": None}, str(tmp_path))
+    with pytest.raises(ValueError, match=r"Unknown split .validation.. Should be one of \['train'\]"):
+        read_sentences(*sources["validation"])
+
+
+def test_configuration_of_a_data_set(tmp_path):
+    """Both have a training split; the second one alone has a test split."""
+    classes().select([0]).to_parquet(tmp_path / "one.parquet")
+    classes().to_parquet(tmp_path / "two.parquet")
+    second = "\n".join(f"  - split: {split}\n    path: two.parquet" for split in ("train", "validation", "test"))
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: first\n  data_files:\n  - split: train\n    path: one.parquet\n"
+        f"- config_name: second\n  data_files:\n{second}\n---\n"
+    )
+    sources = split_sources(None, {"validation": None, "test": None}, f"{tmp_path}:second")
+    assert list(sources) == ["train", "validation", "test"]
+    assert list(read_sentences(*sources["train"])) == SENTENCES
+    assert list(read_sentences(f"{tmp_path}:first", "train")) == SENTENCES[:1]
+
+
+def test_words_that_begin_with_a_dash_are_words(tmp_path):
+    file = write(tmp_path, "train.conll", "-LRB- O\n- O\n-DOCSTART O\n")
+    assert read_sentences(file)["tokens"][:] == [["-LRB-", "-", "-DOCSTART"]]
+
+
+def test_byte_order_mark_before_json(tmp_path):
+    for name in ("train.json", "train.jsonl"):
+        text = "\ufeff" + "\n".join(map(json.dumps, SENTENCES))
+        assert list(read_sentences(write(tmp_path, name, text))) == SENTENCES
 
 
 @pytest.mark.parametrize(

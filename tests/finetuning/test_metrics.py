@@ -31,6 +31,18 @@ def test_scores_of_labels_are_those_of_scikit_learn(labels, number):
     assert found["matthews_correlation"] == pytest.approx(metrics.matthews_corrcoef(expected, predicted), abs=1e-12)
 
 
+def test_macro_f1_counts_labels_that_are_only_predicted():
+    predicted, expected = [0, 1, 2, 1], [0, 1, 1, 1]
+    assert score("macro_f1", predicted, expected) == pytest.approx(
+        metrics.f1_score(expected, predicted, average="macro"), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", ["pearson", "spearmanr"])
+def test_correlation_of_one_example_is_0(name):
+    assert score(name, [1.0], [2.0]) == 0
+
+
 def test_f1_is_that_of_label_1(labels):
     predicted, expected = (np.minimum(values, 1) for values in labels.values())
     assert score("f1", predicted, expected) == pytest.approx(metrics.f1_score(expected, predicted), abs=1e-12)

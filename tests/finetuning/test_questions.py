@@ -9,7 +9,14 @@ from datasets import Dataset
 from transformers import BertTokenizer, EvalPrediction, Trainer, TrainingArguments
 
 from supershaper_hf import SuperShaperForQuestionAnswering
-from supershaper_hf.finetuning.questions import QuestionScorer, check_lengths, make_windows, question_task
+from supershaper_hf.finetuning.questions import (
+    QuestionScorer,
+    best_spans,
+    check_lengths,
+    cut_questions,
+    make_windows,
+    question_task,
+)
 from supershaper_hf.finetuning.squad import EXAMPLES
 
 
@@ -125,6 +132,17 @@ def test_long_questions_are_cut_and_empty_texts_have_a_window(tokenizer, side):
     assert [window["start_positions"] for window in found][-2:] == [0, 0]
 
 
+def test_white_space_around_a_question_is_left_out(tokenizer):
+    """Tokenizers of other encoders make a token of it."""
+    assert cut_questions(["  who sat?\n", "who cats\n", "\n"], tokenizer, 4) == ["who sat?", "who cats", ""]
+
+
+def test_windows_name_their_question_however_many_there_are(tokenizer):
+    """`datasets` tokenises a thousand at a time."""
+    found = windows_of(tokenizer, *(example("cat", name=str(number)) for number in range(1002)))
+    assert found["example"][:] == list(range(1002))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batches_are_padded_on_the_right(tokenizer, side, tmp_path):
     tokenizer.padding_side = side
@@ -143,12 +161,33 @@ def write(folder, *examples):
     return file
 
 
+def test_options_of_scoring_are_kept_with_the_task(tokenizer, tmp_path):
+    file = write(tmp_path, example(CONTEXT, "dog"))
+    task = question_task(tokenizer, file, file, max_length=32, max_answer_length=5, null_score_diff_threshold=0.5)
+    assert task.options == {"max_answer_length": 5, "null_score_diff_threshold": 0.5}
+    assert (task.compute_metrics.max_answer_length, task.compute_metrics.threshold) == (5, 0.5)
+
+
 def test_lengths(tokenizer):
     assert check_lengths(tokenizer, 384, None, None) == (384, 128, 64)
     assert check_lengths(tokenizer, 32, None, None) == (32, 10, 8)
     assert check_lengths(tokenizer, 16, 6, 6) == (16, 6, 6)
     with pytest.raises(ValueError, match="stride=7 must be less than 7: of max_length=16, 6 are for"):
         check_lengths(tokenizer, 16, 7, 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_answer_length": 0}, "max_answer_length=0 must be an integer of at least 1"),
+        ({"null_score_diff_threshold": float("nan")}, "null_score_diff_threshold=nan must be a finite number"),
+        ({"stride": -1}, "stride=-1 must be an integer of at least 0"),
+        ({"max_question_length": 0}, "max_question_length=0 must be an integer of at least 1"),
+    ],
+)
+def test_wrong_options_are_refused(tokenizer, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        question_task(tokenizer, tmp_path / "a.json", tmp_path / "a.json", max_length=32, **changes)
 
 
 # Answers
@@ -248,6 +287,13 @@ def test_lowest_score_of_no_answer_counts(tokenizer):
     logits[:, :, 0] = 50
     logits[:, 1, 0] = -50
     assert scoring.answers(*logits)[0].doubt() < 0
+
+
+def test_tokens_of_no_character_are_no_answer():
+    """As byte-level tokenizers have them, for a part of a character."""
+    logits = np.array([0.0, 5, 0, 0]), np.array([0.0, 5, 0, 1])
+    offsets = [[-1, -1], [2, 2], [2, 5], [6, 9]]
+    assert best_spans(*logits, offsets, longest=1, count=5) == [(1.0, 6, 9), (0.0, 2, 5)]
 
 
 @pytest.mark.parametrize("version_2", [False, True])

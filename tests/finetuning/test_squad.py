@@ -66,6 +66,16 @@ def test_answer_that_stands_a_little_beside(tmp_path, start, found):
     assert read_questions(write(tmp_path, [row]))[0]["answers"]["answer_start"] == [found]
 
 
+@pytest.mark.parametrize(
+    ("context", "text", "start", "found"),
+    [("axb a.b", "a.b", 0, 4), ("aaa", "aa", 1, 1), ("a (b", "(b", 0, 2)],
+    ids=["no pattern", "places that overlap", "parenthesis"],
+)
+def test_answer_is_found_letter_by_letter(tmp_path, context, text, start, found):
+    row = {"id": "a", "question": "", "context": context, "answers": {"text": [text], "answer_start": [start]}}
+    assert read_questions(write(tmp_path, [row]))[0]["answers"]["answer_start"] == [found]
+
+
 def changed(**changes):
     return [QUESTIONS[1], {**QUESTIONS[0], **changes}]
 
@@ -202,6 +212,29 @@ def test_best_threshold():
     """Answering up to a doubt of .4 gains two right answers and loses one question that has none."""
     found = compute([("x", ["x"], 0.3), ("x", [], 0.1), ("x", ["x"], 0.4), ("x", [], 0.9)], version_2=True)
     assert (found["best_exact"], found["best_exact_thresh"]) == (75, pytest.approx(0.4))
+
+
+def test_first_of_equally_good_thresholds_is_the_best():
+    pairs = [("x", ["x"], 0.25), ("y", [], 0.5), ("z", ["z"], 0.75)]  # 1 right without answers, then 2, 1 and 2
+    found = compute(pairs, version_2=True)
+    assert (found["best_exact"], found["best_exact_thresh"]) == (pytest.approx(200 / 3), 0.25)
+    assert compute([("x", [], 0.25)], version_2=True)["best_f1_thresh"] == 0
+
+
+def test_answer_without_a_word_is_that_there_is_none():
+    """It is right whatever the threshold, where a question has no answer."""
+    found = compute([("", [], 0.25), ("x", ["x"], 0.5)], version_2=True)
+    assert (found["best_exact"], found["best_exact_thresh"]) == (100, 0.5)
+
+
+def test_right_answers_of_which_nothing_is_left_do_not_count_in_version_2():
+    assert compute([("", ["the", "cat"], 0.0)], version_2=True)["exact"] == 0
+    assert compute([("an", ["the"], 0.0)], version_2=True)["exact"] == 100  # unless there is no other
+
+
+def test_answer_is_given_up_to_the_threshold_1():
+    assert compute([("x", ["x"], 1.0)], version_2=True)["exact"] == 100
+    assert compute([("x", ["x"], 1.0)], version_2=True, no_answer_threshold=0.5)["exact"] == 0
 
 
 def test_missing_predictions_are_refused():

@@ -184,3 +184,30 @@ def test_every_shape_is_ready_for_the_task_and_the_best_one_is_cut_out(tokenizer
     )  # fmt: skip
     assert again == results
     assert json.loads((out / "results.json").read_text())["best_seed"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:Shapes left out of the fit")
+def test_shapes_are_measured_again_if_a_further_seed_is_better(tokenizer, tmp_path):
+    files = write_task(tmp_path)
+    supernet = write_supernet(tmp_path / "supernet", tokenizer, **NO_DROPOUT)
+    options = {"sandwich": True, "num_shapes": 12, "num_train_epochs": 2}
+    expected = tune(tmp_path / "whole", supernet, files, tokenizer, seeds=[0, 1, 2], **options)
+    scores = {run["seed"]: run["scores"]["validation"]["accuracy"] for run in expected["seeds"]}
+    for seed in sorted(scores, key=scores.get):  # the best one last
+        results = tune(tmp_path / "out", supernet, files, tokenizer, seeds=[seed], **options)
+    assert results == expected
+
+
+@pytest.mark.filterwarnings("ignore:Shapes left out of the fit")
+def test_budget_in_flops_is_of_sequences_of_max_length(tokenizer, tmp_path):
+    """A budget that no shape could meet at 128 tokens."""
+    files = write_task(tmp_path)
+    supernet = write_supernet(tmp_path / "supernet", tokenizer)
+    space = SearchSpace.from_config(SuperShaperConfig.from_pretrained(supernet))
+    budget = 3 * space.flops(space.smallest, 12)
+    tune(
+        tmp_path / "out", supernet, files, tokenizer, sandwich=True, max_cost=budget, cost="flops", max_steps=1,
+        num_shapes=12,
+    )  # fmt: skip
+    subnet = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "subnet")
+    assert space.flops(subnet.config.hidden_sizes, 12) <= budget

@@ -124,9 +124,22 @@ def test_teacher_is_not_trained_and_has_no_dropout(tmp_path):
     student, _, data = make("one label")
     teacher = randomize(BertForSequenceClassification(tiny_bert_config(num_labels=3, hidden_dropout_prob=0.5)))
     before = copy.deepcopy(teacher.state_dict())
-    first, second = (train(tmp_path, student, teacher.train(), data) for _ in range(2))
-    torch.testing.assert_close(first.state_dict(), second.state_dict(), atol=0, rtol=0)
+    first = train(tmp_path, student, teacher.train(), data)
+    without = BertForSequenceClassification(tiny_bert_config(num_labels=3, **NO_DROPOUT))
+    without.load_state_dict(before)
+    torch.testing.assert_close(first.state_dict(), train(tmp_path, student, without, data).state_dict(), atol=0, rtol=0)
     torch.testing.assert_close(teacher.state_dict(), before, atol=0, rtol=0)
+
+
+def test_scoring_has_the_loss_on_the_labels_alone(tmp_path):
+    student, teacher, data = make("one label")
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False
+    )
+    trainer = DistillingTrainer(model=student, args=args, eval_dataset=data, teacher=teacher, weight=1.0)
+    with torch.no_grad():
+        expected = student.eval()(**{name: torch.tensor(data[name]) for name in data.column_names}).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["one label", "regression", "several labels"])

@@ -7,10 +7,12 @@
                results.json       the scores of every seed, their means and spreads, and what was fine-tuned
 
 A run that was killed resumes from its newest complete checkpoint and, on a CPU, ends with the same weights. Seeds that
-are done are not run again.
+are done are not run again: a call with further seeds adds them to the results.
 """
 
 import copy
+import hashlib
+import json
 import shutil
 import statistics
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
 
@@ -29,7 +32,7 @@ from ..publish.hub import save_for_hub
 from ..report.tables import markdown_table
 from .arguments import FineTuningArguments
 from .models import choose_shape, load_model, load_teacher
-from .super_tuning import SEARCH, SandwichTrainer, search_task
+from .super_tuning import SEARCH, SUBNET, SandwichTrainer, search_task
 from .task import Task
 from .trainer import DistillingTrainer
 
@@ -59,6 +62,7 @@ def fine_tune(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokeni
     Raises:
         ValueError: If `args.output_dir` holds results of other options, the model is no supernet but a shape is asked
             for, or the teacher does not fit.
+        FileExistsError: If `args.output_dir` holds a folder `model` that no fine-tuning has written.
         RuntimeError: If another run is using `args.output_dir`.
 
     Example:
@@ -72,15 +76,19 @@ def fine_tune(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTokeni
     folder = Path(str(args.output_dir))
     with ExitStack() as stack:
 
-        def begin() -> list[int] | None:
+        def begin() -> tuple[list[int] | None, dict[str, Any]]:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(folder))
-            check_settings(folder, settings(args, task))
-            return choose_shape(args, task, folder)
+            current = settings(args, task)
+            check_settings(folder, current)
+            shape = choose_shape(args, task, folder)
+            current["chosen_shape"] = shape  # other records may lead to another shape
+            check_settings(folder, current)
+            return shape, current
 
-        shape = on_main_process(begin, processes)
+        shape, current = on_main_process(begin, processes)
         teacher = on_every_process(partial(load_teacher, args, task, tokenizer), processes)
-        on_main_process(partial(write_json, folder / RUN_FILE, RESULTS_FORMAT, settings(args, task)), processes)
+        on_main_process(partial(write_json, folder / RUN_FILE, RESULTS_FORMAT, current), processes)
         for seed in args.seeds:
             if on_main_process(partial(seed_results, folder, seed), processes) is None:
                 run_seed(args, task, tokenizer, shape, teacher, seed)
@@ -126,8 +134,9 @@ def run_seed(
     }
 
     def write() -> None:
-        results = [found, *filter(None, (seed_results(Path(str(args.output_dir)), other) for other in args.seeds))]
-        if best_of(results, task) is found:
+        if best_of([found, *all_results(Path(str(args.output_dir)))], task) is found:
+            if args.sandwich:
+                shutil.rmtree(Path(str(args.output_dir)) / SEARCH, ignore_errors=True)  # of the model that is replaced
             save_model(args, task, tokenizer, model, found)
         write_json(folder / RESULTS_FILE, RESULTS_FORMAT, found)
         for checkpoint in folder.glob("checkpoint-*"):
@@ -192,20 +201,52 @@ def seed_results(folder: Path, seed: int) -> dict[str, Any] | None:
     return read_json(file, RESULTS_FORMAT) if file.exists() else None
 
 
+def all_results(folder: Path) -> list[dict[str, Any]]:
+    """Return the results of all seeds that are done, also of those that an earlier call ran, in the order of seeds."""
+    seeds = [int(path.parent.name.removeprefix("seed-")) for path in folder.glob(f"seed-*/{RESULTS_FILE}")]
+    return [found for seed in sorted(seeds) if (found := seed_results(folder, seed)) is not None]
+
+
+OPTIONS = (  # that decide the results of a seed
+    *("model", "shape", "max_cost", "cost", "teacher", "distillation_weight", "temperature", "max_length"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "num_train_epochs", "max_steps", "warmup_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "dataloader_drop_last"),
+    *("weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "data_seed", "train_sampling_strategy"),
+    *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "load_best_model_at_end"),
+    *("early_stopping_patience", "sandwich", "random_shapes"),
+)
+
+
 def settings(args: FineTuningArguments, task: Task) -> dict[str, Any]:
-    """Return the options that decide the results of a seed."""
-    names = (
-        *("model", "shape", "max_cost", "cost", "teacher", "distillation_weight", "temperature", "max_length"),
-        *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "weight_decay"),
-        *("gradient_accumulation_steps", "warmup_steps", "early_stopping_patience", "sandwich", "random_shapes"),
+    """Return what decides the results of a seed: the task, its examples, and the options."""
+    splits = {"train": task.train, **task.evaluation}
+    return (
+        {"task": task.name, "examples": {split: len(data) for split, data in splits.items()}}
+        | {f"fingerprint of {split}": fingerprint(data) for split, data in splits.items()}
+        | task.options
+        | {name: getattr(args, name, None) for name in OPTIONS}
     )
-    examples = {"train": len(task.train)} | {split: len(data) for split, data in task.evaluation.items()}
-    return {"task": task.name, "examples": examples} | {name: getattr(args, name) for name in names}
+
+
+def fingerprint(data: Dataset) -> str:
+    """Return the first digits of the SHA-256 of all examples."""
+    digest = hashlib.sha256()
+    for batch in data.iter(1000):
+        digest.update(json.dumps(batch, sort_keys=True).encode())
+    return digest.hexdigest()[:12]
 
 
 def check_settings(folder: Path, current: dict[str, Any]) -> None:
-    """Raise an error that names what differs if the runs in `folder` have other options."""
+    """Raise an error that names what differs if the runs in `folder` have other options, or are not ours."""
     file = folder / RUN_FILE
+    names = (MODEL, *((SEARCH, SUBNET) if current["sandwich"] else ()))
+    strange = [name for name in names if (folder / name).exists() and not file.exists()]
+    if strange:
+        raise FileExistsError(
+            f"{folder} holds {' and '.join(strange)}, which a fine-tuning would replace, but no {RUN_FILE} of an "
+            "earlier one. Choose another folder."
+        )
     before = read_json(file, RESULTS_FORMAT) if file.exists() else current
     changed = [
         f"{name} was {before.get(name)!r}, is {value!r}" for name, value in current.items() if before.get(name) != value
@@ -241,7 +282,7 @@ def best_of(results: list[dict[str, Any]], task: Task) -> dict[str, Any]:
 def summarize(args: FineTuningArguments, task: Task) -> dict[str, Any]:
     """Write `results.json` and return its content."""
     folder = Path(str(args.output_dir))
-    results = [found for seed in args.seeds if (found := seed_results(folder, seed)) is not None]
+    results = all_results(folder)
     best = best_of(results, task)
     scores = {split: list(best["scores"][split]) for split in task.evaluation}
 
@@ -264,6 +305,12 @@ def summarize(args: FineTuningArguments, task: Task) -> dict[str, Any]:
     }
     write_json(folder / RESULTS_FILE, RESULTS_FORMAT, summary)
     return summary
+
+
+def summary_line(summary: Mapping[str, Any], folder: Any) -> str:
+    """Return what the results in a folder are of, in one line."""
+    seeds = [found["seed"] for found in summary["seeds"]]
+    return f"shape {summary['shape']}, seeds {seeds}, model of seed {summary['best_seed']}: {folder}"
 
 
 def score_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

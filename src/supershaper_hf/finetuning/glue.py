@@ -4,6 +4,7 @@ Source: GLUE, arXiv 1804.07461. Data comes from the Hub (`nyu-mll/glue`), or fro
 columns have GLUE's names.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowException
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -19,8 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..checks import check_choice, check_count
+from ..checks import check_choice
+from ..data.sequences import check_length
 from .metrics import GlueMetric
+from .rows import check_file
 from .task import Task
 
 
@@ -95,15 +100,14 @@ def glue_task(
         'accuracy'
     """
     check_choice("task", name, TASKS)
-    check_count("max_length", max_length)
+    check_length(tokenizer, max_length)
     known = TASKS[name]
     splits = read_splits(name, train_file, validation_files, dataset_name)
     columns = known.columns or find_columns(splits["train"], train_file or dataset_name)
     labels = known.labels if known.labels is not None else find_labels(splits)
-    checked = {
-        split: check_examples(data, name, split, columns, labels if known.labels is None else known.labels)
-        for split, data in splits.items()
-    }
+    checked = {split: check_examples(data, name, split, columns, labels) for split, data in splits.items()}
+    if known.labels is None and len(labels) < 2:
+        raise ValueError(f"The examples of task {name!r} have the labels {list(labels)}. It needs two different ones.")
     tokenized = {split: tokenize_pairs(data, tokenizer, columns, max_length) for split, data in checked.items()}
     score = known.scores[0] if len(known.scores) == 1 else "combined_score"
     return Task(
@@ -159,14 +163,27 @@ def read_splits(
 
 
 def read_file(file: str | Path) -> Dataset:
-    """Read a CSV, JSON lines or Parquet file. Words such as "NA" or "null" in a CSV file are text."""
+    """Read a CSV, JSON lines or Parquet file. Words such as "NA" or "null" in a CSV file are text.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its suffix is unknown, or it is damaged or has no row.
+    """
     kind = FORMATS.get(Path(file).suffix)
     if kind is None:
         raise ValueError(f"{file} has an unknown format. Allowed: {', '.join(FORMATS)}.")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file} does not exist.")
-    options = {"keep_default_na": False} if kind == "csv" else {}
-    return load_dataset(kind, data_files=str(file), split="train", **options)
+    check_file(file)
+    options = {"keep_default_na": False, "index_col": False} if kind == "csv" else {}
+    hint = " Text that holds a comma must stand in quotes." if kind == "csv" else ""
+    try:
+        with warnings.catch_warnings():  # a first row with more values than the header has columns only warns
+            warnings.filterwarnings("error", "Length of header or names does not match")
+            return load_dataset(kind, data_files=str(file), split="train", **options)
+    except (DatasetGenerationError, ArrowException) as error:
+        reason = str(error.__cause__ or error).strip(" .\n")
+        raise ValueError(f"{file} is damaged, or is no {Path(file).suffix} file: {reason}.{hint}") from error
+    except (ValueError, StopIteration) as error:  # what `datasets` raises where it finds no row
+        raise ValueError(f"{file} has no row that can be read. {error}") from error
 
 
 def find_columns(data: Dataset, source: str) -> tuple[str, ...]:
@@ -179,9 +196,28 @@ def find_columns(data: Dataset, source: str) -> tuple[str, ...]:
 
 
 def find_labels(splits: Mapping[str, Dataset]) -> tuple[str, ...]:
-    """Return the labels of all splits, sorted; whole numbers by their value."""
-    found = {value for data in splits.values() for value in data.unique("label")}
-    return tuple(map(str, sorted(found, key=lambda value: (isinstance(value, str), value))))
+    """Return the labels of all splits as text, sorted; whole numbers by their value. Nothing is no label."""
+    found: set[str] = set()
+    for data in splits.values():
+        if "label" in data.column_names:
+            words = class_names(data)
+            found.update(text for value in data.unique("label") if (text := label_text(value, words)) is not None)
+    return tuple(sorted(found, key=lambda text: (not text.isdecimal(), int(text) if text.isdecimal() else 0, text)))
+
+
+def class_names(data: Dataset) -> list[str] | None:
+    """Return the names of the labels of `data`, if it has numbers for them."""
+    kind = data.features["label"]
+    return kind.names if isinstance(kind, ClassLabel) else None
+
+
+def label_text(value: Any, words: Sequence[str] | None) -> str | None:
+    """Return a label as text, which is its name if `words` are the names of numbers; None if there is none."""
+    if value is None or value == "":
+        return None
+    if words is None:
+        return str(value)
+    return words[value] if 0 <= value < len(words) else None
 
 
 def check_examples(data: Dataset, name: str, split: str, columns: Sequence[str], labels: Sequence[str]) -> Dataset:
@@ -199,15 +235,17 @@ def check_examples(data: Dataset, name: str, split: str, columns: Sequence[str],
         empty = next((row for row, text in enumerate(data[column]) if not isinstance(text, str)), None)
         if empty is not None:
             raise ValueError(f"The split {split!r} of task {name!r} has no text in column {column!r} of row {empty}.")
-    kind = data.features["label"]
-    words = kind.names if isinstance(kind, ClassLabel) else None
+    words = class_names(data)
+    if words is not None and not set(words) & set(labels):
+        words = None  # the numbers are indices of labels
     values = [label_value(value, labels, words) for value in data["label"]]
     wrong = next((row for row, value in enumerate(values) if value is None), None)
     if wrong is not None:
         allowed = f"one of {list(labels)} or its index" if labels else "a finite number"
+        value = data[wrong]["label"]
+        value = value if words is None else label_text(value, words)
         raise ValueError(
-            f"The split {split!r} of task {name!r} has the label {data[wrong]['label']!r} in row {wrong}. Allowed: "
-            f"{allowed}."
+            f"The split {split!r} of task {name!r} has the label {value!r} in row {wrong}. Allowed: {allowed}."
         )
     features = Features({column: Value("string") for column in columns} | {"label": Value(LABEL_TYPE[bool(labels)])})
     return Dataset.from_dict({column: data[column] for column in columns} | {"label": values}, features=features)
@@ -223,11 +261,10 @@ def label_value(value: Any, labels: Sequence[str], words: Sequence[str] | None) 
             return float(value) if np.isfinite(float(value)) else None
         except (TypeError, ValueError):
             return None
-    if words is not None and isinstance(value, int) and 0 <= value < len(words) and words[value] in labels:
-        return list(labels).index(words[value])
-    if str(value) in labels:
-        return list(labels).index(str(value))
-    return value if isinstance(value, int) and 0 <= value < len(labels) else None
+    text = label_text(value, words)
+    if text is not None and text in labels:
+        return list(labels).index(text)
+    return value if words is None and isinstance(value, int) and 0 <= value < len(labels) else None
 
 
 def tokenize_pairs(

@@ -83,7 +83,7 @@ def matthews_correlation(predicted: np.ndarray, expected: np.ndarray) -> float:
 
 def correlation(compute: Any, predicted: np.ndarray, expected: np.ndarray) -> float:
     """Return a correlation of numbers; 0 if one of the two is the same for every example, where it is not defined."""
-    if len(predicted) < 2 or np.ptp(predicted) == 0 or np.ptp(expected) == 0:
+    if np.ptp(predicted) == 0 or np.ptp(expected) == 0:
         return 0.0
     return float(compute(predicted, expected)[0])
 

@@ -5,14 +5,22 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from ..devices import copy_mapped_weights
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.modeling_supershaper import SuperShaperModel
 from ..model.shapes import SearchSpace
 from ..search.evaluation import evaluate_shapes
-from ..search.pareto import pareto_front
+from ..search.pareto import amount, pareto_front
 from ..search.predictor import ShapePredictor
 from ..search.records import read_records
 from ..search.rounds import measure_in_rounds
@@ -60,10 +68,8 @@ def load_model(args: FineTuningArguments, task: Task, shape: list[int] | None, s
     copy_mapped_weights(model)
     if args.sandwich:
         return model
-    if is_supernet(model):
+    if is_supernet(model.config):
         return model.extract_subnet(model.config.hidden_sizes if shape is None else shape)
-    if shape is not None:
-        raise ValueError(f"{args.model} is not a supernet, so no shape can be cut out of it. Leave shape out.")
     return model
 
 
@@ -78,12 +84,19 @@ def load_teacher(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTok
     """Return the fine-tuned teacher, if the options name one.
 
     Raises:
-        ValueError: If its labels or its tokenizer are not those of the model that learns.
+        ValueError: If it has no head for the task, or other labels or another vocabulary than the model that learns.
     """
     if args.teacher is None:
         return None
     trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    teacher = task.auto_class.from_pretrained(args.teacher, dtype=torch.float32, **trust)
+    teacher, loading = task.auto_class.from_pretrained(
+        args.teacher, dtype=torch.float32, output_loading_info=True, **trust
+    )
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"The teacher {args.teacher} lacks weights of a {type(teacher).__name__}: "
+            f"{sorted(loading['missing_keys'])}. Use a teacher that was fine-tuned on this task."
+        )
     expected = teacher.config.__class__()
     expected.update(task.config)
     if not same_labels(teacher.config, expected):
@@ -99,9 +112,9 @@ def load_teacher(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTok
     return teacher
 
 
-def is_supernet(model: PreTrainedModel) -> bool:
-    """Return whether shapes can be cut out of a model."""
-    return isinstance(model.config, SuperShaperConfig) and not model.config.merged_bottlenecks
+def is_supernet(config: PreTrainedConfig) -> bool:
+    """Return whether shapes can be cut out of a model with this configuration."""
+    return isinstance(config, SuperShaperConfig) and not config.merged_bottlenecks
 
 
 # Which shape
@@ -114,21 +127,45 @@ def choose_shape(args: FineTuningArguments, task: Task, folder: Path) -> list[in
     fitted to the records of the supernet. Without records, `num_shapes` shapes are measured by their distance to the
     largest one on examples of the task, which needs no labels, into `folder`.
 
+    Whatever the options say of shapes is checked here, before anything is trained or written.
+
     Raises:
-        ValueError: If the model is not a supernet, or no shape is as cheap as `max_cost`.
+        ValueError: If the model is not a supernet, `shape` is not one of its shapes, or no shape is as cheap as
+            `max_cost`.
     """
+    wanted = next((name for name in ("sandwich", "shape", "max_cost") if getattr(args, name)), None)
+    if wanted is None:
+        return None
+    config: Any = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    if not is_supernet(config):
+        raise ValueError(
+            f"{wanted}={getattr(args, wanted)} needs a supernet, and {args.model} is not one. Leave {wanted} out."
+        )
+    space = SearchSpace.from_config(config)
+    if args.shape is not None:
+        space.validate(args.shape)
+    if args.sandwich and args.max_cost is not None:
+        check_budget(args, space, args.max_cost)
     if args.max_cost is None or args.sandwich:
         return args.shape
-    config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    if not isinstance(config, SuperShaperConfig) or config.merged_bottlenecks:
-        raise ValueError(f"max_cost={args.max_cost:g} needs a supernet, and {args.model} is not one. Leave it out.")
-    space = SearchSpace.from_config(config)
     file = Path(args.records_file or Path(args.model) / RECORDS)
     known = args.records_file is not None or file.exists()
     records = read_records(file) if known else measure_on(task, args, space, folder)
     predictor = ShapePredictor.fit_records(records)
     front = pareto_front(space, predictor, cost=args.cost, sequence_length=args.max_length)
     return front.best(max_cost=args.max_cost)
+
+
+def check_budget(args: FineTuningArguments, space: SearchSpace, max_cost: float) -> None:
+    """Raise a ValueError unless the smallest shape is as cheap as `max_cost`."""
+    smallest = (
+        space.flops(space.smallest, args.max_length) if args.cost == "flops" else space.num_parameters(space.smallest)
+    )
+    if smallest > max_cost:
+        raise ValueError(
+            f"max_cost={amount(max_cost, args.cost)} cannot be met: the smallest shape has "
+            f"{amount(smallest, args.cost)}. Raise the budget."
+        )
 
 
 def measure_on(task: Task, args: FineTuningArguments, space: SearchSpace, folder: Path) -> list[dict[str, Any]]:
@@ -140,7 +177,9 @@ def measure_on(task: Task, args: FineTuningArguments, space: SearchSpace, folder
     def measure(shapes: list[list[int]]) -> list[dict[str, Any]]:
         return evaluate_shapes(supernet, batches, shapes, measure="distance", records_file=file)
 
-    return measure_in_rounds(space, measure, args.num_shapes, cost=args.cost, max_cost=args.max_cost)
+    return measure_in_rounds(
+        space, measure, args.num_shapes, cost=args.cost, max_cost=args.max_cost, sequence_length=args.max_length
+    )
 
 
 def first_batches(data: Dataset, task: Task, count: int) -> list[dict[str, torch.Tensor]]:

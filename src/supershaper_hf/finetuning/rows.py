@@ -1,6 +1,6 @@
 """Rows of JSON lines, JSON lists, Parquet files and data sets of the Hub, each with its place for error messages."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +124,25 @@ def is_json(line: bytes) -> bool:
 
 def rows_of(data: Dataset, source: str) -> Iterator[Row]:
     """Yield the rows of a dataset, with the names of class labels in place of their numbers."""
-    names = {column: kind for column, kind in data.features.items() if class_label(kind)}
+    kinds = {column: class_label(kind) for column, kind in data.features.items() if class_label(kind)}
     if not len(data):
         raise ValueError(f"{source} has no row.")
     for number, row in enumerate(data, start=1):
-        for column, kind in names.items():
-            row[column] = class_label(kind).int2str(row[column])
-        yield f"{source}, row {number}", row
+        place = f"{source}, row {number}"
+        for column, kind in kinds.items():
+            if row[column] is not None:
+                row[column] = [label_name(place, kind.names, label) for label in row[column]]
+        yield place, row
+
+
+def label_name(place: str, names: Sequence[str], number: Any) -> str:
+    """Return the name of a class label, or raise a ValueError if it has none, as -1 in splits without labels."""
+    if number is None or not 0 <= number < len(names):
+        raise ValueError(
+            f"{place} has the label {number}. Allowed: 0 to {len(names) - 1}, which stand for {', '.join(names)}. "
+            "Use a split that has labels."
+        )
+    return names[number]
 
 
 def class_label(kind: Any) -> Any:

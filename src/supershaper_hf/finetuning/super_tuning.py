@@ -61,7 +61,7 @@ class SandwichTrainer(DistillingTrainer):
     def __init__(self, *args: Any, random_shapes: int = 2, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         model: Any = self.model
-        if not is_supernet(model):
+        if not is_supernet(model.config):
             raise ValueError(f"{type(model).__name__} is not a supernet, so it has one shape only. Leave sandwich out.")
         if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("A sandwich needs one process per device that holds all weights: no FSDP, no DeepSpeed.")

@@ -1,7 +1,7 @@
 """What one task consists of, once its text has been tokenised: the same for GLUE, named entities and questions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -22,6 +22,7 @@ class Task:
         collator: Makes a batch of examples.
         compute_metrics: Computes all scores of a split, as `Trainer` calls it. Predictions and labels are arrays.
         score: The one score that the best epoch has the highest value of, such as `"accuracy"`.
+        options: What else decides the scores, such as the longest answer, by its name. It may not change in a folder.
     """
 
     name: str
@@ -32,3 +33,4 @@ class Task:
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     score: str
+    options: dict[str, Any] = field(default_factory=dict)
