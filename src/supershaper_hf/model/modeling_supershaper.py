@@ -435,11 +435,11 @@ class SuperShaperForQuestionAnswering(SuperShaperPreTrainedModel):
         outputs = self.bert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, shape, return_dict=True, **kwargs
         )
-        logits = [scores.contiguous() for scores in self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)]
+        start_logits, end_logits = (part.contiguous() for part in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(*logits, start_positions, end_positions, **kwargs)
-        return QuestionAnsweringModelOutput(loss, *logits, outputs.hidden_states, outputs.attentions)
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
 
 
 class SuperShaperForMultipleChoice(SuperShaperPreTrainedModel):
