@@ -19,10 +19,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from supershaper_hf import text_table
 from supershaper_hf.checks import check_choice
 from supershaper_hf.finetuning.arguments import parse_options
-from supershaper_hf.finetuning.experiment import fine_tune, score_rows, summary_line
+from supershaper_hf.finetuning.experiment import fine_tune, results_text
 from supershaper_hf.finetuning.glue import GLUE, TASKS, glue_task
 from supershaper_hf.finetuning.models import load_tokenizer
 from supershaper_hf.training.arguments import option
@@ -54,10 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     results = fine_tune(args, task, tokenizer)
     if args.process_index == 0:
-        print(summary_line(results, args.output_dir))
-        print(text_table(score_rows(results)))
-        if args.sandwich:
-            print(text_table(sorted(results["shapes"], key=lambda row: -row["parameters"])))
+        print(results_text(results, args.output_dir))
     return 0
 
 

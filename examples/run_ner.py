@@ -9,6 +9,8 @@ A CoNLL file has one word a line, its label in the last column, and an empty lin
 B-, I-, E- or S- with a type. Scores are precision, recall and F1 of whole entities, as seqeval and conlleval define
 them, and F1 of each type. Every option of transformers.TrainingArguments works too.
 
+With --sandwich the whole supernet is fine-tuned, see run_glue.py.
+
 The output folder gets `results.json` (scores of every seed, mean and spread) and `model`, the model of the best seed
 with its card. The same command continues after an interruption.
 """
@@ -17,10 +19,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from supershaper_hf import text_table
 from supershaper_hf.finetuning.arguments import parse_options
 from supershaper_hf.finetuning.entities import entity_task
-from supershaper_hf.finetuning.experiment import fine_tune, score_rows, summary_line
+from supershaper_hf.finetuning.experiment import fine_tune, results_text
 from supershaper_hf.finetuning.models import load_tokenizer
 from supershaper_hf.training.arguments import option
 
@@ -59,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     results = fine_tune(args, task, tokenizer)
     if args.process_index == 0:
-        print(summary_line(results, args.output_dir))
-        print(text_table(score_rows(results)))
+        print(results_text(results, args.output_dir))
     return 0
 
 

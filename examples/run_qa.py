@@ -11,6 +11,8 @@ have no answer, the task is version 2. Scores are those of SQuAD's own scripts, 
 version 2 also of the questions with (HasAns) and without an answer (NoAns). Every option of
 transformers.TrainingArguments works too.
 
+With --sandwich the whole supernet is fine-tuned, see run_glue.py.
+
 The output folder gets `results.json` (scores of every seed, mean and spread) and `model`, the model of the best seed
 with its card. The same command continues after an interruption.
 """
@@ -19,9 +21,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from supershaper_hf import text_table
 from supershaper_hf.finetuning.arguments import parse_options
-from supershaper_hf.finetuning.experiment import fine_tune, score_rows, summary_line
+from supershaper_hf.finetuning.experiment import fine_tune, results_text
 from supershaper_hf.finetuning.models import load_tokenizer
 from supershaper_hf.finetuning.questions import question_task
 from supershaper_hf.training.arguments import option
@@ -69,11 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     results = fine_tune(args, task, tokenizer)
     if args.process_index == 0:
-        print(summary_line(results, args.output_dir))
         shown = ("exact_match", "exact", "f1", "HasAns_f1", "NoAns_f1", "best_f1", "best_f1_thresh")
-        rows = score_rows(results)
-        kept = ("task", "split", "parameters", *shown)
-        print(text_table([{name: row[name] for name in kept if name in row} for row in rows]))
+        print(results_text(results, args.output_dir, shown))
     return 0
 
 

@@ -65,7 +65,7 @@ def test_script_prints_every_measured_shape_of_a_sandwich(script, options, tmp_p
 def test_two_processes_fine_tune_as_one_does_at_the_same_global_batch(script, options, tmp_path):
     together = start(2, SCRIPT, *options, "--per_device_train_batch_size", "4", "--output_dir", tmp_path / "two")
     script.main([*options, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "one")])
-    output, _ = together.communicate(timeout=100)
+    output, _ = together.communicate(timeout=300)
     assert together.returncode == 0, output
     assert output.count("shape [36, 20, 48]") == 1
     weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("one", "two")]

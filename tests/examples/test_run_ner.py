@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -109,3 +110,11 @@ def test_missing_file_is_named(supernet, tmp_path):
                 *("--train_file=nothing.conll", "--validation_file=nothing.conll"),
             ]
         )
+
+
+@pytest.mark.filterwarnings("ignore:Shapes left out of the fit")  # of a model of a few steps
+def test_all_shapes_are_ready_after_a_sandwich(run, supernet, tmp_path):
+    printed = run(f"--model={supernet}", "--sandwich", "--num_shapes=8", f"--output_dir={tmp_path / 'out'}")
+    scores = re.findall(r"^(?:rectangle|front|random).*?  +[\d,]+  +([\d.]+)  +[\d.]+  +\[", printed, re.MULTILINE)
+    assert len(scores) >= 8
+    assert len(set(scores)) > 1

@@ -1,6 +1,7 @@
 """`examples/run_qa.py` on questions about the addresses: a supernet with a shape, then the folder it has written."""
 
 import json
+import re
 
 import pytest
 from test_run_ner import EXAMPLES, load, paragraphs, supernet, tasks  # noqa: F401
@@ -59,3 +60,11 @@ def test_version_1_and_wrong_stride(run, supernet, tmp_path):  # noqa: F811
     assert "exact_match" in printed
     with pytest.raises(ValueError, match="stride=20 must be less than 15: of max_length=24, 6 are for the question"):
         run(*options, f"--output_dir={tmp_path / 'second'}", "--stride=20")
+
+
+@pytest.mark.filterwarnings("ignore:Shapes left out of the fit")  # of a model of a few steps
+def test_all_shapes_are_ready_after_a_sandwich(run, supernet, tmp_path):  # noqa: F811
+    printed = run(f"--model={supernet}", "--sandwich", "--num_shapes=8", f"--output_dir={tmp_path / 'out'}")
+    scores = re.findall(r"^(?:rectangle|front|random).*?  +[\d,]+  +([\d.]+)  +[\d.]+  +\[", printed, re.MULTILINE)
+    assert len(scores) >= 8
+    assert len(set(scores)) > 1

@@ -341,7 +341,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(supernet, files, tokenize
     options = {"shape": SHAPE, "num_train_epochs": 4, "seeds": [0, 1], "early_stopping_patience": 3}
     expected = tune(tmp_path / "whole", supernet, files, tokenizer, **options)
     (child,) = fork(0, tune_until_killed, tmp_path / "killed", supernet, files, tokenizer, options)
-    child.join(60)
+    child.join(180)
     assert child.exitcode == -signal.SIGKILL
     folder = tmp_path / "killed" / "seed-0"
     assert (folder / "checkpoint-18" / "model.safetensors").exists()

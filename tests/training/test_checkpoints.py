@@ -582,7 +582,7 @@ def start(*arguments):
     """Run `in_child` in a process of its own; return its exit code."""
     process = fork_server().Process(target=in_child, args=arguments)
     process.start()
-    process.join(60)
+    process.join(180)
     assert process.exitcode is not None, "The process hangs."
     return process.exitcode
 
@@ -652,7 +652,7 @@ def test_second_run_at_the_same_time_stops_and_does_not_disturb_the_first(whole,
     with pytest.raises(RuntimeError, match=re.escape(f"{tmp_path} is in use by another run.")):
         train(tmp_path)
     (tmp_path / "waiting").unlink()
-    first.join(60)
+    first.join(180)
     assert first.exitcode == 0
     assert_equal_runs(tmp_path, whole)
 

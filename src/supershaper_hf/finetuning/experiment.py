@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..files import lock, read_json, write_folder, write_json
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
 from ..processes import on_every_process, on_main_process
 from ..publish.hub import save_for_hub
-from ..report.tables import markdown_table
+from ..report.tables import markdown_table, text_table
 from .arguments import FineTuningArguments
 from .models import choose_shape, load_model, load_teacher
 from .super_tuning import SEARCH, SUBNET, SandwichTrainer, search_task
@@ -307,10 +307,22 @@ def summarize(args: FineTuningArguments, task: Task) -> dict[str, Any]:
     return summary
 
 
-def summary_line(summary: Mapping[str, Any], folder: Any) -> str:
-    """Return what the results in a folder are of, in one line."""
+def results_text(summary: Mapping[str, Any], folder: Any, shown: Sequence[str] = ()) -> str:
+    """Return what a script prints: one line, the scores, and the shapes that were measured after a sandwich.
+
+    Args:
+        summary: What `fine_tune` returned.
+        folder: The folder of the results.
+        shown: The scores to show, those that there are. By default all.
+    """
     seeds = [found["seed"] for found in summary["seeds"]]
-    return f"shape {summary['shape']}, seeds {seeds}, model of seed {summary['best_seed']}: {folder}"
+    line = f"shape {summary['shape']}, seeds {seeds}, model of seed {summary['best_seed']}: {folder}"
+    rows = score_rows(summary)
+    if shown:
+        names = ("task", "split", "parameters", *shown)
+        rows = [{name: row[name] for name in names if name in row} for row in rows]
+    shapes = sorted(summary.get("shapes", []), key=lambda row: -row["parameters"])
+    return "\n".join([line, text_table(rows), *([text_table(shapes)] if shapes else [])])
 
 
 def score_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
