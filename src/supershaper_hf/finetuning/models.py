@@ -170,7 +170,7 @@ def check_budget(args: FineTuningArguments, space: SearchSpace, max_cost: float)
 
 def measure_on(task: Task, args: FineTuningArguments, space: SearchSpace, folder: Path) -> list[dict[str, Any]]:
     """Measure shapes by their distance to the largest one on examples of a task; return their records."""
-    supernet = SuperShaperModel.from_pretrained(args.model, dtype=torch.float32)
+    supernet = SuperShaperModel.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     batches = first_batches(task.train, task, EXAMPLES)
     file = folder / "records.jsonl"
 
