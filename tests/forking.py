@@ -10,7 +10,7 @@ import signal
 from launching import fork_server, free_port
 
 
-SECONDS = 100  # after this time a process ends, also if it waits for another one for ever
+SECONDS = 300  # after this time a process ends, also if it waits for another one for ever
 
 
 def fork(processes, act, *arguments):
