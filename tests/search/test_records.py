@@ -7,8 +7,8 @@ import json
 import math
 import os
 import re
-import shutil
 import resource
+import shutil
 import signal
 import time
 import warnings
@@ -688,10 +688,10 @@ def resumed(killed, tmp_path_factory):
     given = tmp_path_factory.mktemp("given")
     evaluate_shapes(nudge(tiny_model()), masked_batches(), SHAPES[:1], records_file=given / "records.jsonl")
     MODEL.save_pretrained(given / "model")
-    copy = shutil.copytree(given, tmp_path_factory.mktemp("copies") / "given")  # both runs lock the records in it
+    other = shutil.copytree(given, tmp_path_factory.mktemp("copies") / "given")  # both runs lock the records in it
     started = {
         2: fork(2, work_together, folders[0], given, tmp_path_factory.mktemp("disk")),
-        3: fork(3, work_together, folders[2], copy, tmp_path_factory.mktemp("disk")),
+        3: fork(3, work_together, folders[2], other, tmp_path_factory.mktemp("disk")),
     }
     found = {}
     for processes, folder in ((2, folders[0]), (3, folders[2])):
