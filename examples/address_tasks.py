@@ -1,6 +1,6 @@
 """Two small tasks out of the bundled addresses of US presidents, to try run_ner.py and run_qa.py without a download.
 
-    python examples/address_tasks.py outputs/tasks
+    python examples/address_tasks.py --output_dir outputs/tasks
 
 It writes CoNLL files of places and institutions (`ner-train.conll`, `ner-validation.conll`), and questions about years,
 sums and places in the format of SQuAD 2 (`qa-train.json`, `qa-validation.json`). Labels and answers come from a list of
@@ -8,9 +8,9 @@ names and from patterns, and nobody has checked them: the tasks show that the sc
 about a model. Validation is on later addresses than training.
 """
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,10 @@ def write_squad(file: Path, paragraphs: Sequence[str], count: int) -> None:
     file.write_text(json.dumps({"version": "v2.0", "data": data}, indent=1), encoding="utf-8")
 
 
-def main(folder: str) -> None:
-    out = Path(folder)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder that the four files are written to.")
+    out = parser.parse_args().output_dir
     out.mkdir(parents=True, exist_ok=True)
     paragraphs = TEXT.read_text(encoding="utf-8").splitlines()
     cut = len(paragraphs) * 3 // 4
@@ -92,10 +94,8 @@ def main(folder: str) -> None:
     write_conll(out / "ner-validation.conll", paragraphs[cut:], 200)
     write_squad(out / "qa-train.json", paragraphs[:cut], 200)
     write_squad(out / "qa-validation.json", paragraphs[cut:], 50)
-    print(f"Written: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    print(f"Written to {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(sys.argv[1])
+    main()

@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
@@ -47,6 +46,7 @@ from supershaper_hf import (
 )
 from supershaper_hf.checks import check_count, check_number
 from supershaper_hf.files import read_json, write_json
+from supershaper_hf.model.shapes import own_parameters
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
 from supershaper_hf.report.plots import plot_measured
 from supershaper_hf.training.arguments import HelpFormatter, option
@@ -241,18 +241,17 @@ def measure(
     records = evaluate_shapes(
         supernet, batches, shapes, measure="distance", original=bert, records_file=folder / "records.jsonl"
     )
+    parameters = [own_parameters(supernet, shape) for shape in shapes]
     rows: list[dict[str, Any]] = [
-        {"shape": f"every layer {shape[0]}", "parameters": space.num_parameters(shape)} for shape in rectangles
+        {"shape": f"every layer {shape[0]}", "parameters": count} for shape, count in zip(rectangles, parameters)
     ]
-    rows.append(
-        {"shape": "mean of 20 random", "parameters": round(space.num_parameters(np.array(shapes[-20:])).mean())}
-    )
+    rows.append({"shape": "mean of 20 random", "parameters": round(sum(parameters[-20:]) / 20)})
     for key in ("distance", "cosine"):
         values = [record[key] for record in records]
         for row, value in zip(rows, [*values[: len(rectangles)], sum(values[-20:]) / 20]):
             row[key] = value
     print(text_table(rows))
-    points = list(zip(space.num_parameters(np.array(shapes)).tolist(), (record["distance"] for record in records)))
+    points = list(zip(parameters, (record["distance"] for record in records)))
     plot_measured(folder / "quality.png", rectangles=points[:-20], random=points[-20:])
 
 

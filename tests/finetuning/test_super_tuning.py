@@ -173,6 +173,11 @@ def test_every_shape_is_ready_for_the_task_and_the_best_one_is_cut_out(tokenizer
     front = pareto_front(space, ShapePredictor.fit_records(records), cost="parameters")
     assert space.num_parameters(front.best(max_cost=budget)) <= budget
     subnet = AutoModelForSequenceClassification.from_pretrained(out / "subnet")
+    (saved,) = [row for row in results["shapes"] if row["shape"].endswith(" (subnet)")]
+    assert (saved["widths"], saved["parameters"]) == (subnet.config.hidden_sizes, subnet.num_parameters())
+    card = (out / "subnet" / "README.md").read_text()
+    assert f"Of {len(results['shapes'])} measured shapes, it is the one with the lowest loss on validation" in card
+    assert "All shapes were trained at once" in (out / "model" / "README.md").read_text()
     assert subnet.num_parameters() <= budget + model.config.hidden_size**2 * 2  # the head is not that of masked LM
     affordable = [record for record in records if space.num_parameters(record["shape"]) <= budget]
     assert subnet.config.hidden_sizes == min(affordable, key=lambda record: record["task_loss"])["shape"]

@@ -39,12 +39,13 @@ class FineTuningArguments(TrainingArguments):
     shape: list[int] | None = option(None, "Widths of the layers of the subnet that is cut out of a supernet.")
     max_cost: float | None = option(
         None,
-        "Budget of the subnet, in the unit of --cost. Its shape is the best one by the records in --records_file, or "
-        "in the folder search/ of the model, or of shapes that are measured on examples of the task first.",
+        "Budget of the subnet with a masked-LM head, in the unit of --cost. By the records in --records_file, or in "
+        "the folder search/ of the model, its shape is the one with the lowest predicted loss. Without records, shapes "
+        "are measured on examples of the task, and the one nearest to the largest shape is taken.",
     )
     cost: str = option("parameters", f"What --max_cost counts: {' or '.join(COSTS)} (of --max_length tokens).")
     records_file: str | None = option(None, "The records.jsonl of measured shapes of the supernet.")
-    num_shapes: int = option(40, "Number of shapes to measure if there are no records.")
+    num_shapes: int = option(40, "Number of shapes to measure if there are no records, and with --sandwich.")
 
     # How
     seeds: list[int] = field(

@@ -316,7 +316,7 @@ def results_text(summary: Mapping[str, Any], folder: Any, shown: Sequence[str] =
         shown: The scores to show, those that there are. By default all.
     """
     seeds = [found["seed"] for found in summary["seeds"]]
-    line = f"shape {summary['shape']}, seeds {seeds}, model of seed {summary['best_seed']}: {folder}"
+    line = f"shape {summary['shape']}, seeds {seeds}, model of seed {summary['best_seed']}: {Path(folder) / MODEL}"
     rows = score_rows(summary)
     if shown:
         names = ("task", "split", "parameters", *shown)
@@ -366,6 +366,11 @@ def save_model(
         f"learning rate {args.learning_rate:g}, batches of {args.train_batch_size} examples on each process, seed "
         f"{found['seed']}. The checkpoint with the highest {task.score} on {rows[0]['split']} was kept."
     )
+    if args.sandwich:
+        training += (
+            f" All shapes were trained at once: in each step the largest, the smallest and {args.random_shapes} random "
+            "ones. The scores are those of the largest."
+        )
     if args.teacher is not None:
         training += (
             f" {args.distillation_weight:.0%} of the loss was the distance to the logits of a fine-tuned teacher."

@@ -1,7 +1,7 @@
 """The model that a task starts from: a subnet, which may be cut out of a supernet first, or any other encoder."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import logging
 
 from ..devices import copy_mapped_weights
 from ..model.configuration_supershaper import SuperShaperConfig
@@ -23,10 +24,12 @@ from ..search.evaluation import evaluate_shapes
 from ..search.pareto import amount, pareto_front
 from ..search.predictor import ShapePredictor
 from ..search.records import read_records
-from ..search.rounds import measure_in_rounds
+from ..search.rounds import best_measured, measure_in_rounds
 from .arguments import FineTuningArguments
 from .task import Task
 
+
+logger = logging.get_logger(__name__)
 
 RECORDS = Path("search", "records.jsonl")  # where a published supernet has the records of its shapes
 EXAMPLES = 64  # of the task, on which shapes are measured if there are no records
@@ -124,8 +127,8 @@ def choose_shape(args: FineTuningArguments, task: Task, folder: Path) -> list[in
     """Return the shape that the options ask for; `None` for the whole model, which a sandwich trains.
 
     With `max_cost` it is the shape with the lowest predicted loss or distance within the budget. The predictor is
-    fitted to the records of the supernet. Without records, `num_shapes` shapes are measured by their distance to the
-    largest one on examples of the task, which needs no labels, into `folder`.
+    fitted to the records of the supernet. Without records, `num_shapes` shapes around the budget are measured by their
+    distance to the largest one on examples of the task, which needs no labels, into `folder`, and the nearest is taken.
 
     Whatever the options say of shapes is checked here, before anything is trained or written.
 
@@ -144,14 +147,18 @@ def choose_shape(args: FineTuningArguments, task: Task, folder: Path) -> list[in
     space = SearchSpace.from_config(config)
     if args.shape is not None:
         space.validate(args.shape)
-    if args.sandwich and args.max_cost is not None:
+    if args.max_cost is not None:
         check_budget(args, space, args.max_cost)
     if args.max_cost is None or args.sandwich:
         return args.shape
-    file = Path(args.records_file or Path(args.model) / RECORDS)
-    known = args.records_file is not None or file.exists()
-    records = read_records(file) if known else measure_on(task, args, space, folder)
-    predictor = ShapePredictor.fit_records(records)
+    file, cost = Path(args.records_file or Path(args.model) / RECORDS), cast(Any, args.cost)
+    if args.records_file is None and not file.exists():
+        logger.warning(
+            f"There are no records of shapes in {file}. {args.num_shapes} shapes are measured: their distance to the "
+            f"largest shape on {EXAMPLES} examples. Name other records with --records_file."
+        )
+        return best_measured(space, measure_on(task, args, space, folder), cost, args.max_cost, args.max_length)
+    predictor = ShapePredictor.fit_records(read_records(file))
     front = pareto_front(space, predictor, cost=args.cost, sequence_length=args.max_length)
     return front.best(max_cost=args.max_cost)
 

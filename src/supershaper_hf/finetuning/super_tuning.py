@@ -15,7 +15,7 @@ from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
-from ..model.shapes import SHAPE_NAMES, SearchSpace
+from ..model.shapes import SHAPE_NAMES, SearchSpace, own_parameters
 from ..publish.hub import save_for_hub
 from ..report.findings import CONFIG_FILE, PREDICTOR_FILE, RECORDS_FILE
 from ..report.page import write_report
@@ -130,9 +130,10 @@ def search_task(
 ) -> list[dict[str, Any]]:
     """Measure shapes of a fine-tuned supernet on the task, write what was found, and cut out the best subnet.
 
-    Measured are the rectangles, the hand-crafted shapes of medium size, `args.num_shapes` others, and some of the
-    predicted front. `folder` gets `records.jsonl`, `predictor.json`, `report.md` with its plots, and `scores.png`.
-    With `args.max_cost`, the best measured shape within it is saved beside `folder` as the standalone model `subnet`.
+    Measured are the rectangles, the hand-crafted shapes of medium size, others until there are `args.num_shapes`, and
+    some of the predicted front. `folder` gets `records.jsonl`, `predictor.json`, `report.md` with its plots, and
+    `scores.png`. With `args.max_cost`, the best measured shape within it is saved beside `folder` as the standalone
+    model `subnet`.
 
     Args:
         args: The options `num_shapes`, `cost`, `max_cost`, `max_length` and `per_device_eval_batch_size` are used.
@@ -142,8 +143,8 @@ def search_task(
         folder: The folder of the results. The same call continues with the records in it.
 
     Returns:
-        The rows of a table: `shape` (by name, where it has one), `parameters`, `task_loss`, the score by its name, and
-        `widths`.
+        The rows of a table: `shape` (by name, where it has one, and whether it was saved), `parameters`, `task_loss`,
+        the score by its name, and `widths`.
 
     Raises:
         ValueError: If no measured shape is as cheap as `args.max_cost`, or `folder` holds records of another model.
@@ -176,11 +177,11 @@ def search_task(
     write_report(folder, args.cost, budgets or [], BUDGETS, args.max_length)
     everything = {tuple(record["shape"]): record for record in [*records, *random, *best]}
     names = {tuple(shape): name for name, shape in named.items()}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "shape": names.get(shape, "front" if record in best else "random"),
-            "parameters": int(space.num_parameters(shape)),
-            "task_loss": round(record["task_loss"], 4),
+            "parameters": own_parameters(model, shape),
+            "task_loss": f"{record['task_loss']:.4f}",
             task.score: "" if record["score"] is None else f"{record['score']:.4f}",
             "widths": list(shape),
         }
@@ -189,7 +190,8 @@ def search_task(
     plot_scores(folder / "scores.png", rows, task.score)
     if args.max_cost is not None:
         chosen = best_measured(space, list(everything.values()), cost, args.max_cost, args.max_length)
-        save_subnet(args, task, tokenizer, model, everything[tuple(chosen)], folder.parent / SUBNET)
+        save_subnet(args, task, tokenizer, model, everything[tuple(chosen)], len(everything), folder.parent / SUBNET)
+        next(row for row in rows if row["widths"] == chosen)["shape"] += f" ({SUBNET})"
     return rows
 
 
@@ -224,9 +226,10 @@ def save_subnet(
     tokenizer: PreTrainedTokenizerBase,
     supernet: Any,
     record: Record,
+    candidates: int,
     folder: Path,
 ) -> None:
-    """Cut out a subnet, and save it as a complete model with its card."""
+    """Cut out the subnet of a record, the best of some candidates, and save it as a complete model with its card."""
     subnet = supernet.extract_subnet(record["shape"])
     split, score = next(iter(task.evaluation)), f"{record['score']:.4f}"
     save_for_hub(
@@ -236,7 +239,8 @@ def save_subnet(
         replace=True,
         training=(
             f"Cut out of a supernet whose shapes were all fine-tuned on the task {task.name} at once. "
-            f"It is the best measured shape with at most {args.max_cost:,.0f} {args.cost}."
+            f"Of {candidates} measured shapes, it is the one with the lowest loss on {split} among those that have at "
+            f"most {args.max_cost:,.0f} {args.cost} with a masked-LM head."
         ),
-        evaluation=markdown_table([{"split": split, "task_loss": record["task_loss"], task.score: score}]),
+        evaluation=markdown_table([{"split": split, "task_loss": f"{record['task_loss']:.4f}", task.score: score}]),
     )

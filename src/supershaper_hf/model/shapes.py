@@ -20,6 +20,7 @@ import numpy as np
 from ..checks import check_choice, check_count, check_number
 from .configuration_supershaper import SuperShaperConfig
 from .costs import ChainCost, chain_cost, flops_cost, parameter_cost
+from .modeling_supershaper import SuperShaperPreTrainedModel, empty_model
 
 
 # Relative widths from the first layer to the last. "supershaper" is the rule that the paper derives: layer 1 at the
@@ -354,3 +355,28 @@ def shape_rows(shapes: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> 
             f"layers)), got {found}."
         )
     return np.atleast_2d(rows), rows.ndim == 1
+
+
+def own_parameters(model: SuperShaperPreTrainedModel, shape: Sequence[int]) -> int:
+    """Return the number of parameters of a subnet of `model`, with the head that `model` has.
+
+    `SearchSpace.num_parameters`, and every budget of parameters, counts the head of masked language modeling.
+
+    Args:
+        model: A supernet, with any head or none.
+        shape: The shape of the subnet.
+
+    Raises:
+        ValueError: If the shape is not allowed.
+
+    Example:
+        >>> from supershaper_hf import SuperShaperModel
+        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
+        >>> model = SuperShaperModel(config)
+        >>> own_parameters(model, [40, 16]) == model.extract_subnet([40, 16]).num_parameters()
+        True
+    """
+    subnet = empty_model(type(model), model.config.subnet_config(model.config.normalize_shape(shape)))
+    if getattr(model, "pooler", True) is None:
+        subnet.pooler = None
+    return int(subnet.num_parameters())
