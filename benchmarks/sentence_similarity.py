@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from supershaper_hf import SuperShaperConfig, SuperShaperModel, markdown_table, read_pooling
 from supershaper_hf.checks import check_choice
-from supershaper_hf.model.modeling_supershaper import empty_model
+from supershaper_hf.model.shapes import own_parameters
 from supershaper_hf.publish.sentences import POOLINGS
 from supershaper_hf.search.evaluation import evaluation_mode
 from supershaper_hf.training.losses import pool
@@ -125,8 +125,7 @@ def measure(
     rows[0]["share"] = "100.0 %"
     for shape in shapes:
         score = similarity_score(model, tokenizer, pairs, labels, pooling, shape)
-        parameters = empty_model(SuperShaperModel, model.config.subnet_config(shape)).num_parameters()
-        row = {"shape": str(list(shape)), "parameters": f"{parameters:,}", "STS": f"{score:.4f}"}
+        row = {"shape": str(list(shape)), "parameters": f"{own_parameters(model, shape):,}", "STS": f"{score:.4f}"}
         rows.append(row | {"share": f"{score / original:.1%}".replace("%", " %")})
     return rows
 
