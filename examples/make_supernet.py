@@ -59,6 +59,7 @@ RECIPE: dict[str, Any] = {
     "mlm_probability": 0.0,  # unmasked text, no labels
     "state_weight": 1.0,
     "pooled_weight": 1.0,
+    "first_token_weight": 0.5,
     "sampling": "random",
     "random_shapes": 3,
     "distribution": "budget",

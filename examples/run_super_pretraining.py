@@ -54,6 +54,7 @@ from supershaper_hf.model.modeling_supershaper import SuperShaperPreTrainedModel
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
 from supershaper_hf.training.arguments import HelpFormatter, option
 from supershaper_hf.training.checkpoints import list_checkpoints
+from supershaper_hf.training.distillation import TEACHER_WEIGHTS
 from supershaper_hf.training.preparing import make_accelerator
 from supershaper_hf.training.teacher import OutsideTeacher
 
@@ -162,11 +163,10 @@ def parse_arguments(argv: list[str]) -> tuple[ScriptArguments, SuperPretrainingA
             parser.error(f"--{name} is missing. See --help.")
     if script.calibration_tokens and script.streaming:
         parser.error("--calibration_tokens are taken from stored text: leave out --streaming or --calibration_tokens.")
-    weights = (args.teacher_weight, args.state_weight, args.pooled_weight)
-    if (script.teacher is None) != (max(weights) == 0):
+    if (script.teacher is None) != all(getattr(args, name) == 0 for name in TEACHER_WEIGHTS):
         parser.error(
             "--teacher and a --teacher_weight above 0 need each other. Give both or none of them. Instead of "
-            "--teacher_weight it may be --state_weight or --pooled_weight."
+            "--teacher_weight it may be --state_weight, --pooled_weight or --first_token_weight."
         )
     if args.mlm_probability == 0 and script.head_steps:
         parser.error("--head_steps needs labels: leave it out, or give --mlm_probability a value above 0.")
