@@ -44,7 +44,7 @@ from supershaper_hf import (
     text_table,
     tokenize,
 )
-from supershaper_hf.checks import check_count, check_number
+from supershaper_hf.checks import check_count, check_number, load_pretrained
 from supershaper_hf.files import read_json, write_json
 from supershaper_hf.model.shapes import own_parameters
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
@@ -170,7 +170,7 @@ def make_start(
     attention: str,
 ) -> Any:
     """Return the calibrated supernet. It is saved in the folder `start`, and read from there the next time."""
-    architectures = AutoConfig.from_pretrained(args.bert).architectures or []
+    architectures = load_pretrained("--bert", args.bert, AutoConfig.from_pretrained).architectures or []
     has_head = any(name.endswith(("MaskedLM", "PreTraining")) for name in architectures)
     model_class = SuperShaperForMaskedLM if has_head else SuperShaperModel
     folder = Path(args.output_dir) / "start"
@@ -259,7 +259,7 @@ def measure(
 def main() -> int:
     args = parse_arguments(sys.argv[1:])
     accelerator: Accelerator = make_accelerator(args.training(1))
-    tokenizer = AutoTokenizer.from_pretrained(args.bert)
+    tokenizer = load_pretrained("--bert", args.bert, AutoTokenizer.from_pretrained)
     text, evaluation = main_process_first(partial(load_data, args, tokenizer), accelerator)
     card = on_main_process(partial(read_sentence_encoder, args.bert), accelerator)
     if not Path(args.bert).exists():

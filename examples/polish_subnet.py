@@ -49,7 +49,7 @@ from supershaper_hf import (
     text_table,
     tokenize,
 )
-from supershaper_hf.checks import check_count
+from supershaper_hf.checks import check_count, load_pretrained
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
 from supershaper_hf.training.arguments import HelpFormatter, option
 from supershaper_hf.training.preparing import make_accelerator
@@ -133,7 +133,7 @@ def load_supernet(args: PolishingArguments) -> tuple[Any, list[int]]:
     Raises:
         ValueError: If it is not a supernet, or the shape is not allowed.
     """
-    config = AutoConfig.from_pretrained(args.supernet)
+    config = load_pretrained("--supernet", args.supernet, AutoConfig.from_pretrained)
     if not isinstance(config, SuperShaperConfig) or config.merged_bottlenecks:
         raise ValueError(f"--supernet {args.supernet} is not a supernet. make_supernet.py makes one of a BERT.")
     name = (config.architectures or ["SuperShaperModel"])[0]
