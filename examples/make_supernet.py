@@ -46,7 +46,6 @@ from supershaper_hf import (
 )
 from supershaper_hf.checks import check_count, check_number, load_pretrained
 from supershaper_hf.files import read_json, write_json
-from supershaper_hf.model.shapes import own_parameters
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
 from supershaper_hf.report.plots import plot_measured
 from supershaper_hf.training.arguments import HelpFormatter, option
@@ -234,7 +233,7 @@ def measure(
     args: SupernetArguments, supernet: Any, bert: Any, evaluation: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Print and draw how far rectangles of every width, and 20 random shapes, are from the BERT."""
-    space = SearchSpace.from_config(supernet.config)
+    space = SearchSpace.from_model(supernet)
     rectangles = [[width] * space.num_layers for width in reversed(space.width_choices)]
     shapes = rectangles + space.sample(20, seed=args.seed).tolist()
     batches = fixed_masks(evaluation, tokenizer, args.per_device_train_batch_size, mlm_probability=0)
@@ -242,7 +241,7 @@ def measure(
     records = evaluate_shapes(
         supernet, batches, shapes, measure="distance", original=bert, records_file=folder / "records.jsonl"
     )
-    parameters = [own_parameters(supernet, shape) for shape in shapes]
+    parameters = space.num_parameters(shapes).tolist()
     rows: list[dict[str, Any]] = [
         {"shape": f"every layer {shape[0]}", "parameters": count} for shape, count in zip(rectangles, parameters)
     ]

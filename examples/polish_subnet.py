@@ -76,8 +76,7 @@ class PolishingArguments:
     shape: list[int] | None = option(None, "The shape: one width for each layer; 0 drops the layer.")
     max_parameters: int | None = option(
         None,
-        "Instead of --shape: the widest rectangle, one width for all layers, of at most so many parameters with a "
-        "masked-LM head.",
+        "Instead of --shape: the widest rectangle, one width for all layers, of at most so many parameters.",
     )
     text: list[str] = field(
         default_factory=list,
@@ -139,7 +138,7 @@ def load_supernet(args: PolishingArguments) -> tuple[Any, list[int]]:
     name = (config.architectures or ["SuperShaperModel"])[0]
     supernet = getattr(supershaper_hf, name).from_pretrained(args.supernet)
     if args.shape is None:
-        return supernet, SearchSpace.from_config(config).named_shape("rectangle", args.max_parameters)
+        return supernet, SearchSpace.from_model(supernet).named_shape("rectangle", args.max_parameters)
     return supernet, config.normalize_shape(args.shape)
 
 

@@ -47,7 +47,13 @@ from supershaper_hf.model.costs import Cost
 from supershaper_hf.model.modeling_supershaper import SuperShaperPreTrainedModel
 from supershaper_hf.processes import on_every_process, on_main_process, start_accelerator
 from supershaper_hf.publish.hub import push_folder
-from supershaper_hf.report.findings import CONFIG_FILE, INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE
+from supershaper_hf.report.findings import (
+    INSENSITIVITY_FILE,
+    LATENCY_FILE,
+    PREDICTOR_FILE,
+    RECORDS_FILE,
+    write_config,
+)
 from supershaper_hf.report.page import write_report
 from supershaper_hf.search.pareto import pareto_front, shapes_at
 from supershaper_hf.search.predictor import MINIMUM_SHAPES
@@ -177,7 +183,7 @@ def search(args: SearchArguments, folder: Path, accelerator: Accelerator) -> Non
         original = on_every_process(load, accelerator).to(accelerator.device)
         copy_mapped_weights(original)
         options["original"] = original
-    space = SearchSpace.from_config(model.config)
+    space = SearchSpace.from_model(model)
     length = min(args.max_length, model.config.max_position_embeddings)
     batches = on_main_process(partial(load_batches, args, model, length, options["measure"]), accelerator)
     cost: Cost = args.cost
@@ -208,9 +214,9 @@ def search(args: SearchArguments, folder: Path, accelerator: Accelerator) -> Non
 def write_results(
     args: SearchArguments, model: SuperShaperPreTrainedModel, predictor: ShapePredictor, length: int, folder: Path
 ) -> None:
-    model.config.to_json_file(folder / CONFIG_FILE)
     predictor.save(folder / PREDICTOR_FILE)
-    space = SearchSpace.from_config(model.config)
+    space = SearchSpace.from_model(model)
+    write_config(folder, space)
     to_dataset(read_records(folder / RECORDS_FILE), space).to_parquet(folder / "records.parquet")
     page = write_report(folder, args.cost, args.max_cost or [], args.num_budgets, length)
     print(page.read_text(encoding="utf-8"))

@@ -147,7 +147,9 @@ def choose_shape(args: FineTuningArguments, task: Task, folder: Path) -> list[in
         raise ValueError(
             f"{wanted}={getattr(args, wanted)} needs a supernet, and {args.model} is not one. Leave {wanted} out."
         )
-    space = SearchSpace.from_config(config)
+    config.update(task.config)
+    with torch.device("meta"):
+        space = SearchSpace.from_model(task.auto_class.from_config(config))  # budgets are of subnets with this head
     if args.shape is not None:
         space.validate(args.shape)
     if args.max_cost is not None:
