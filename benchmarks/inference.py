@@ -51,6 +51,7 @@ BASE = {"vocab_size": 28_996, "hidden_size": 768, "num_hidden_layers": 12, "num_
 MINILM = {**BASE, "vocab_size": 30_522, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
 MINILM_SHAPE = [240, 144, 96, 240, 288, 384]
 QUICK = {"vocab_size": 50, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+QUICK |= {"intermediate_size": 64, "max_position_embeddings": 16}
 QUICK_SHAPE = [40, 72]
 
 BERT, HALF, SUBNET, UNMERGED = "BERT-base", "BERT of half the layers", "subnet", "subnet, unmerged"
@@ -118,7 +119,8 @@ def make_models(quick: bool, seed: int) -> dict[str, PreTrainedModel]:
 
 def bert_config(config: SuperShaperConfig, **changes: int) -> BertConfig:
     """Return the configuration of the BERT that a supernet is made of, with some sizes changed."""
-    return BertConfig(**{**{name: getattr(config, name) for name in BASE | {"intermediate_size": 0}}, **changes})
+    names = [*BASE, "intermediate_size", "max_position_embeddings"]
+    return BertConfig(**{**{name: getattr(config, name) for name in names}, **changes})
 
 
 def bert_like(config: SuperShaperConfig, **changes: int) -> BertModel:
@@ -128,13 +130,12 @@ def bert_like(config: SuperShaperConfig, **changes: int) -> BertModel:
 def bert_of_half_the_layers(config: SuperShaperConfig, parameters: int) -> BertModel:
     """Build a BERT of half the layers with about as many `parameters`: its FFN is a multiple of 16 wide."""
     layers = config.num_hidden_layers // 2
-
-    def excess(width: int) -> int:
-        changed = bert_config(config, num_hidden_layers=layers, intermediate_size=width)
-        return abs(empty_model(BertModel, changed).num_parameters() - parameters)
-
-    width = min(range(16, 2 * config.intermediate_size, 16), key=excess)
-    return bert_like(config, num_hidden_layers=layers, intermediate_size=width)
+    narrow, wide = (
+        empty_model(BertModel, bert_config(config, num_hidden_layers=layers, intermediate_size=width)).num_parameters()
+        for width in (16, 32)
+    )
+    steps = round((parameters - narrow) / (wide - narrow))
+    return bert_like(config, num_hidden_layers=layers, intermediate_size=16 * (1 + steps))
 
 
 def unmerged_subnet(config: SuperShaperConfig, shape: list[int]) -> SuperShaperModel:
