@@ -122,6 +122,6 @@ def test_an_exported_program_holds_no_pieces():
 def test_a_traced_program_holds_no_pieces():
     layer = nn.Linear(48, 20)
     with torch.no_grad():
-        program = torch.jit.trace(lambda states: elastic.elastic_linear(layer, states), torch.randn(BATCH, LENGTH, 48))
+        program = torch.jit.trace(lambda states: elastic.in_pieces(layer, states), torch.randn(BATCH, LENGTH, 48))
     assert "linear" in str(program.graph)
     assert "chunk" not in str(program.graph)
