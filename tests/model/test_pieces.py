@@ -120,7 +120,7 @@ def test_an_exported_program_holds_no_pieces():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_traced_program_holds_no_pieces():
-    layer = nn.Linear(48, 20)
+    layer = nn.Linear(48, 20).requires_grad_(False)
     with torch.no_grad():
         program = torch.jit.trace(lambda states: elastic.in_pieces(layer, states), torch.randn(BATCH, LENGTH, 48))
     assert "linear" in str(program.graph)
