@@ -139,7 +139,7 @@ class Workload:
         bottleneck = SuperShaperBottleneck(width, self.config.hidden_size, device="meta", dtype=self.dtype)
         bottleneck.to_empty(device=self.device)
         self._fill(bottleneck, self.seed)
-        return bottleneck
+        return bottleneck.eval()
 
     def states(self, width: int) -> torch.Tensor:
         """Draw hidden states (batch, length, width)."""
