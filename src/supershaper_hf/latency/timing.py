@@ -134,7 +134,7 @@ class Workload:
         self._fill(model, seed)
         return model.eval()
 
-    def bottleneck(self, width: int) -> torch.nn.Module:
+    def bottleneck(self, width: int) -> SuperShaperBottleneck:
         """Build an output bottleneck from `width` to `hidden_size`."""
         bottleneck = SuperShaperBottleneck(width, self.config.hidden_size, device="meta", dtype=self.dtype)
         bottleneck.to_empty(device=self.device)
