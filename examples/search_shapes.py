@@ -8,8 +8,9 @@ A supernet with a masked-LM head is measured by its masked-LM loss. Any other on
 original model, and so is every one with --original or --measure distance.
 
 The output folder gets `records.jsonl` (every measurement, as soon as it is made), `predictor.json`, `front.csv`,
-`report.md` with its plots, and with --latency also `latency.json`. You can stop the script at any time: the same
-command continues where it stopped. When nothing is left to measure, it writes the report again.
+`report.md` with its plots, `explorer.html`, on which you choose a shape by looking, and with --latency also
+`latency.json`. You can stop the script at any time: the same command continues where it stopped. When nothing is left
+to measure, it writes the report again.
 """
 
 import sys
@@ -226,7 +227,8 @@ def write_results(
     predictor.save(folder / PREDICTOR_FILE)
     space = SearchSpace.from_config(model.config)
     to_dataset(read_records(folder / RECORDS_FILE), space).to_parquet(folder / "records.parquet")
-    page = write_report(folder, args.cost, args.max_cost or [], args.num_budgets, length)
+    supernet = args.push_to_hub or args.model_name_or_path  # a page on the Hub names no folder of this machine
+    page = write_report(folder, args.cost, args.max_cost or [], args.num_budgets, length, supernet)
     print(page.read_text(encoding="utf-8"))
     print(f"Written: {page}")
     if args.push_to_hub:
