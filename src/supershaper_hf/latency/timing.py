@@ -15,7 +15,7 @@ from ..checks import check_count
 from ..devices import Clock, parse_device
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.elastic import SuperShaperBottleneck
-from ..model.modeling_supershaper import SuperShaperForMaskedLM, empty_model
+from ..model.modeling_supershaper import SuperShaperPreTrainedModel, empty_model
 from ..model.shapes import SearchSpace
 
 
@@ -53,7 +53,7 @@ class SubnetTimer:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ):
-        self._workload = Workload(space.config, parse_device(device), batch_size, sequence_length, dtype, seed)
+        self._workload = Workload(space, parse_device(device), batch_size, sequence_length, dtype, seed)
         self._models = [self._workload.model(shape, seed + index) for index, shape in enumerate(shapes)]
         self._batch = self._workload.batch()
         self._random = np.random.default_rng(seed)
@@ -83,7 +83,7 @@ class Workload:
     """The conditions of a measurement: what runs, on which device. It checks them, and makes models and inputs.
 
     Attributes:
-        config: The supernet's configuration.
+        space: The search space of the supernet.
         device: The device to run on.
         batch_size: Sequences in a batch.
         sequence_length: Tokens in a sequence.
@@ -94,7 +94,7 @@ class Workload:
         ValueError: If a number is too small, the sequence is too long, or `dtype` is not a floating-point type.
     """
 
-    config: SuperShaperConfig
+    space: SearchSpace
     device: torch.device
     batch_size: int
     sequence_length: int
@@ -117,14 +117,18 @@ class Workload:
             )
 
     @property
+    def config(self) -> SuperShaperConfig:
+        return self.space.config
+
+    @property
     def clock(self) -> Clock:
         return Clock(self.device)
 
-    def model(self, shape: Sequence[int] | np.ndarray, seed: int) -> SuperShaperForMaskedLM:
+    def model(self, shape: Sequence[int] | np.ndarray, seed: int) -> SuperShaperPreTrainedModel:
         """Build the subnet at `shape`, of any number of layers, with random weights in evaluation mode."""
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = len(shape)
-        model = empty_model(SuperShaperForMaskedLM, config.subnet_config(list(shape)))
+        model = empty_model(self.space.model_class, config.subnet_config(list(shape)))
         model.to(self.dtype).to_empty(device=self.device)
         model.tie_weights()
         self._fill(model, seed)
