@@ -39,7 +39,9 @@ def made_up_search(folder, measure="loss", latency=False, layers=3, drop_rate=0.
     architecture = "SuperShaperModel" if head == "Model" else f"SuperShaperFor{head}"
     config = tiny_config(num_hidden_layers=layers, architectures=[architecture])
     space, random = SearchSpace.from_config(config), np.random.default_rng(0)
-    shapes = np.unique(np.vstack([space.sample(40, seed=0, drop_rate=drop_rate), [[8] * layers], [[48] * layers]]), axis=0)[:30]
+    shapes = np.unique(
+        np.vstack([space.sample(40, seed=0, drop_rate=drop_rate), [[8] * layers], [[48] * layers]]), axis=0
+    )[:30]
     values = (48 - shapes) @ np.linspace(0.8, 0.3, layers) / (48 * layers) + 0.2 + random.normal(0, 0.01, len(shapes))
     header = {"measure": measure, "model": "m", "data": "d", "precision": "no", "num_layers": layers}
     header |= {"width_choices": space.width_choices, "hidden_sizes": config.hidden_sizes}

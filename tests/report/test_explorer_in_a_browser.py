@@ -1,4 +1,4 @@
-"""`explorer.html` in a real browser: a reader drags, types, presses keys and copies, and reads the numbers of the front."""
+"""`explorer.html` in a real browser: a reader drags, types, presses keys, copies, and reads the numbers of the front."""
 
 import json
 import os
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
+DASH = "\N{EN DASH}"  # in tables, where there is no measurement
 DESKTOP, PHONE = {"width": 1100, "height": 900}, {"width": 360, "height": 740}
 
 
@@ -78,13 +79,18 @@ def figures(page):
     return dict(zip(terms, values, strict=True))
 
 
+def measures(page, bars):
+    """The top and the height of bars."""
+    return np.array(page.locator(bars).evaluate_all("n => n.map(n => ['y', 'height'].map(k => +n.getAttribute(k)))"))
+
+
 def chosen(page):
     """The shape that the bars show, each by its height."""
     picture = page.locator("#bars svg").get_attribute("aria-label")
     widths = [int(width) for width in picture.split(": ")[1].split(", ")]
-    heights = [float(bar.get_attribute("height")) for bar in page.locator("#bars .bar").all()]
-    full = float(page.locator("#bars .ghost").first.get_attribute("height"))
-    assert heights == pytest.approx([full * width / 48 for width in widths])
+    bars, full = measures(page, "#bars .bar"), measures(page, "#bars .ghost")
+    assert bars[:, 1] == pytest.approx(full[:, 1] * np.array(widths) / 48)
+    assert bars.sum(1) == pytest.approx(full.sum(1))  # they stand on one line
     assert page.locator("#bars .width").all_text_contents() == [str(width) for width in widths]
     return widths
 
@@ -106,7 +112,7 @@ def assert_shows(page, findings, shape):
     summary = page.locator("#summary")  # it waits for the end of a drag
     playwright.expect(summary).to_contain_text(f"the best shape is {shape}: {measure.title} {predicted} ± {deviation}")
     cells = page.locator("#comparison tbody tr").first.locator("td").all_inner_texts()
-    assert cells[1:] == [predicted, "–" if measured is None else expected]
+    assert cells[1:] == [predicted, DASH if measured is None else expected]
 
 
 def test_keys_walk_along_the_front(page, findings):
@@ -172,7 +178,7 @@ def test_drag_on_the_chart_moves_the_budget(page, findings):
 def axes(page):
     """What the ticks of the chart say: (cost, x) and (quality, y) of each."""
     texts = page.locator("#chart text:not([transform])").evaluate_all(
-        "nodes => nodes.map(node => ['x', 'y', 'text-anchor'].map(name => node.getAttribute(name)).concat(node.textContent))"
+        "nodes => nodes.map(n => [...['x', 'y', 'text-anchor'].map(name => n.getAttribute(name)), n.textContent])"
     )
     ticks = [(float(x), float(y), anchor, float(text)) for x, y, anchor, text in texts[:-1]]  # the last names the axis
     return (
@@ -239,8 +245,12 @@ def test_each_cost_has_its_own_front(page, findings):
         assert_shows(page, findings, front.shapes[0].tolist())
         page.get_by_role("slider").press("ArrowRight")
         assert_shows(page, findings, front.shapes[1].tolist())
-        typed = float(page.get_by_role("textbox").input_value())
-        assert typed == pytest.approx(front.costs[cost][1] / scale, rel=1e-3)
+        typed = page.get_by_role("textbox")
+        assert float(typed.input_value()) == pytest.approx(front.costs[cost][1] / scale, rel=1e-3)
+        middle = (front.costs[cost][0] + front.costs[cost][-1]) / 2
+        typed.fill(str(middle / scale))
+        typed.press("Enter")
+        assert_shows(page, findings, front.best(middle))
 
 
 def test_table_is_the_front(page, findings):
@@ -313,7 +323,7 @@ def test_page_fits_a_phone(open_page, tmp_path, layers):
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     for part in ("#budget", "#chart svg", "#bars svg", "#copy"):
         box = page.locator(part).bounding_box()
-        assert 0 <= box["x"]
+        assert box["x"] >= 0
         assert box["x"] + box["width"] <= PHONE["width"]
     page.mouse.wheel(0, 900)
     page.wait_for_function("scrollY > 300")

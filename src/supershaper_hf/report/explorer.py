@@ -98,7 +98,6 @@ def explorer_page(
         quality=findings.predictor.quality,
         supernet=supernet,
         table=findings.table,
-        head="MaskedLM" in _architecture(findings),
     )
 
 
@@ -143,7 +142,7 @@ def _costs(findings: Findings) -> dict[str, dict[str, Any]]:
 
 
 class _Rows:
-    """The rows of shapes as the page needs them: `FIELDS`, with measured scores and without numbers JSON cannot hold."""
+    """The rows of shapes as the page needs them: the `FIELDS`, in numbers that JSON can hold."""
 
     def __init__(self, findings: Findings):
         self.findings = findings
@@ -173,18 +172,15 @@ def _json_value(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _architecture(findings: Findings) -> str:
-    return (findings.space.config.architectures or ["SuperShaperForMaskedLM"])[0]
-
-
 def _code(findings: Findings, supernet: str | Path | None) -> list[str]:
     """Return what stands before and after the shape in the lines of Python that cut it out and load it."""
     source = _literal(UNKNOWN_SUPERNET if supernet is None else str(supernet))
     on_hub = isinstance(supernet, str) and not Path(supernet).is_dir()
+    head = findings.space.model_class.__name__.removeprefix("SuperShaper").removeprefix("Model")
     parts = {
         "imports": "from huggingface_hub import snapshot_download\n" if on_hub else "",
         "source": f"snapshot_download({source})" if on_hub else source,
-        "auto_class": _architecture(findings).replace("SuperShaper", "AutoModel").replace("ModelModel", "Model"),
+        "auto_class": f"AutoModel{head}",
     }
     return [half.format(**parts) for half in CODE]
 
