@@ -58,5 +58,6 @@ if __name__ == "__main__":
     results["card"] = [type(shown[name]).__name__ for name in ("model", "tokenizer")]
     exec(code_in_card("user/encoder"), shown)
     results["embeddings"] = embed(shown["encoder"])
-    shown["model"].push_to_hub("user/copy", commit_message=commit_message)
+    pushed = shown["model"].push_to_hub("user/copy", commit_message=commit_message)
+    results["pushed"] = type(pushed).__name__, str(pushed)
     torch.save(results, output)

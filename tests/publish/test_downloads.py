@@ -137,6 +137,8 @@ def test_pipeline_of_the_published_model_fills_masks(loaded, tokenizer):
 def test_without_the_package_push_is_that_of_transformers(loaded):
     server, _, _ = loaded
     assert titles(server, "user/copy") == [FIRST, "Stock"]
+    commit = server.repos["user/copy"].at("main").oid
+    assert loaded[2]["missing"]["pushed"] == ("CommitInfo", f"{server.endpoint}/user/copy/commit/{commit}")
     copy = files(server, "user/copy")
     assert set(copy) == MODEL_FILES
     for path in {"model.safetensors"} | CODE:

@@ -28,6 +28,7 @@ from transformers.trainer_callback import TrainerState
 from ..files import lock, read_json, write_folder, write_json
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
 from ..processes import on_every_process, on_main_process
+from ..publish.card import plain
 from ..publish.hub import save_for_hub
 from ..report.tables import markdown_table, text_table
 from .arguments import FineTuningArguments
@@ -362,9 +363,9 @@ def save_model(
         for split, scores in found["scores"].items()
     ]
     training = (
-        f"Fine-tuned on the task {task.name} ({len(task.train):,} examples) for {found['epochs']:g} epochs with AdamW, "
-        f"learning rate {args.learning_rate:g}, batches of {args.train_batch_size} examples on each process, seed "
-        f"{found['seed']}. The checkpoint with the highest {task.score} on {rows[0]['split']} was kept."
+        f"Fine-tuned on the task {plain(task.name)} ({len(task.train):,} {task.rows}) for {found['epochs']:g} epochs "
+        f"with AdamW, learning rate {args.learning_rate:g}, batches of {args.train_batch_size} {task.rows} on each "
+        f"process, seed {found['seed']}. The checkpoint with the highest {task.score} on {rows[0]['split']} was kept."
     )
     if args.sandwich:
         training += (
