@@ -151,8 +151,8 @@ def push_folder(
     Raises:
         FileNotFoundError: If `folder` lacks the file that its type of repository needs, or with `path_in_repo` has no
             file.
-        ValueError: If `repo_type` is unknown, `path_in_repo` is not a folder inside the repository, a symbolic link leads out of `folder`, or
-            the token has an impossible character, such as a line break.
+        ValueError: If `repo_type` is unknown, `path_in_repo` is not a folder inside the repository, a symbolic link
+            leads out of `folder`, or the token has an impossible character, such as a line break.
         PermissionError: If there is no token, or the token may not write there.
         ConnectionError: If the Hub cannot be reached or fails. The repository is complete or unchanged.
 
