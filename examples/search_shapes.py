@@ -8,8 +8,9 @@ A supernet with a masked-LM head is measured by its masked-LM loss. Any other on
 original model, and so is every one with --original or --measure distance.
 
 The output folder gets `records.jsonl` (every measurement, as soon as it is made), `predictor.json`, `front.csv`,
-`report.md` with its plots, and with --latency also `latency.json`. You can stop the script at any time: the same
-command continues where it stopped. When nothing is left to measure, it writes the report again.
+`report.md` with its plots, and with --latency also `latency.json`. `load_dataset(folder)` loads the records. You can
+stop the script at any time: the same command continues where it stopped. When nothing is left to measure, it writes the
+report again.
 """
 
 import sys
@@ -51,7 +52,7 @@ from supershaper_hf.report.findings import CONFIG_FILE, INSENSITIVITY_FILE, LATE
 from supershaper_hf.report.page import write_report
 from supershaper_hf.search.pareto import pareto_front, shapes_at
 from supershaper_hf.search.predictor import MINIMUM_SHAPES
-from supershaper_hf.search.records import Record, read_records, to_dataset
+from supershaper_hf.search.records import Record
 from supershaper_hf.search.rounds import measure_in_rounds
 from supershaper_hf.training.arguments import HelpFormatter, option
 
@@ -224,8 +225,6 @@ def write_results(
 ) -> None:
     model.config.to_json_file(folder / CONFIG_FILE)
     predictor.save(folder / PREDICTOR_FILE)
-    space = SearchSpace.from_config(model.config)
-    to_dataset(read_records(folder / RECORDS_FILE), space).to_parquet(folder / "records.parquet")
     page = write_report(folder, args.cost, args.max_cost or [], args.num_budgets, length)
     print(page.read_text(encoding="utf-8"))
     print(f"Written: {page}")

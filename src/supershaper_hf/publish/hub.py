@@ -175,7 +175,8 @@ def push_folder(
     target = check_path_in_repo(path_in_repo)
     if commit_message is None:
         commit_message = f"Upload {target if target.parts else repo_type} with supershaper-hf"
-    api, kind = hub_client(token), {"repo_type": repo_type}
+    api = hub_client(token)
+    kind: dict[str, Any] = {"repo_type": repo_type}
     with explain_failure(repo_id):
         sdk = "static" if repo_type == "space" else None
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True, space_sdk=sdk, **kind).repo_id
