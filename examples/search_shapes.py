@@ -48,6 +48,7 @@ from supershaper_hf.model.costs import Cost
 from supershaper_hf.model.modeling_supershaper import SuperShaperPreTrainedModel
 from supershaper_hf.processes import on_every_process, on_main_process, start_accelerator
 from supershaper_hf.publish.hub import push_folder
+from supershaper_hf.report.data_card import write_data_card
 from supershaper_hf.report.findings import CONFIG_FILE, INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE
 from supershaper_hf.report.page import write_report
 from supershaper_hf.search.pareto import pareto_front, shapes_at
@@ -96,7 +97,9 @@ class SearchArguments:
     latency_batch_size: int = option(1, "Sequences in a batch whose latency is measured.")
     insensitivity: bool = option(False, "Whether to compare the latency of shapes of equal size. It needs --latency.")
     seed: int = option(0, "Random seed of masks, shapes and proposals.")
-    push_to_hub: str | None = option(None, "Repository, user/name, whose folder search/ gets the results.")
+    push_to_hub: str | None = option(
+        None, "Repository of the supernet, user/name. The results become the data set user/name-search beside it."
+    )
 
     def __post_init__(self) -> None:
         for name in ("model_name_or_path", "eval_files"):
@@ -229,7 +232,9 @@ def write_results(
     print(page.read_text(encoding="utf-8"))
     print(f"Written: {page}")
     if args.push_to_hub:
-        print(push_folder(folder, args.push_to_hub, path_in_repo="search", commit_message="Upload a shape search"))
+        repo_id = f"{args.push_to_hub}-search"
+        write_data_card(folder, repo_id, args.push_to_hub)
+        print(push_folder(folder, repo_id, repo_type="dataset", commit_message="Upload a shape search"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,40 +1,24 @@
 """The folder of a search loads with one plain `load_dataset` call, here and from the Hub."""
 
-import math
-
 import datasets
-import numpy as np
 import pytest
 from conftest import tiny_model
 from datasets import load_dataset
 from publishing import contents, files
+from searches import write_search
 
-from supershaper_hf import SearchSpace, ShapePredictor, push_folder
+from supershaper_hf import SearchSpace, push_folder
 from supershaper_hf.report.data_card import MARK, write_data_card
-from supershaper_hf.report.findings import PREDICTOR_FILE, RECORDS_FILE
-from supershaper_hf.report.page import write_report
-from supershaper_hf.search.records import append_record, open_records, read_records
+from supershaper_hf.report.findings import RECORDS_FILE
+from supershaper_hf.search.records import read_records
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Shapes left out")
-HEADER = {"data": "text", "precision": "float32", "model": "model", "measure": "loss", "original": None, "score": None}
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """The folder of a search over 24 shapes, whose losses were made up."""
-    folder, config = tmp_path_factory.mktemp("parent") / "search", tiny_model().config
-    space = SearchSpace.from_config(config)
-    header = {"num_layers": 3, "width_choices": config.width_choices, "hidden_sizes": config.hidden_sizes}
-    open_records(folder / RECORDS_FILE, HEADER | header)
-    for shape in np.unique(np.vstack([space.sample(30, seed=0), [[8] * 3], [[48] * 3]]), axis=0)[:24].tolist():
-        loss = 5 - sum(math.log(width) * weight for width, weight in zip(shape, (0.5, 0.2, 0.1)))
-        record = {"shape": shape, "loss": loss, "perplexity": math.exp(loss), "accuracy": 0.25}
-        append_record(folder / RECORDS_FILE, record)
-    ShapePredictor.fit_records(read_records(folder / RECORDS_FILE)).save(folder / PREDICTOR_FILE)
-    config.to_json_file(folder / "config.json")
-    write_report(folder)
-    return folder
+    return write_search(tmp_path_factory.mktemp("parent") / "search")
 
 
 def check_loaded(name, searched):

@@ -1,12 +1,13 @@
 """Build subnets with random weights, run them on a CPU or a GPU, and stamp the time.
 
 `Workload` checks the conditions of a measurement and builds its models and inputs. `SubnetTimer` times whole subnets.
-`table` and `insensitivity` measure with these two.
+`table` and `insensitivity` measure with these two. `time_models` times models that exist already.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from ..checks import check_count
 from ..devices import Clock, parse_device
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.elastic import SuperShaperBottleneck
-from ..model.modeling_supershaper import SuperShaperForMaskedLM, empty_model
+from ..model.modeling_supershaper import SuperShaperForMaskedLM, SuperShaperPreTrainedModel, empty_model
 from ..model.shapes import SearchSpace
 
 
@@ -67,15 +68,62 @@ class SubnetTimer:
     @torch.inference_mode()
     def sweep(self, keep: bool = True) -> None:
         """Run every subnet once, in random order. Without `keep` the seconds are thrown away, to warm up."""
-        clock, sample = self._workload.clock, np.empty(len(self._models))
-        for index in self._random.permutation(len(self._models)):
-            clock.synchronize()
-            stamps = [clock.stamp()]
-            self._models[index](**self._batch)
-            stamps.append(clock.stamp())
-            sample[index] = clock.intervals(stamps)[0]
+        sample = _sweep(self._models, self._batch, self._workload.clock, self._random)
         if keep:
             self._samples.append(sample)
+
+
+@torch.inference_mode()
+def time_models(
+    models: Sequence[SuperShaperPreTrainedModel],
+    device: str | torch.device = "cpu",
+    batch_size: int = 1,
+    sequence_length: int = 128,
+    repeats: int = 20,
+    seed: int = 0,
+) -> list[float]:
+    """Return the seconds of a forward pass of each model: the median over sweeps in random order.
+
+    The models are moved to `device` and left there, in evaluation mode.
+
+    Args:
+        models: Models that take the same tokens. They keep their type of weights.
+        device: See `LatencyTable.measure`, as for all arguments below.
+        batch_size: Sequences in a batch.
+        sequence_length: Tokens in a sequence, none of which is padding.
+        repeats: Number of sweeps. Two more come first, to warm up.
+        seed: Random seed of the tokens and the order.
+
+    Raises:
+        ValueError: If a number is too small, the sequence is too long, or the device is not available.
+
+    Example:
+        >>> from supershaper_hf import SuperShaperConfig
+        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
+        >>> len(time_models([SuperShaperForMaskedLM(config)], sequence_length=16, repeats=3))
+        1
+    """
+    check_count("repeats", repeats)
+    first: Any = models[0].config
+    workload = Workload(first, parse_device(device), batch_size, sequence_length, torch.float32, seed)
+    moved = [torch.nn.Module.to(model, workload.device).eval() for model in models]
+    batch, random = workload.batch(), np.random.default_rng(seed)
+    samples = [_sweep(moved, batch, workload.clock, random) for _ in range(repeats + 2)]
+    return np.median(samples[2:], axis=0).tolist()
+
+
+def _sweep(
+    models: Sequence[torch.nn.Module], batch: dict[str, torch.Tensor], clock: Clock, random: np.random.Generator
+) -> np.ndarray:
+    """Run every model once, in random order, and return the seconds of each, (n,)."""
+    sample = np.empty(len(models))
+    for index in random.permutation(len(models)):
+        clock.synchronize()
+        stamps = [clock.stamp()]
+        models[index](**batch)
+        stamps.append(clock.stamp())
+        sample[index] = clock.intervals(stamps)[0]
+    return sample
 
 
 @dataclass(frozen=True)

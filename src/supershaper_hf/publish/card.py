@@ -7,7 +7,6 @@ its numbers can be searched, copied and read aloud.
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
 from ..model.shapes import SearchSpace
 from ..report.tables import markdown_cell, markdown_table
+from .results import library_versions
 
 
 ONNX_FILE = "onnx/model.onnx"
@@ -29,7 +29,6 @@ PIPELINE_TAGS = {  # class -> its task on the Hub
     "SuperShaperForQuestionAnswering": "question-answering",
     "SuperShaperForMultipleChoice": None,
 }
-LIBRARIES = ("supershaper-hf", "transformers", "torch")
 BAR = 24  # characters of a layer of full width
 LABELS = 20  # the card lists this many names of labels at most
 
@@ -86,7 +85,8 @@ def model_card(
         >>> card.data.license, card.data.pipeline_tag
         ('apache-2.0', 'fill-mask')
     """
-    config, architecture = model.config, type(model).__name__
+    config: Any = model.config
+    architecture = type(model).__name__
     elastic = not config.merged_bottlenecks
     task = PIPELINE_TAGS.get(architecture) if pooling is None else "sentence-similarity"
     sentence_tags = [] if pooling is None else ["sentence-transformers", "sentence-similarity"]
@@ -149,7 +149,7 @@ def facts(
         "labels": labels(model),
         "cut out of": None if supernet is None else inline_code(supernet),
         "started from": None if base_model is None else inline_code(base_model),
-        "made with": ", ".join(f"{library} {version(library)}" for library in LIBRARIES),
+        "made with": ", ".join(f"{library} {number}" for library, number in library_versions().items()),
     }
     return "\n".join(f"| {name} | {markdown_cell(cell)} |" for name, cell in cells.items() if cell is not None)
 
@@ -158,7 +158,8 @@ def labels(model: SuperShaperPreTrainedModel) -> str | None:
     """Return the names of a classifier's labels as Markdown; `None` for another model."""
     if PIPELINE_TAGS.get(type(model).__name__) not in ("text-classification", "token-classification"):
         return None
-    names = [inline_code(str(name)) for _, name in sorted(model.config.id2label.items())]
+    config: Any = model.config
+    names = [inline_code(str(name)) for _, name in sorted(config.id2label.items())]
     more = f" and {len(names) - LABELS} more" if len(names) > LABELS else ""
     return ", ".join(names[:LABELS]) + more
 
@@ -233,12 +234,12 @@ def whole(text: str | None) -> str | None:
         >>> whole("~~~ unfinished").splitlines()
         ['~~~ unfinished', '~~~']
     """
-    fence = None
+    fence: str | None = None
     for line in (text or "").splitlines():
         found = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
         if found and fence is None:
             fence = found[1]
-        elif found and found[1].startswith(fence) and not found[2].strip():
+        elif found and fence and found[1].startswith(fence) and not found[2].strip():
             fence = None
     return text if fence is None else f"{text}\n{fence}"
 

@@ -7,7 +7,8 @@ or unchanged. A README.md that a repository already has stays as it is unless `o
 import copy
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -20,15 +21,15 @@ from transformers import PreTrainedTokenizerBase
 
 from ..checks import check_choice
 from ..data.sequences import check_vocabulary
-from ..files import write_folder
+from ..files import write_file, write_folder
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
 from .card import model_card
+from .results import RESULTS_FOLDER, result_files
 from .sentences import sentence_encoder_files, write_files
 
 
 # Type of a repository -> the file that it cannot do without.
 NEEDED_FILE = {"model": "config.json", "dataset": "README.md", "space": "index.html"}
-RESULTS_FOLDER = ".eval_results"  # the one hidden folder that the Hub reads: scores of a model on benchmarks
 
 
 def save_for_hub(
@@ -41,6 +42,7 @@ def save_for_hub(
     max_seq_length: int | None = None,
     prompts: Mapping[str, str] | None = None,
     repo_id: str | None = None,
+    exports: Sequence[str] = (),
     max_shard_size: int | str = "5GB",
     state_dict: dict[str, torch.Tensor] | None = None,
     replace: bool = False,
@@ -61,10 +63,12 @@ def save_for_hub(
         prompts: Names and texts that it can put before a text, such as `{"query": "query: "}`.
         repo_id: The name of the model in the card's examples; by default the name of the folder. Give it if you
             upload the folder with `push_folder` later.
+        exports: Formats to export to, such as `("onnx", "int8")`: see `supershaper_hf.publish.export.add_exports`.
         max_shard_size: Size of the largest weight file.
         state_dict: The weights, if `model` itself holds only the share of this process.
         replace: Whether the new folder replaces one that is already there.
-        **card: The sections and metadata of the card: see `supershaper_hf.publish.card.model_card`.
+        **card: The sections and metadata of the card: see `supershaper_hf.publish.card.model_card`. Its `results` on
+            data sets of the Hub are also written to the folder `.eval_results`, which the Hub reads.
 
     Returns:
         The path of `folder`.
@@ -87,18 +91,35 @@ def save_for_hub(
         check_vocabulary(tokenizer, model.config)
         tokenizer = without_truncation(tokenizer)
     sentence_files = sentence_encoder_files(model.config, tokenizer, pooling, normalize, max_seq_length, prompts)
-    readme = model_card(
-        model, repo_id or Path(folder).name, with_tokenizer=tokenizer is not None, pooling=pooling, **card
-    )
+    name = repo_id or Path(folder).name
+    described: dict[str, Any] = {"with_tokenizer": tokenizer is not None, "pooling": pooling, **card}
+    if tokenizer is not None and tokenizer.mask_token:
+        described["mask_token"] = tokenizer.mask_token
+    model_card(model, name, **described)  # refuses a wrong option before anything is written
 
     def write(partial: Path) -> None:
         model.save_pretrained(partial, max_shard_size=max_shard_size, state_dict=state_dict)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         write_files(partial, sentence_files)
-        readme.save(partial / "README.md")
+        for path, text in result_files(card.get("results", ())).items():
+            (partial / path).parent.mkdir(exist_ok=True)
+            write_file(partial / path, text)
+        size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
+        model_card(model, name, weight_bytes=size, exports=export(partial, exports), **described).save(
+            partial / "README.md"
+        )
 
     return write_folder(folder, write, replace)
+
+
+def export(folder: Path, formats: Sequence[str]) -> Sequence[Any]:
+    """Export the model in `folder`, and return what was written. The exporters are imported only if they are used."""
+    if not formats:
+        return ()
+    from .export import add_exports
+
+    return add_exports(folder, formats=tuple(formats))
 
 
 def without_truncation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -177,7 +198,9 @@ def push_folder(
         commit_message = f"Upload {target if target.parts else repo_type} with supershaper-hf"
     api = hub_client(token)
     kind: dict[str, Any] = {"repo_type": repo_type}
-    with explain_failure(repo_id):
+    with explain_failure(repo_id), warnings.catch_warnings():
+        # Tables beside a model are meant: the records of its shapes.
+        warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
         sdk = "static" if repo_type == "space" else None
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True, space_sdk=sdk, **kind).repo_id
         if revision is not None and not create_pr:
