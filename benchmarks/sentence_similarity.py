@@ -21,9 +21,8 @@ import torch
 from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from supershaper_hf import SuperShaperConfig, SuperShaperModel, markdown_table, read_pooling
+from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperModel, markdown_table, read_pooling
 from supershaper_hf.checks import check_choice
-from supershaper_hf.model.shapes import own_parameters
 from supershaper_hf.publish.sentences import POOLINGS
 from supershaper_hf.search.evaluation import evaluation_mode
 from supershaper_hf.training.losses import pool
@@ -125,7 +124,11 @@ def measure(
     rows[0]["share"] = "100.0 %"
     for shape in shapes:
         score = similarity_score(model, tokenizer, pairs, labels, pooling, shape)
-        row = {"shape": str(list(shape)), "parameters": f"{own_parameters(model, shape):,}", "STS": f"{score:.4f}"}
+        row = {
+            "shape": str(list(shape)),
+            "parameters": f"{SearchSpace.from_model(model).num_parameters(shape):,}",
+            "STS": f"{score:.4f}",
+        }
         rows.append(row | {"share": f"{score / original:.1%}".replace("%", " %")})
     return rows
 

@@ -44,9 +44,8 @@ from supershaper_hf import (
     text_table,
     tokenize,
 )
-from supershaper_hf.checks import check_count, check_number
+from supershaper_hf.checks import check_count, check_number, load_pretrained
 from supershaper_hf.files import read_json, write_json
-from supershaper_hf.model.shapes import own_parameters
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
 from supershaper_hf.report.plots import plot_measured
 from supershaper_hf.training.arguments import HelpFormatter, option
@@ -59,6 +58,7 @@ RECIPE: dict[str, Any] = {
     "mlm_probability": 0.0,  # unmasked text, no labels
     "state_weight": 1.0,
     "pooled_weight": 1.0,
+    "first_token_weight": 0.5,
     "sampling": "random",
     "random_shapes": 3,
     "distribution": "budget",
@@ -169,7 +169,7 @@ def make_start(
     attention: str,
 ) -> Any:
     """Return the calibrated supernet. It is saved in the folder `start`, and read from there the next time."""
-    architectures = AutoConfig.from_pretrained(args.bert).architectures or []
+    architectures = load_pretrained("--bert", args.bert, AutoConfig.from_pretrained).architectures or []
     has_head = any(name.endswith(("MaskedLM", "PreTraining")) for name in architectures)
     model_class = SuperShaperForMaskedLM if has_head else SuperShaperModel
     folder = Path(args.output_dir) / "start"
@@ -233,7 +233,7 @@ def measure(
     args: SupernetArguments, supernet: Any, bert: Any, evaluation: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Print and draw how far rectangles of every width, and 20 random shapes, are from the BERT."""
-    space = SearchSpace.from_config(supernet.config)
+    space = SearchSpace.from_model(supernet)
     rectangles = [[width] * space.num_layers for width in reversed(space.width_choices)]
     shapes = rectangles + space.sample(20, seed=args.seed).tolist()
     batches = fixed_masks(evaluation, tokenizer, args.per_device_train_batch_size, mlm_probability=0)
@@ -241,7 +241,7 @@ def measure(
     records = evaluate_shapes(
         supernet, batches, shapes, measure="distance", original=bert, records_file=folder / "records.jsonl"
     )
-    parameters = [own_parameters(supernet, shape) for shape in shapes]
+    parameters = space.num_parameters(shapes).tolist()
     rows: list[dict[str, Any]] = [
         {"shape": f"every layer {shape[0]}", "parameters": count} for shape, count in zip(rectangles, parameters)
     ]
@@ -258,7 +258,7 @@ def measure(
 def main() -> int:
     args = parse_arguments(sys.argv[1:])
     accelerator: Accelerator = make_accelerator(args.training(1))
-    tokenizer = AutoTokenizer.from_pretrained(args.bert)
+    tokenizer = load_pretrained("--bert", args.bert, AutoTokenizer.from_pretrained)
     text, evaluation = main_process_first(partial(load_data, args, tokenizer), accelerator)
     card = on_main_process(partial(read_sentence_encoder, args.bert), accelerator)
     if not Path(args.bert).exists():

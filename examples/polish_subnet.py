@@ -49,7 +49,7 @@ from supershaper_hf import (
     text_table,
     tokenize,
 )
-from supershaper_hf.checks import check_count
+from supershaper_hf.checks import check_count, load_pretrained
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
 from supershaper_hf.training.arguments import HelpFormatter, option
 from supershaper_hf.training.preparing import make_accelerator
@@ -76,8 +76,7 @@ class PolishingArguments:
     shape: list[int] | None = option(None, "The shape: one width for each layer; 0 drops the layer.")
     max_parameters: int | None = option(
         None,
-        "Instead of --shape: the widest rectangle, one width for all layers, of at most so many parameters with a "
-        "masked-LM head.",
+        "Instead of --shape: the widest rectangle, one width for all layers, of at most so many parameters.",
     )
     text: list[str] = field(
         default_factory=list,
@@ -133,13 +132,13 @@ def load_supernet(args: PolishingArguments) -> tuple[Any, list[int]]:
     Raises:
         ValueError: If it is not a supernet, or the shape is not allowed.
     """
-    config = AutoConfig.from_pretrained(args.supernet)
+    config = load_pretrained("--supernet", args.supernet, AutoConfig.from_pretrained)
     if not isinstance(config, SuperShaperConfig) or config.merged_bottlenecks:
         raise ValueError(f"--supernet {args.supernet} is not a supernet. make_supernet.py makes one of a BERT.")
     name = (config.architectures or ["SuperShaperModel"])[0]
     supernet = getattr(supershaper_hf, name).from_pretrained(args.supernet)
     if args.shape is None:
-        return supernet, SearchSpace.from_config(config).named_shape("rectangle", args.max_parameters)
+        return supernet, SearchSpace.from_model(supernet).named_shape("rectangle", args.max_parameters)
     return supernet, config.normalize_shape(args.shape)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from supershaper_hf import push_folder, text_table
-from supershaper_hf.checks import check_choice, check_count, check_number
+from supershaper_hf.checks import check_choice, check_count, check_number, load_pretrained
 from supershaper_hf.devices import parse_device
 from supershaper_hf.files import check_output_folder
 from supershaper_hf.publish.hub import files_to_publish
@@ -40,9 +40,7 @@ class PublishArguments:
 
     model: str = option("", "Folder or Hub id of a supernet with any head, or of a subnet that is published whole.")
     shape: list[int] | None = option(None, "Widths of the layers of the subnet; 0 drops a layer.")
-    max_cost: float | None = option(
-        None, "Instead of --shape: the budget of the subnet with a masked-LM head, in the unit of --cost."
-    )
+    max_cost: float | None = option(None, "Instead of --shape: the budget of the subnet, in the unit of --cost.")
     cost: str = option(
         "parameters", "What --max_cost counts: parameters, flops (of --max_length tokens) or latency (s)."
     )
@@ -106,7 +104,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> PublishArguments:
 def write(args: PublishArguments, folder: Path) -> None:
     """Write the folder of the subnet."""
     check_output_folder(folder)
-    source = Source.load(args.model)
+    source: Source = load_pretrained("--model", args.model, Source.load)
     searched = find_search(args.model, args.search) if source.is_supernet else None
     findings = read_search(source, searched, args.max_length)
     shape = args.shape

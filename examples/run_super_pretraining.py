@@ -19,11 +19,9 @@ only when the run is complete.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -45,7 +43,7 @@ from supershaper_hf import (
     super_pretrain,
     tokenize,
 )
-from supershaper_hf.checks import check_choice, check_count, check_number
+from supershaper_hf.checks import check_choice, check_count, check_number, load_pretrained
 from supershaper_hf.data.sequences import check_vocabulary
 from supershaper_hf.devices import copy_mapped_weights
 from supershaper_hf.files import parse_json
@@ -54,6 +52,7 @@ from supershaper_hf.model.modeling_supershaper import SuperShaperPreTrainedModel
 from supershaper_hf.processes import main_process_first, on_every_process, on_main_process
 from supershaper_hf.training.arguments import HelpFormatter, option
 from supershaper_hf.training.checkpoints import list_checkpoints
+from supershaper_hf.training.distillation import TEACHER_WEIGHTS
 from supershaper_hf.training.preparing import make_accelerator
 from supershaper_hf.training.teacher import OutsideTeacher
 
@@ -162,11 +161,10 @@ def parse_arguments(argv: list[str]) -> tuple[ScriptArguments, SuperPretrainingA
             parser.error(f"--{name} is missing. See --help.")
     if script.calibration_tokens and script.streaming:
         parser.error("--calibration_tokens are taken from stored text: leave out --streaming or --calibration_tokens.")
-    weights = (args.teacher_weight, args.state_weight, args.pooled_weight)
-    if (script.teacher is None) != (max(weights) == 0):
+    if (script.teacher is None) != all(getattr(args, name) == 0 for name in TEACHER_WEIGHTS):
         parser.error(
             "--teacher and a --teacher_weight above 0 need each other. Give both or none of them. Instead of "
-            "--teacher_weight it may be --state_weight or --pooled_weight."
+            "--teacher_weight it may be --state_weight, --pooled_weight or --first_token_weight."
         )
     if args.mlm_probability == 0 and script.head_steps:
         parser.error("--head_steps needs labels: leave it out, or give --mlm_probability a value above 0.")
@@ -208,29 +206,13 @@ def read_options(file: str) -> list[str]:
 # Models and text
 
 
-def load_pretrained(flag: str, name: str, load: Callable[[str], Any]) -> Any:
-    """Call `load` with the name of a model, and explain the error if there is none.
-
-    Raises:
-        FileNotFoundError: If `name` is neither a folder here nor a model of the Hub that can be loaded.
-    """
-    try:
-        return load(name)
-    except OSError as error:
-        if Path(name).exists():
-            raise
-        raise FileNotFoundError(
-            f"--{flag} {name}: there is no such folder here, and no such model could be loaded from the Hub: {error}"
-        ) from error
-
-
 def load_model(script: ScriptArguments, args: SuperPretrainingArguments) -> SuperShaperPreTrainedModel:
     """Return the supernet or subnet to train. It is made of a BERT if a BERT was given.
 
     It has a masked-LM head, unless nothing is labelled and the model in the folder has none.
     """
     name = str(script.model_name_or_path)
-    config = load_pretrained("model_name_or_path", name, AutoConfig.from_pretrained)
+    config = load_pretrained("--model_name_or_path", name, AutoConfig.from_pretrained)
     flags = ("width_choices", "head_slicing", "bottlenecks", "calibration_tokens")
     given = {flag: getattr(script, flag) for flag in flags if getattr(script, flag)}
     has_head = any(architecture.endswith(HEADS) for architecture in config.architectures or [])
@@ -238,7 +220,7 @@ def load_model(script: ScriptArguments, args: SuperPretrainingArguments) -> Supe
     if not isinstance(config, SuperShaperConfig):
         if given.pop("calibration_tokens", 0):
             given = {"head_slicing": "per_head"} | given
-        model = load_pretrained("model_name_or_path", name, partial(model_class.from_bert, **given))
+        model = load_pretrained("--model_name_or_path", name, partial(model_class.from_bert, **given))
         # `calibrate` does the same. A run that resumes has calibrated weights in its checkpoint.
         model.config.full_head_scale = bool(script.calibration_tokens) and model.config.head_slicing == "per_head"
         return model
@@ -249,7 +231,7 @@ def load_model(script: ScriptArguments, args: SuperPretrainingArguments) -> Supe
         )
     if config.merged_bottlenecks and args.sampling != "fixed":
         raise ValueError(f"{name} is a subnet, which has one shape only: add --sampling fixed.")
-    return load_pretrained("model_name_or_path", name, model_class.from_pretrained)
+    return load_pretrained("--model_name_or_path", name, model_class.from_pretrained)
 
 
 def load_models(
@@ -260,11 +242,11 @@ def load_models(
     model, teacher = load_model(script, args), None
     copy_mapped_weights(model)  # before the text is read, which may take hours
     flag = "tokenizer_name" if script.tokenizer_name else "model_name_or_path"
-    tokenizer = load_pretrained(flag, str(getattr(script, flag)), load_tokenizer)
+    tokenizer = load_pretrained(f"--{flag}", str(getattr(script, flag)), load_tokenizer)
     check_vocabulary(tokenizer, model.config)
     if script.teacher:
         teacher = OutsideTeacher(
-            load_pretrained("teacher", script.teacher, AutoModel.from_pretrained), script.teacher_layer
+            load_pretrained("--teacher", script.teacher, AutoModel.from_pretrained), script.teacher_layer
         )
     return model, tokenizer, teacher
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, HfArgumentParser
 
 from supershaper_hf import (
     LatencyTable,
@@ -37,7 +37,7 @@ from supershaper_hf import (
     SuperShaperModel,
     evaluate_shapes,
 )
-from supershaper_hf.checks import check_choice, check_count, check_number
+from supershaper_hf.checks import check_choice, check_count, check_number, load_pretrained
 from supershaper_hf.data.batches import MLM_PROBABILITY, fixed_masks
 from supershaper_hf.data.documents import load_text
 from supershaper_hf.data.sequences import check_vocabulary, tokenize
@@ -49,7 +49,13 @@ from supershaper_hf.model.modeling_supershaper import SuperShaperPreTrainedModel
 from supershaper_hf.processes import on_every_process, on_main_process, start_accelerator
 from supershaper_hf.publish.hub import push_folder
 from supershaper_hf.report.data_card import write_data_card
-from supershaper_hf.report.findings import CONFIG_FILE, INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE
+from supershaper_hf.report.findings import (
+    INSENSITIVITY_FILE,
+    LATENCY_FILE,
+    PREDICTOR_FILE,
+    RECORDS_FILE,
+    write_config,
+)
 from supershaper_hf.report.page import write_report
 from supershaper_hf.search.pareto import pareto_front, shapes_at
 from supershaper_hf.search.predictor import MINIMUM_SHAPES
@@ -133,29 +139,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> SearchArguments:
         parser.error(str(error))
 
 
-def load_model(args: SearchArguments) -> SuperShaperPreTrainedModel:
+def load_model(name: str, measure: str | None) -> SuperShaperPreTrainedModel:
     """Return the supernet: with its masked-LM head if it has one, else its encoder alone."""
-    name: Any = args.model_name_or_path
-    try:
-        with_head = "MaskedLM" in str(SuperShaperConfig.from_pretrained(name).architectures)
-        if not with_head and args.measure == "loss":
-            raise ValueError(f"--model_name_or_path {name} has no masked-LM head. Use --measure distance.")
-        return (SuperShaperForMaskedLM if with_head else SuperShaperModel).from_pretrained(name)
-    except OSError as error:
-        what = (
-            "is a folder, but holds no model"
-            if Path(name).is_dir()
-            else "is neither a folder here nor a model on the Hub"
-        )
-        raise OSError(f"--model_name_or_path {name} {what}: {error}") from error
-
-
-def load_original(name: str) -> PreTrainedModel:
-    """Return the model that distances are measured to."""
-    try:
-        return AutoModel.from_pretrained(name)
-    except OSError as error:
-        raise OSError(f"--original {name} is neither a folder with a model nor a model on the Hub: {error}") from error
+    with_head = "MaskedLM" in str(SuperShaperConfig.from_pretrained(name).architectures)
+    if not with_head and measure == "loss":
+        raise ValueError(f"--model_name_or_path {name} has no masked-LM head. Use --measure distance.")
+    return (SuperShaperForMaskedLM if with_head else SuperShaperModel).from_pretrained(name)
 
 
 def load_batches(
@@ -187,15 +176,18 @@ def measure_latency(args: SearchArguments, space: SearchSpace, length: int, fold
 
 
 def search(args: SearchArguments, folder: Path, accelerator: Accelerator) -> None:
-    model = on_every_process(partial(load_model, args), accelerator).to(accelerator.device)
+    load: Any = partial(load_model, measure=args.measure)
+    load = partial(load_pretrained, "--model_name_or_path", args.model_name_or_path, load)
+    model = on_every_process(load, accelerator).to(accelerator.device)
     copy_mapped_weights(model)  # before the text is read, which may take minutes
     has_loss = isinstance(model, SuperShaperForMaskedLM) and args.original is None
     options: dict[str, Any] = {"measure": args.measure or ("loss" if has_loss else "distance")}
     if args.original is not None:
-        original = on_every_process(partial(load_original, args.original), accelerator).to(accelerator.device)
+        load = partial(load_pretrained, "--original", args.original, AutoModel.from_pretrained)
+        original = on_every_process(load, accelerator).to(accelerator.device)
         copy_mapped_weights(original)
         options["original"] = original
-    space = SearchSpace.from_config(model.config)
+    space = SearchSpace.from_model(model)
     length = min(args.max_length, model.config.max_position_embeddings)
     batches = on_main_process(partial(load_batches, args, model, length, options["measure"]), accelerator)
     cost: Cost = args.cost
@@ -226,8 +218,8 @@ def search(args: SearchArguments, folder: Path, accelerator: Accelerator) -> Non
 def write_results(
     args: SearchArguments, model: SuperShaperPreTrainedModel, predictor: ShapePredictor, length: int, folder: Path
 ) -> None:
-    model.config.to_json_file(folder / CONFIG_FILE)
     predictor.save(folder / PREDICTOR_FILE)
+    write_config(folder, SearchSpace.from_model(model))
     page = write_report(folder, args.cost, args.max_cost or [], args.num_budgets, length)
     print(page.read_text(encoding="utf-8"))
     print(f"Written: {page}")

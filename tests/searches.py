@@ -6,7 +6,7 @@ import numpy as np
 from conftest import tiny_model
 
 from supershaper_hf import LatencyTable, SearchSpace, ShapePredictor
-from supershaper_hf.report.findings import LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE
+from supershaper_hf.report.findings import LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, write_config
 from supershaper_hf.report.page import write_report
 from supershaper_hf.search.fingerprints import fingerprint_encoder, fingerprint_model
 from supershaper_hf.search.measures import measure_of
@@ -29,7 +29,7 @@ def distance_record(shape):
 def write_search(folder, model=None, record=loss_record, latency=False):
     """Write the folder of a search over 24 shapes of `model`, with its report; return it."""
     model = tiny_model() if model is None else model
-    config, space = model.config, SearchSpace.from_config(model.config)
+    config, space = model.config, SearchSpace.from_model(model)
     measure = measure_of([record([8] * space.num_layers)]).name
     fingerprint = fingerprint_encoder if measure == "distance" else fingerprint_model
     header = {
@@ -48,7 +48,7 @@ def write_search(folder, model=None, record=loss_record, latency=False):
     for shape in [*shapes[:23].tolist(), space.largest]:
         append_record(folder / RECORDS_FILE, record(shape))
     ShapePredictor.fit_records(read_records(folder / RECORDS_FILE)).save(folder / PREDICTOR_FILE)
-    config.to_json_file(folder / "config.json")
+    write_config(folder, space)
     if latency:
         LatencyTable.measure(space, sequence_length=8, repeats=2, warmup=1).save(folder / LATENCY_FILE)
     write_report(folder, sequence_length=12)

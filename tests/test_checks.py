@@ -7,8 +7,10 @@ from decimal import Decimal
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
-from supershaper_hf.checks import check_choice, check_count, check_number
+from supershaper_hf import SuperShaperModel
+from supershaper_hf.checks import check_choice, check_count, check_number, load_pretrained
 
 
 NOT_NUMBERS = [None, True, np.True_, "3", 1j, [3], np.array([3]), torch.tensor(3), Decimal(3), math.nan, math.inf]
@@ -66,3 +68,14 @@ def test_unknown_choice_is_refused(value):
     check_choice("name", "a", ("a", "b"))
     with pytest.raises(ValueError, match=re.escape(f"name={value!r} is unknown. Allowed: 'a', 'b'.")):
         check_choice("name", value, iter(["a", "b"]))
+
+
+@pytest.mark.parametrize("option", ["--model", "teacher"])
+def test_model_that_is_missing_is_named_with_its_option(option, tmp_path):
+    missing = f"{option} outputs/famly/last: there is no such folder here, and no such model could be loaded from the"
+    with pytest.raises(FileNotFoundError, match=re.escape(missing)):
+        load_pretrained(option, "outputs/famly/last", AutoConfig.from_pretrained)
+    with pytest.raises(OSError, match=re.escape(f"{option} {tmp_path}: this folder holds no model")) as caught:
+        load_pretrained(option, str(tmp_path), SuperShaperModel.from_pretrained)
+    assert not isinstance(caught.value, FileNotFoundError)
+    assert load_pretrained(option, "name", str.upper) == "NAME"

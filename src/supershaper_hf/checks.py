@@ -1,9 +1,10 @@
 """Checks of arguments that several wings share. Each error names the argument, its value and what is allowed."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,3 +119,31 @@ def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
     allowed = list(allowed)
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown. Allowed: {', '.join(map(repr, allowed))}.")
+
+
+def load_pretrained(option: str, name: str, load: Callable[[str], Any]) -> Any:
+    """Call `load`, such as `AutoModel.from_pretrained`, with the name of a model, and explain the error if it has none.
+
+    Args:
+        option: The option that holds the name, for the message.
+        name: Folder or Hub id of a model.
+        load: Function of the name.
+
+    Raises:
+        FileNotFoundError: If `name` is neither a folder here nor a model of the Hub that can be loaded.
+        OSError: If `name` is a folder that `load` cannot load.
+
+    Example:
+        >>> from transformers import AutoConfig
+        >>> load_pretrained("--model", "no/such/folder", AutoConfig.from_pretrained)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        FileNotFoundError: --model no/such/folder: there is no such folder here, and no such model could be loaded ...
+    """
+    try:
+        return load(name)
+    except OSError as error:
+        if Path(name).exists():
+            raise OSError(f"{option} {name}: this folder holds no model that can be loaded: {error}") from error
+        raise FileNotFoundError(
+            f"{option} {name}: there is no such folder here, and no such model could be loaded from the Hub: {error}"
+        ) from error

@@ -205,7 +205,10 @@ def test_every_option_has_help(script, capsys):
         (["--streaming", "--calibration_tokens=9"], "--calibration_tokens are taken from stored text: leave out --str"),
         (["--teacher=t"], "--teacher and a --teacher_weight above 0 need each other."),
         (["--teacher_weight=1"], "--teacher and a --teacher_weight above 0 need each other."),
-        (["--state_weight=1"], "Instead of --teacher_weight it may be --state_weight or --pooled_weight."),
+        (
+            ["--state_weight=1"],
+            "it may be --state_weight, --pooled_weight or --first_token_weight.",
+        ),
         (["--pooled_weight=1"], "--teacher and a --teacher_weight above 0 need each other."),
         (["--mlm_probability=0", *WITHOUT_LABELS, "--head_steps=1"], "--head_steps needs labels"),
         (["--mlm_probability=0"], "mlm_probability=0.0 labels nothing"),

@@ -165,7 +165,7 @@ def test_loss_of_an_encoder_is_refused(search, encoder, tmp_path):
 
 
 def test_original_that_is_not_there_is_named(search, tmp_path):
-    with pytest.raises(OSError, match="--original nowhere/at/all is neither a folder with a model nor"):
+    with pytest.raises(OSError, match="--original nowhere/at/all: there is no such folder here, and no such model"):
         search(tmp_path / "search", "--original=nowhere/at/all")
 
 
@@ -356,14 +356,14 @@ def test_budget_that_no_shape_meets_is_refused_before_the_first_measurement(sear
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("nowhere/at/all", "is neither a folder here nor a model on the Hub"),
-        ("empty", "is a folder, but holds no model"),
+        ("nowhere/at/all", "there is no such folder here, and no such model could be loaded from the Hub"),
+        ("empty", "this folder holds no model that can be loaded"),
     ],
 )
 def test_model_that_is_not_there_is_named(search, tmp_path, name, what, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    with pytest.raises(OSError, match=f"--model_name_or_path {name} {what}: "):
+    with pytest.raises(OSError, match=f"--model_name_or_path {name}: {what}: "):
         search(tmp_path / "search", "--model_name_or_path", name)
 
 

@@ -208,7 +208,8 @@ def test_budget_in_flops_is_of_sequences_of_max_length(tokenizer, tmp_path):
     """A budget that no shape could meet at 128 tokens."""
     files = write_task(tmp_path)
     supernet = write_supernet(tmp_path / "supernet", tokenizer)
-    space = SearchSpace.from_config(SuperShaperConfig.from_pretrained(supernet))
+    config = SuperShaperConfig.from_pretrained(supernet)
+    space = SearchSpace.from_config(config, "SuperShaperForSequenceClassification")
     budget = 3 * space.flops(space.smallest, 12)
     tune(
         tmp_path / "out", supernet, files, tokenizer, sandwich=True, max_cost=budget, cost="flops", max_steps=1,

@@ -15,7 +15,7 @@ from supershaper_hf.latency import table as latency
 from supershaper_hf.latency import timing
 from supershaper_hf.latency.table import Entries, LatencyProbe, LatencyTable, walk_through_pairs
 from supershaper_hf.latency.timing import SubnetTimer
-from supershaper_hf.model.costs import chain_cost, resolve_cost
+from supershaper_hf.model.costs import chain_cost
 
 
 CHOICES = [8, 20, 36, 48]
@@ -415,7 +415,7 @@ def test_prediction_is_the_sum_of_the_entries(layers):
 def test_chain_cost_agrees_with_the_prediction():
     table, config = made_table(), tiny_config()
     shapes = SearchSpace.from_config(config).sample(50, 0, drop_rate=0.3)
-    cost = resolve_cost(table, config)
+    cost = SearchSpace(config).terms(table)
     assert cost.name == "latency"
     np.testing.assert_allclose(chain_cost(cost, config.hidden_size, shapes), table.predict(shapes))
 
@@ -557,7 +557,21 @@ def test_file_has_a_line_for_each_attribute(tmp_path):
     made_table().save(tmp_path / "table.json")
     lines = (tmp_path / "table.json").read_text().splitlines()
     assert '  "width_choices": [8, 20, 36, 48],' in lines
-    assert len(lines) == 2 + 13
+    assert len(lines) == 2 + 14
+
+
+def test_head_is_part_of_what_was_measured(tmp_path):
+    encoder = SearchSpace.from_config(tiny_config(), "SuperShaperModel")
+    table = LatencyTable.measure(encoder, sequence_length=9, repeats=1, warmup=0)
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json").architecture == "SuperShaperModel"
+    assert encoder.terms(table).name == "latency"  # warns of nothing
+    message = "was measured on a SuperShaperModel, but the subnets are of SuperShaperForMaskedLM: its seconds hold for"
+    with pytest.warns(UserWarning, match=message):
+        SearchSpace(tiny_config()).terms(table)
+    with pytest.raises(ValueError, match=r"was measured with \{'architecture': 'SuperShaperModel'\}, but"):
+        LatencyTable.load_or_measure(tmp_path / "table.json", SearchSpace(tiny_config()), sequence_length=9)
+    assert made_table().architecture == "SuperShaperForMaskedLM"  # files that do not say it
 
 
 def test_table_of_another_machine_warns_and_names_both(tmp_path):

@@ -6,7 +6,8 @@ import torch
 from conftest import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from supershaper_hf import SearchSpace, SuperShaperForMaskedLM
+import supershaper_hf
+from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, SuperShaperModel
 from supershaper_hf.model.costs import flops_cost, training_flops
 
 
@@ -22,6 +23,43 @@ def test_flops_are_what_torch_counts_in_the_subnet(shape, length):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         subnet(torch.ones(1, length, dtype=torch.long))
     assert SPACE.flops(shape, length) == counter.get_total_flops()
+
+
+HEADS = {
+    "SuperShaperModel": {},
+    "SuperShaperForMaskedLM": {},
+    "SuperShaperForSequenceClassification": {"num_labels": 5},
+    "SuperShaperForTokenClassification": {"num_labels": 5},
+    "SuperShaperForQuestionAnswering": {},
+    "SuperShaperForMultipleChoice": {},
+}
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_costs_are_those_of_the_subnet_with_its_head(architecture, shape):
+    supernet = getattr(supershaper_hf, architecture)(tiny_config(attn_implementation="eager", **HEADS[architecture]))
+    subnet, choices = supernet.extract_subnet(shape), architecture.endswith("MultipleChoice")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        subnet(torch.ones((1, 1, 7) if choices else (1, 7), dtype=torch.long))
+    named = SearchSpace.from_config(supernet.config, architecture)
+    for space in (SearchSpace.from_model(supernet), named):
+        assert space.model_class is type(supernet)
+        assert space.num_parameters(shape) == subnet.num_parameters()
+        assert space.flops(shape, 7) == counter.get_total_flops()
+    budget = subnet.num_parameters()
+    assert named.num_parameters(named.named_shape("rectangle", budget)) <= budget
+
+
+def test_encoder_without_a_pooler_is_counted_without_it():
+    supernet = SuperShaperModel(tiny_config(), add_pooling_layer=False)
+    expected = supernet.extract_subnet(SHAPES[0]).num_parameters()
+    assert SearchSpace.from_model(supernet).num_parameters(SHAPES[0]) == expected
+
+
+def test_unknown_class_is_refused():
+    with pytest.raises(ValueError, match=r"architecture='BertModel' is unknown\. Allowed: 'SuperShaperForMaskedLM', "):
+        SearchSpace.from_config(tiny_config(), "BertModel")
 
 
 def test_flops_of_many_shapes_are_those_of_each():

@@ -20,7 +20,14 @@ from supershaper_hf.data.sequences import tokenize
 from supershaper_hf.latency.insensitivity import Insensitivity, compare_equal_sizes, save_comparisons
 from supershaper_hf.model.costs import chain_cost
 from supershaper_hf.report.__main__ import main
-from supershaper_hf.report.findings import INSENSITIVITY_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, Findings
+from supershaper_hf.report.findings import (
+    INSENSITIVITY_FILE,
+    LATENCY_FILE,
+    PREDICTOR_FILE,
+    RECORDS_FILE,
+    Findings,
+    write_config,
+)
 from supershaper_hf.report.page import FRONT_FILE, write_csv, write_report
 from supershaper_hf.search.records import read_records
 
@@ -87,14 +94,14 @@ def test_page_table_and_plots_are_written(folder):
 def test_page_of_distances_speaks_of_distances_only(model, tmp_path):
     """A model without a masked-LM head has no perplexity, and no exponential of a distance is shown."""
     encoder = tiny_model(SuperShaperModel)
-    space = SearchSpace.from_config(encoder.config)
+    space = SearchSpace.from_model(encoder)
     ids = torch.randint(5, 60, (6, 9), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
     shapes = np.unique(np.vstack([space.sample(40, seed=0), [[8] * 3], [[48] * 3]]), axis=0)[:30].tolist()
     records = evaluate_shapes(encoder, batches, shapes, records_file=tmp_path / RECORDS_FILE, measure="distance")
     predictor = ShapePredictor.fit_records(records[:13] + records[17:])
     predictor.save(tmp_path / PREDICTOR_FILE)
-    encoder.config.to_json_file(tmp_path / "config.json")
+    write_config(tmp_path, space)
     budget = space.num_parameters([36, 36, 36])
     text = write_report(tmp_path, max_cost=[budget]).read_text()
     assert "perplexity" not in text
@@ -107,6 +114,7 @@ def test_page_of_distances_speaks_of_distances_only(model, tmp_path):
     with (tmp_path / FRONT_FILE).open() as stream:
         row = next(csv.DictReader(stream))
     shape = [int(width) for width in row["shape"].split()]
+    assert int(row["parameters"]) == encoder.extract_subnet(shape).num_parameters()
     assert float(row["predicted_distance"]) == pytest.approx(predictor.predict(shape))
     assert not {"predicted_loss", "predicted_perplexity", "measured_perplexity"} & set(row)
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import tiny_config
 
 from supershaper_hf import SearchSpace
-from supershaper_hf.model.costs import ChainCost, chain_cost, resolve_cost
+from supershaper_hf.model.costs import ChainCost, chain_cost
 from supershaper_hf.search.pareto import PAIRWISE, ParetoFront, _undominated, pareto_front
 from supershaper_hf.search.predictor import Evidence, ShapePredictor
 
@@ -434,7 +434,7 @@ def test_front_has_one_or_two_costs(cost):
 
 @pytest.mark.parametrize("cost", [["flops", "flops"], [Seconds(SPACE, 0), Seconds(SPACE, 1)]], ids=["flops", "latency"])
 def test_two_costs_of_one_name_are_refused(cost):
-    name = resolve_cost(cost[0], SPACE.config).name
+    name = SPACE.terms(cost[0]).name
     with pytest.raises(ValueError, match=f"Both costs are '{name}'. Give it once, or give two different costs"):
         pareto_front(SPACE, FALLING, cost)
 

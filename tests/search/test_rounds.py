@@ -6,7 +6,7 @@ import pytest
 from conftest import tiny_config
 
 from supershaper_hf import SearchSpace, ShapePredictor, pareto_front
-from supershaper_hf.model.costs import ChainCost, chain_cost, parameter_cost, resolve_cost
+from supershaper_hf.model.costs import ChainCost, chain_cost, parameter_cost
 from supershaper_hf.search.rounds import best_measured, measure_in_rounds, propose_shapes
 
 
@@ -54,7 +54,7 @@ class Measure:
 
 def in_rounds(space, measure, num_shapes, rounds=4, seed=0, cost="parameters", **options):
     """Measure in rounds for three budgets, spread over the upper half of the range of the (first) cost."""
-    terms = resolve_cost(cost[0] if isinstance(cost, list) else cost, space.config)
+    terms = space.terms(cost[0] if isinstance(cost, list) else cost)
     low, high = chain_cost(terms, space.config.hidden_size, np.array([space.smallest, space.largest]))
     budgets = [low + part * (high - low) for part in (0.5, 0.75, 1)]
     return measure_in_rounds(space, measure, num_shapes, rounds, seed, cost, **{"max_cost": budgets} | options)

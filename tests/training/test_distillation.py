@@ -372,7 +372,11 @@ class TestOutsideTeacher:
         ({"teacher_weight": 1.0}, "teacher_weight=1.0 needs a teacher."),
         ({"state_weight": 1.0, "pooled_weight": 2.0}, "state_weight=1.0 needs a teacher."),
         ({"pooled_weight": 2.0}, "pooled_weight=2.0 needs a teacher."),
-        ({"teacher": object()}, "A teacher is given, but teacher_weight=0, state_weight=0, pooled_weight=0."),
+        ({"first_token_weight": 2.0}, "first_token_weight=2.0 needs a teacher."),
+        (
+            {"teacher": object()},
+            "A teacher is given, but teacher_weight=0, state_weight=0, pooled_weight=0, first_token_weight=0.",
+        ),
         ({"labels": False}, "labels=False leaves state_weight=0 nothing to report."),
         (
             {"labels": False, "teacher": object(), "state_weight": 1.0, "distillation_weight": 0.5},
@@ -569,18 +573,24 @@ class TestObjective:
 
     @pytest.mark.parametrize("pooling", ["mean", "cls"])
     def test_output_losses(self, teacher, pooling):
-        """Without their factors, and 0 for the one that is not asked for."""
+        """The one by token without its factor, those by sequence with theirs, and 0 for what is not asked for."""
         batch, state = tiny_batch(), torch.randn(2, 9, 72)
         mask, outside = batch["attention_mask"], teacher(batch)
-        expected = [state_loss(state, outside.state, mask), pooled_loss(state, outside.state, mask, pooling)]
-        values = {"state_weight": 3.0, "pooled_weight": 5.0}
-        both = Objective(teacher=teacher, pooling=pooling, **values)
-        assert_same(list(both.output_losses([state], mask, outside)), expected)
-        for index, name in enumerate(values):
-            one = Objective(teacher=teacher, pooling=pooling, **{name: values[name]})
-            found = one.output_losses([state], mask, outside)
-            assert_same(found[index], expected[index])
-            assert found[1 - index].item() == 0
+        by_token, pooled = state_loss(state, outside.state, mask), pooled_loss(state, outside.state, mask, pooling)
+        first = state_loss(state[:, :1], outside.state[:, :1], torch.ones(2, 1))
+        nothing = torch.zeros(())
+        expected = {
+            "state_weight": [by_token, nothing],
+            "pooled_weight": [nothing, 5 * pooled],
+            "first_token_weight": [nothing, 7 * first],
+        }
+        values = {"state_weight": 3.0, "pooled_weight": 5.0, "first_token_weight": 7.0}
+        for name, losses in expected.items():
+            objective = Objective(teacher=teacher, pooling=pooling, **{name: values[name]})
+            assert objective.compares_outputs
+            assert_same(list(objective.output_losses([state], mask, outside)), losses)
+        every = Objective(teacher=teacher, pooling=pooling, **values)
+        assert_same(list(every.output_losses([state], mask, outside)), [by_token, 5 * pooled + 7 * first])
 
     def test_checkpointing_gives_the_same_gradients(self, teacher):
         """Layers run again in backward, when the hooks are gone."""

@@ -209,7 +209,8 @@ def test_every_round_reads_all_sequences_in_an_order_of_its_own(tokenizer, datas
 
 def test_losses_of_the_arguments_reach_the_step(tokenizer, dataset, steps):
     given = {"distillation_weight": 0.3, "temperature": 2.0, "hidden_weight": 0.1, "attention_weight": 0.2}
-    given |= {"teacher_weight": 0.4, "relation_heads": 2, "state_weight": 0.5, "pooled_weight": 0.6, "pooling": "cls"}
+    given |= {"teacher_weight": 0.4, "relation_heads": 2, "state_weight": 0.5, "pooled_weight": 0.6}
+    given |= {"first_token_weight": 0.7, "pooling": "cls"}
     teacher = outside_teacher(hidden_size=48)
     pretrain(tokenizer, dataset, max_steps=1, teacher=teacher, **given)
     assert {name: getattr(steps[0]["objective"], name) for name in given} == given
@@ -608,8 +609,9 @@ def test_teacher_of_shorter_texts_is_refused(tokenizer, dataset):
 
 
 def test_last_hidden_state_of_another_width_cannot_be_compared(tokenizer, dataset):
-    message = "state_weight and pooled_weight compare last hidden states, but the teacher has hidden_size=32 and"
-    for name in ("state_weight", "pooled_weight"):
+    names = ["state_weight", "pooled_weight", "first_token_weight"]
+    message = f"{', '.join(names)} compare last hidden states, but the teacher has hidden_size=32 and"
+    for name in names:
         with pytest.raises(ValueError, match=re.escape(message)):
             pretrain(tokenizer, dataset, teacher=outside_teacher(), **{name: 1.0})
 

@@ -137,15 +137,16 @@ def test_description_tells_the_sampling(sampling, words):
 
 
 def test_description_tells_the_original_that_teaches():
-    values = {"state_weight": 1.0, "pooled_weight": 0.5, "pooling": "cls", "sampling": "smallest"}
+    values = {"state_weight": 1.0, "pooled_weight": 0.5, "first_token_weight": 0.2, "pooling": "cls"}
+    values["sampling"] = "smallest"
     options = {"no_dropout": True, "shared_learning_rate_scale": 0.1}
     unlabelled = summary(mlm_probability=0.0, **values, **options).describe()
     assert unlabelled.startswith(
         "Distillation from a frozen model, the smallest shape and 4 random one(s) per step. 1,234 steps"
     )
     assert unlabelled.endswith(
-        "(linear), weights 1 of the last hidden state, 0.5 of its pooled form (cls), 0 of attention relations, 0.1 of "
-        "the learning rate for shared weights, no dropout, precision bf16, seed 7."
+        "(linear), weights 1 of the last hidden state, 0.5 of its pooled form (cls), 0.2 of the first token's, 0 of "
+        "attention relations, 0.1 of the learning rate for shared weights, no dropout, precision bf16, seed 7."
     )
     both = summary(**values).describe()
     assert both.startswith("Masked language modelling and distillation from a frozen model, the smallest shape and 4")

@@ -39,7 +39,7 @@ class FineTuningArguments(TrainingArguments):
     shape: list[int] | None = option(None, "Widths of the layers of the subnet that is cut out of a supernet.")
     max_cost: float | None = option(
         None,
-        "Budget of the subnet with a masked-LM head, in the unit of --cost. By the records in --records_file, or in "
+        "Budget of the subnet with the task's head, in the unit of --cost. By the records in --records_file, or in "
         "the folder search/ of the model, its shape is the one with the lowest predicted loss. Without records, shapes "
         "are measured on examples of the task, and the one nearest to the largest shape is taken.",
     )

@@ -1,5 +1,6 @@
 """The model that a task starts from: a subnet, which may be cut out of a supernet first, or any other encoder."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..checks import load_pretrained
 from ..devices import copy_mapped_weights
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.modeling_supershaper import SuperShaperModel
@@ -38,7 +40,9 @@ EXAMPLES = 64  # of the task, on which shapes are measured if there are no recor
 def load_tokenizer(args: FineTuningArguments) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the model."""
     name = args.tokenizer_name or args.model
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    option = "tokenizer_name" if args.tokenizer_name else "model"
+    load = partial(AutoTokenizer.from_pretrained, trust_remote_code=args.trust_remote_code)
+    return load_pretrained(option, name, load)
 
 
 def load_model(args: FineTuningArguments, task: Task, shape: list[int] | None, seed: int) -> PreTrainedModel:
@@ -92,9 +96,8 @@ def load_teacher(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTok
     if args.teacher is None:
         return None
     trust: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    teacher, loading = task.auto_class.from_pretrained(
-        args.teacher, dtype=torch.float32, output_loading_info=True, **trust
-    )
+    load = partial(task.auto_class.from_pretrained, dtype=torch.float32, output_loading_info=True, **trust)
+    teacher, loading = load_pretrained("teacher", args.teacher, load)
     if loading["missing_keys"]:
         raise ValueError(
             f"The teacher {args.teacher} lacks weights of a {type(teacher).__name__}: "
@@ -144,7 +147,9 @@ def choose_shape(args: FineTuningArguments, task: Task, folder: Path) -> list[in
         raise ValueError(
             f"{wanted}={getattr(args, wanted)} needs a supernet, and {args.model} is not one. Leave {wanted} out."
         )
-    space = SearchSpace.from_config(config)
+    config.update(task.config)
+    with torch.device("meta"):
+        space = SearchSpace.from_model(task.auto_class.from_config(config))  # budgets are of subnets with this head
     if args.shape is not None:
         space.validate(args.shape)
     if args.max_cost is not None:

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
 
-from ..model.shapes import SHAPE_NAMES, SearchSpace, own_parameters
+from ..model.shapes import SHAPE_NAMES, SearchSpace
 from ..publish.card import plain
 from ..publish.hub import save_for_hub
-from ..report.findings import CONFIG_FILE, PREDICTOR_FILE, RECORDS_FILE
+from ..report.findings import PREDICTOR_FILE, RECORDS_FILE, write_config
 from ..report.page import write_report
 from ..report.plots import plot_measured
 from ..report.tables import markdown_table
@@ -66,7 +66,7 @@ class SandwichTrainer(DistillingTrainer):
             raise ValueError(f"{type(model).__name__} is not a supernet, so it has one shape only. Leave sandwich out.")
         if self.args.n_gpu > 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("A sandwich needs one process per device that holds all weights: no FSDP, no DeepSpeed.")
-        self.space, self.random_shapes = SearchSpace.from_config(model.config), random_shapes
+        self.space, self.random_shapes = SearchSpace.from_model(model), random_shapes
         self.taught: Any = None  # the logits that the next shape learns from
 
     def step_shapes(self) -> list[list[int]]:
@@ -152,7 +152,7 @@ def search_task(
     """
     model: Any = supernet
     model.to(args.device)
-    space, batches = SearchSpace.from_config(model.config), task_batches(task, args.per_device_eval_batch_size)
+    space, batches = SearchSpace.from_model(model), task_batches(task, args.per_device_eval_batch_size)
 
     def measure(shapes: Sequence[Sequence[int]]) -> list[Record]:
         file = folder / RECORDS_FILE
@@ -173,7 +173,7 @@ def search_task(
     predictor = ShapePredictor.fit_records(random)
     front = pareto_front(space, predictor, cost, sequence_length=args.max_length)
     best = measure(np.unique(shapes_at(front, BUDGETS), axis=0).tolist())
-    model.config.to_json_file(folder / CONFIG_FILE)
+    write_config(folder, space)
     predictor.save(folder / PREDICTOR_FILE)
     write_report(folder, args.cost, budgets or [], BUDGETS, args.max_length)
     everything = {tuple(record["shape"]): record for record in [*records, *random, *best]}
@@ -181,7 +181,7 @@ def search_task(
     rows: list[dict[str, Any]] = [
         {
             "shape": names.get(shape, "front" if record in best else "random"),
-            "parameters": own_parameters(model, shape),
+            "parameters": space.num_parameters(list(shape)),
             "task_loss": f"{record['task_loss']:.4f}",
             task.score: "" if record["score"] is None else f"{record['score']:.4f}",
             "widths": list(shape),
@@ -241,7 +241,7 @@ def save_subnet(
         training=(
             f"Cut out of a supernet whose shapes were all fine-tuned on the task {plain(task.name)} at once. "
             f"Of {candidates} measured shapes, it is the one with the lowest loss on {split} among those that have at "
-            f"most {args.max_cost:,.0f} {args.cost} with a masked-LM head."
+            f"most {args.max_cost:,.0f} {args.cost}."
         ),
         evaluation=markdown_table([{"split": split, "task_loss": f"{record['task_loss']:.4f}", task.score: score}]),
     )

@@ -69,6 +69,7 @@ class LatencyTable:
         attention: Name of the attention implementation, such as `"sdpa"`.
         torch_version: Version of torch that ran.
         sizes: The entries of the configuration that change the time: see `SIZES`.
+        architecture: Name of the class of the subnets that were measured, with its head.
 
     Example:
         >>> from supershaper_hf import LatencyTable, SearchSpace, SuperShaperConfig
@@ -93,13 +94,14 @@ class LatencyTable:
     attention: str
     torch_version: str
     sizes: dict[str, Any]
+    architecture: str = "SuperShaperForMaskedLM"  # of tables that do not say it
 
     def __post_init__(self) -> None:
         check_widths("width_choices", self.width_choices)
         choices, widths = self.width_choices, len(self.width_choices)
         for name in ("batch_size", "sequence_length", "repeats"):
             check_count(name, getattr(self, name))
-        for name in ("device", "dtype", "attention", "torch_version"):
+        for name in ("device", "dtype", "attention", "torch_version", "architecture"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be text.")
         if set(self.sizes) != set(SIZES):
@@ -197,6 +199,7 @@ class LatencyTable:
             "sequence_length": sequence_length,
             "width_choices": space.width_choices,
             "sizes": {name: getattr(space.config, name) for name in SIZES},
+            "architecture": space.model_class.__name__,
         }
         if stored := {name: getattr(table, name) for name in asked if getattr(table, name) != asked[name]}:
             raise ValueError(
@@ -210,7 +213,7 @@ class LatencyTable:
     @overload
     def predict(self, shapes: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray: ...
     def predict(self, shapes):
-        """Return the predicted seconds of one forward pass of the masked-LM subnets at `shapes`.
+        """Return the predicted seconds of one forward pass of the subnets at `shapes`.
 
         Args:
             shapes: One shape or many, see `model.shapes.shape_rows`, with any number of layers. Where a width is 0, the
@@ -385,7 +388,7 @@ class LatencyProbe:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ):
-        self._workload = Workload(space.config, parse_device(device), batch_size, sequence_length, dtype, seed)
+        self._workload = Workload(space, parse_device(device), batch_size, sequence_length, dtype, seed)
         self.width_choices = space.width_choices
         self.walk = walk_through_pairs(self.width_choices, seed)
         self._model = self._workload.model(self.walk[1:], seed)
@@ -402,7 +405,7 @@ class LatencyProbe:
         def stamp(*_: Any) -> None:
             stamps.append(clock.stamp())
 
-        encoder = self._model.bert.encoder
+        encoder: Any = self._model.base_model.encoder
         last = encoder.output_bottleneck[-1]
         with ExitStack() as hooks:
             for bottleneck in (*encoder.input_bottleneck, last):
@@ -445,6 +448,7 @@ class LatencyProbe:
             attention=self._model.config._attn_implementation,
             torch_version=torch.__version__,
             sizes={name: getattr(workload.config, name) for name in SIZES},
+            architecture=type(self._model).__name__,
         )
 
     def _entries(self, sample: np.ndarray) -> Entries:

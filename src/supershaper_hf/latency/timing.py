@@ -16,7 +16,7 @@ from ..checks import check_count
 from ..devices import Clock, parse_device
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.elastic import SuperShaperBottleneck
-from ..model.modeling_supershaper import SuperShaperForMaskedLM, SuperShaperPreTrainedModel, empty_model
+from ..model.modeling_supershaper import SuperShaperPreTrainedModel, empty_model
 from ..model.shapes import SearchSpace
 
 
@@ -54,7 +54,7 @@ class SubnetTimer:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ):
-        self._workload = Workload(space.config, parse_device(device), batch_size, sequence_length, dtype, seed)
+        self._workload = Workload(space, parse_device(device), batch_size, sequence_length, dtype, seed)
         self._models = [self._workload.model(shape, seed + index) for index, shape in enumerate(shapes)]
         self._batch = self._workload.batch()
         self._random = np.random.default_rng(seed)
@@ -98,17 +98,17 @@ def time_models(
         ValueError: If a number is too small, the sequence is too long, or the device is not available.
 
     Example:
-        >>> from supershaper_hf import SuperShaperConfig
+        >>> from supershaper_hf import SuperShaperConfig, SuperShaperModel
         >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
-        >>> len(time_models([SuperShaperForMaskedLM(config)], sequence_length=16, repeats=3))
+        >>> len(time_models([SuperShaperModel(config)], sequence_length=16, repeats=3))
         1
     """
     check_count("repeats", repeats)
-    first: Any = models[0].config
-    workload = Workload(first, parse_device(device), batch_size, sequence_length, torch.float32, seed)
-    moved = [torch.nn.Module.to(model, workload.device).eval() for model in models]
-    batch, random = workload.batch(), np.random.default_rng(seed)
-    samples = [_sweep(moved, batch, workload.clock, random) for _ in range(repeats + 2)]
+    config: Any = models[0].config
+    device = parse_device(device)
+    moved = [torch.nn.Module.to(model, device).eval() for model in models]
+    batch, random = draw_batch(config, device, batch_size, sequence_length, seed), np.random.default_rng(seed)
+    samples = [_sweep(moved, batch, Clock(device), random) for _ in range(repeats + 2)]
     return np.median(samples[2:], axis=0).tolist()
 
 
@@ -126,12 +126,34 @@ def _sweep(
     return sample
 
 
+def check_size(config: SuperShaperConfig, batch_size: int, sequence_length: int) -> None:
+    """Raise a ValueError unless a model can read batches of this size."""
+    check_count("batch_size", batch_size)
+    check_count("sequence_length", sequence_length)
+    longest = config.max_position_embeddings
+    if sequence_length > longest:
+        raise ValueError(
+            f"sequence_length={sequence_length} is above max_position_embeddings={longest}. Use at most {longest}."
+        )
+
+
+def draw_batch(
+    config: SuperShaperConfig, device: torch.device, batch_size: int, sequence_length: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Draw random tokens without padding, with the other inputs that a tokenizer returns: (batch, length) each."""
+    check_size(config, batch_size, sequence_length)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config.vocab_size, (batch_size, sequence_length), generator=generator)
+    batch = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 @dataclass(frozen=True)
 class Workload:
     """The conditions of a measurement: what runs, on which device. It checks them, and makes models and inputs.
 
     Attributes:
-        config: The supernet's configuration.
+        space: The search space of the supernet.
         device: The device to run on.
         batch_size: Sequences in a batch.
         sequence_length: Tokens in a sequence.
@@ -142,7 +164,7 @@ class Workload:
         ValueError: If a number is too small, the sequence is too long, or `dtype` is not a floating-point type.
     """
 
-    config: SuperShaperConfig
+    space: SearchSpace
     device: torch.device
     batch_size: int
     sequence_length: int
@@ -150,14 +172,7 @@ class Workload:
     seed: int
 
     def __post_init__(self) -> None:
-        check_count("batch_size", self.batch_size)
-        check_count("sequence_length", self.sequence_length)
-        longest = self.config.max_position_embeddings
-        if self.sequence_length > longest:
-            raise ValueError(
-                f"sequence_length={self.sequence_length} is above max_position_embeddings={longest}. Use at most "
-                f"{longest}."
-            )
+        check_size(self.config, self.batch_size, self.sequence_length)
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(
                 f"dtype={self.dtype!r} is not a floating-point type. Use torch.float32, torch.bfloat16 or "
@@ -165,14 +180,18 @@ class Workload:
             )
 
     @property
+    def config(self) -> SuperShaperConfig:
+        return self.space.config
+
+    @property
     def clock(self) -> Clock:
         return Clock(self.device)
 
-    def model(self, shape: Sequence[int] | np.ndarray, seed: int) -> SuperShaperForMaskedLM:
+    def model(self, shape: Sequence[int] | np.ndarray, seed: int) -> SuperShaperPreTrainedModel:
         """Build the subnet at `shape`, of any number of layers, with random weights in evaluation mode."""
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = len(shape)
-        model = empty_model(SuperShaperForMaskedLM, config.subnet_config(list(shape)))
+        model = empty_model(self.space.model_class, config.subnet_config(list(shape)))
         model.to(self.dtype).to_empty(device=self.device)
         model.tie_weights()
         self._fill(model, seed)
@@ -192,12 +211,8 @@ class Workload:
         return torch.randn(size, generator=generator, device=self.device, dtype=self.dtype)
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """Draw random tokens without padding, with the other inputs that a tokenizer returns."""
-        generator = torch.Generator().manual_seed(self.seed)
-        size = (self.batch_size, self.sequence_length)
-        ids = torch.randint(self.config.vocab_size, size, generator=generator)
-        batch = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        """Draw random tokens: see `draw_batch`."""
+        return draw_batch(self.config, self.device, self.batch_size, self.sequence_length, self.seed)
 
     @torch.no_grad()
     def _fill(self, module: torch.nn.Module, seed: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from torch import nn
 
 from ..checks import check_count
 from .configuration_supershaper import SuperShaperConfig
@@ -43,22 +44,32 @@ class HasChainCost(Protocol):
 Cost = str | HasChainCost  # what users give: "parameters", "flops", or a latency table
 
 
-def resolve_cost(cost: Cost, config: SuperShaperConfig, sequence_length: int = 128) -> ChainCost:
-    """Return the terms of a cost.
+class Surroundings(NamedTuple):
+    """What every subnet has around its encoder: the embeddings and the head. They do not depend on the shape.
 
-    Args:
-        cost: `"parameters"`, `"flops"`, or a latency table.
-        config: Configuration of the supernet.
-        sequence_length: Number of tokens for `"flops"`.
-
-    Raises:
-        ValueError: If the cost is none of these, the table does not fit the configuration, or a number is too large.
+    Attributes:
+        model_class: The class of the subnet, which has the head.
+        parameters: Parameters of embeddings and head, tied weights once.
+        token_flops: Operations of the head on each token.
+        sequence_flops: Operations of the head on each sequence: the pooler, and what reads it.
     """
-    if not isinstance(cost, str) and hasattr(cost, "chain_cost"):
-        return cost.chain_cost(config)
-    if cost not in ("parameters", "flops"):
-        raise ValueError(f"Unknown cost {cost!r}. Allowed: 'parameters', 'flops', or a LatencyTable.")
-    return parameter_cost(config) if cost == "parameters" else flops_cost(config, sequence_length)
+
+    model_class: type
+    parameters: int
+    token_flops: int
+    sequence_flops: int
+
+    @classmethod
+    def of(cls, model: Any) -> "Surroundings":
+        """Count them in a supernet or a subnet, which may be on the meta device."""
+        base = model.base_model
+        encoder = set(base.encoder.parameters())
+        parameters = sum(parameter.numel() for parameter in model.parameters() if parameter not in encoder)
+        inside = set(base.encoder.modules())
+        maps = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inside]
+        flops = sum(2 * module.in_features * module.out_features for module in maps)
+        pooled = base.pooler is not None
+        return cls(type(model), parameters, token_flops=0 if pooled else flops, sequence_flops=flops if pooled else 0)
 
 
 def chain_cost(cost: ChainCost, hidden_size: int, shapes: np.ndarray) -> np.ndarray:
@@ -72,8 +83,8 @@ def chain_cost(cost: ChainCost, hidden_size: int, shapes: np.ndarray) -> np.ndar
     return total + cost.leave(source)
 
 
-def parameter_cost(config: SuperShaperConfig) -> ChainCost:
-    """Count the parameters of the masked-LM subnet, tied weights once.
+def parameter_cost(config: SuperShaperConfig, surroundings: Surroundings | None = None) -> ChainCost:
+    """Count the parameters of a subnet, tied weights once. Without `surroundings` it has a masked-LM head.
 
     The figures of the 2021 paper are slightly lower: they leave out the bias of the decoder, and count the LayerNorm of
     the head at the width of the last layer.
@@ -86,7 +97,7 @@ def parameter_cost(config: SuperShaperConfig) -> ChainCost:
     head = full * full + full + 2 * full + vocab + (0 if config.tie_word_embeddings else vocab * full)
     cost = ChainCost(
         "parameters",
-        fixed=embeddings + head,
+        fixed=embeddings + head if surroundings is None else surroundings.parameters,
         enter=lambda source, width: source * width + width,
         layer=lambda width: 4 * (width * width + width) + 2 * ffn * width + ffn + width + 4 * width,
         leave=lambda width: width * full + full,
@@ -94,12 +105,12 @@ def parameter_cost(config: SuperShaperConfig) -> ChainCost:
     return _countable(cost, config, "Use smaller sizes.")
 
 
-def flops_cost(config: SuperShaperConfig, sequence_length: int) -> ChainCost:
-    """Count the floating-point operations of one forward pass of the masked-LM subnet over one sequence.
+def flops_cost(config: SuperShaperConfig, sequence_length: int, surroundings: Surroundings | None = None) -> ChainCost:
+    """Count the floating-point operations of one forward pass of a subnet over one sequence.
 
-    A multiplication and an addition in a matrix product count as two operations. The masked-LM head is counted on every
-    position. Element-wise work (LayerNorm, softmax, activations, biases) is not counted, as in
-    `torch.utils.flop_counter`.
+    A multiplication and an addition in a matrix product count as two operations. Without `surroundings` the subnet has
+    a masked-LM head, which is counted on every position. Element-wise work (LayerNorm, softmax, activations, biases)
+    is not counted, as in `torch.utils.flop_counter`.
 
     Raises:
         ValueError: If `sequence_length` is not an integer of at least 1, or a shape of `config` needs more operations
@@ -107,9 +118,12 @@ def flops_cost(config: SuperShaperConfig, sequence_length: int) -> ChainCost:
     """
     check_count("sequence_length", sequence_length)
     full, ffn, vocab, length = config.hidden_size, config.intermediate_size, config.vocab_size, int(sequence_length)
+    head = 2 * length * full * (full + vocab)
+    if surroundings is not None:
+        head = length * surroundings.token_flops + surroundings.sequence_flops
     cost = ChainCost(
         "flops",
-        fixed=2 * length * full * (full + vocab),
+        fixed=head,
         enter=lambda source, width: 2 * length * source * width,
         layer=lambda width: 2 * length * (4 * width * width + 2 * ffn * width) + 4 * length * length * width,
         leave=lambda width: 2 * length * width * full,

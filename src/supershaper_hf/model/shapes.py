@@ -11,6 +11,7 @@ Example:
     [360, 360, 360, 360, 360, 360, 360, 360, 360, 360, 360, 360]
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -18,9 +19,10 @@ from typing import overload
 import numpy as np
 
 from ..checks import check_choice, check_count, check_number
+from . import modeling_supershaper
 from .configuration_supershaper import SuperShaperConfig
-from .costs import ChainCost, chain_cost, flops_cost, parameter_cost
-from .modeling_supershaper import SuperShaperPreTrainedModel, empty_model
+from .costs import ChainCost, Cost, Surroundings, chain_cost, flops_cost, parameter_cost
+from .modeling_supershaper import SuperShaperForMaskedLM, SuperShaperPreTrainedModel, empty_model
 
 
 # Relative widths from the first layer to the last. "supershaper" is the rule that the paper derives: layer 1 at the
@@ -45,9 +47,14 @@ CANDIDATES = 8
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All shapes of one supernet: each layer takes one of its `width_choices`. Make it with `from_config`."""
+    """All shapes of one supernet: each layer takes one of its `width_choices`.
+
+    Make it with `from_config` or `from_model`. Parameters, operations and seconds are those of a subnet with its
+    embeddings and its head: that of masked language modeling, unless `surroundings` are given.
+    """
 
     config: SuperShaperConfig
+    surroundings: Surroundings | None = None
 
     def __post_init__(self) -> None:
         if self.config.width_choices is None:
@@ -57,21 +64,49 @@ class SearchSpace:
             )
 
     @classmethod
-    def from_config(cls, config: SuperShaperConfig) -> "SearchSpace":
+    def from_config(cls, config: SuperShaperConfig, architecture: str = "SuperShaperForMaskedLM") -> "SearchSpace":
         """Return the search space of a supernet.
 
         Args:
             config: The supernet's configuration.
+            architecture: Name of the model class whose subnets are counted, such as `"SuperShaperModel"` for an encoder
+                without a head. `config.architectures` of a saved supernet names its class.
 
         Raises:
-            ValueError: If `config` belongs to a subnet, which has only one shape.
+            ValueError: If `config` belongs to a subnet, which has only one shape, or there is no such class.
 
         Example:
             >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2)
             >>> SearchSpace.from_config(config).largest
             [96, 96]
         """
-        return cls(config)
+        if architecture == SuperShaperForMaskedLM.__name__:
+            return cls(config)
+        check_choice("architecture", architecture, modeling_supershaper.__all__)
+        return cls(config, Surroundings.of(empty_model(getattr(modeling_supershaper, architecture), config)))
+
+    @classmethod
+    def from_model(cls, model: SuperShaperPreTrainedModel) -> "SearchSpace":
+        """Return the search space of a supernet. Its subnets have the head that `model` has, or none.
+
+        Raises:
+            ValueError: If `model` is a subnet, which has only one shape.
+
+        Example:
+            >>> from supershaper_hf import SuperShaperModel
+            >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
+            >>> encoder = SuperShaperModel(config)
+            >>> SearchSpace.from_model(encoder).num_parameters([40, 16])
+            427952
+            >>> encoder.extract_subnet([40, 16]).num_parameters()
+            427952
+        """
+        return cls(model.config, Surroundings.of(model))
+
+    @property
+    def model_class(self) -> type:
+        """The class of the subnets whose costs are counted."""
+        return SuperShaperForMaskedLM if self.surroundings is None else self.surroundings.model_class
 
     @property
     def width_choices(self) -> list[int]:
@@ -208,7 +243,7 @@ class SearchSpace:
     @overload
     def num_parameters(self, shapes: np.ndarray) -> "int | np.ndarray": ...
     def num_parameters(self, shapes):
-        """Return the number of parameters of the masked-LM subnet at each shape, tied weights once.
+        """Return the number of parameters of the subnet at each shape, tied weights once.
 
         Args:
             shapes: One shape or many, see `shape_rows`.
@@ -226,14 +261,14 @@ class SearchSpace:
             >>> space.num_parameters([space.smallest, space.largest])
             array([ 33219652, 116018500])
         """
-        return self._cost(parameter_cost(self.config), shapes)
+        return self._cost(self.terms("parameters"), shapes)
 
     @overload
     def flops(self, shapes: Sequence[int], sequence_length: int) -> int: ...
     @overload
     def flops(self, shapes: np.ndarray, sequence_length: int) -> "int | np.ndarray": ...
     def flops(self, shapes, sequence_length):
-        """Return the floating-point operations of one forward pass of the masked-LM subnet at each shape.
+        """Return the floating-point operations of one forward pass of the subnet at each shape.
 
         Args:
             shapes: One shape or many, see `shape_rows`.
@@ -249,7 +284,34 @@ class SearchSpace:
             >>> SearchSpace.from_config(SuperShaperConfig(vocab_size=28996)).flops([360] * 12, sequence_length=128)
             15028764672
         """
-        return self._cost(flops_cost(self.config, sequence_length), shapes)
+        return self._cost(self.terms("flops", sequence_length), shapes)
+
+    def terms(self, cost: Cost, sequence_length: int = 128) -> ChainCost:
+        """Return the terms of which a cost of a shape is the sum.
+
+        Warns if a latency table was measured on subnets with another head.
+
+        Args:
+            cost: `"parameters"`, `"flops"`, or a latency table.
+            sequence_length: Number of tokens for `"flops"`.
+
+        Raises:
+            ValueError: If the cost is none of these, the table does not fit, or a number is too large.
+        """
+        if not isinstance(cost, str) and hasattr(cost, "chain_cost"):
+            measured, counted = getattr(cost, "architecture", None), self.model_class.__name__
+            if measured not in (None, counted):
+                warnings.warn(
+                    f"The latency table was measured on a {measured}, but the subnets are of {counted}: its seconds "
+                    "hold for the former. Measure a table of this search space with LatencyTable.measure.",
+                    stacklevel=2,
+                )
+            return cost.chain_cost(self.config)
+        if cost not in ("parameters", "flops"):
+            raise ValueError(f"Unknown cost {cost!r}. Allowed: 'parameters', 'flops', or a LatencyTable.")
+        if cost == "parameters":
+            return parameter_cost(self.config, self.surroundings)
+        return flops_cost(self.config, sequence_length, self.surroundings)
 
     def named_shape(self, name: str, max_parameters: int) -> list[int]:
         """Return the largest shape with the profile `name` whose subnet has at most `max_parameters`.
@@ -257,7 +319,7 @@ class SearchSpace:
         Args:
             name: One of `SHAPE_NAMES`. A profile is stretched over the layers, scaled, and rounded to the nearest
                 width choices. `"first_layers"` keeps the first layers at full width and drops the rest.
-            max_parameters: Largest number of parameters of the masked-LM subnet.
+            max_parameters: Largest number of parameters of the subnet.
 
         Raises:
             ValueError: If the name is unknown, or even the smallest shape of this profile has more parameters.
@@ -281,7 +343,7 @@ class SearchSpace:
         Args:
             profile: Positive relative widths from the first layer to the last, in any unit. They are stretched over the
                 layers, scaled, and rounded to the nearest width choices.
-            max_parameters: Largest number of parameters of the masked-LM subnet.
+            max_parameters: Largest number of parameters of the subnet.
 
         Raises:
             ValueError: If a relative width is not positive, or even the smallest such shape has more parameters.
@@ -297,7 +359,7 @@ class SearchSpace:
 
     def _largest_within(self, max_parameters: int, candidates: np.ndarray, name: str) -> list[int]:
         """Return the last of `candidates` (n, layers) with at most `max_parameters`. They are sorted by size."""
-        sizes = self._cost(parameter_cost(self.config), candidates)
+        sizes = self._cost(self.terms("parameters"), candidates)
         fits = np.flatnonzero(sizes <= max_parameters)
         if len(fits) == 0:
             raise ValueError(
@@ -355,28 +417,3 @@ def shape_rows(shapes: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> 
             f"layers)), got {found}."
         )
     return np.atleast_2d(rows), rows.ndim == 1
-
-
-def own_parameters(model: SuperShaperPreTrainedModel, shape: Sequence[int]) -> int:
-    """Return the number of parameters of a subnet of `model`, with the head that `model` has.
-
-    `SearchSpace.num_parameters`, and every budget of parameters, counts the head of masked language modeling.
-
-    Args:
-        model: A supernet, with any head or none.
-        shape: The shape of the subnet.
-
-    Raises:
-        ValueError: If the shape is not allowed.
-
-    Example:
-        >>> from supershaper_hf import SuperShaperModel
-        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
-        >>> model = SuperShaperModel(config)
-        >>> own_parameters(model, [40, 16]) == model.extract_subnet([40, 16]).num_parameters()
-        True
-    """
-    subnet = empty_model(type(model), model.config.subnet_config(model.config.normalize_shape(shape)))
-    if getattr(model, "pooler", True) is None:
-        subnet.pooler = None
-    return int(subnet.num_parameters())

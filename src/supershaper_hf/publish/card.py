@@ -89,8 +89,7 @@ def model_card(
     architecture = type(model).__name__
     elastic = not config.merged_bottlenecks
     task = PIPELINE_TAGS.get(architecture) if pooling is None else "sentence-similarity"
-    sentence_tags = [] if pooling is None else ["sentence-transformers", "sentence-similarity"]
-    name = repo_id.split("/")[-1]
+    name, sentence_tags = repo_id.split("/")[-1], ["sentence-transformers", "sentence-similarity"] if pooling else []
     data = ModelCardData(
         model_name=name,
         library_name="transformers" if pooling is None else "sentence-transformers",

@@ -94,8 +94,8 @@ def front_results(findings: Findings, rows: int = 8) -> Results:
     table = [{"parameters": row["parameters"], **_values(row, findings), "shape": str(row["shape"])} for row in found]
     return Results(
         f"The best shapes for some budgets, by a predictor that was fitted on measured shapes ("
-        f"{len(findings.records):,} were measured on the same held-out {findings.measure.text}: `{RECORDS_FILE}`). "
-        f"Parameters are those of a subnet with a masked-LM head.\n\n{markdown_table(table)}"
+        f"{len(findings.records):,} were measured on the same held-out {findings.measure.text}: `{RECORDS_FILE}`):"
+        f"\n\n{markdown_table(table)}"
     )
 
 

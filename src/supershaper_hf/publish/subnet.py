@@ -191,7 +191,7 @@ def shape_within(findings: Findings | None, cost: str, max_cost: float) -> list[
 
     Args:
         findings: The search of the supernet.
-        cost: `"parameters"` or `"flops"` of a subnet with a masked-LM head, or `"latency"`, in seconds.
+        cost: `"parameters"` or `"flops"` of the subnet, or `"latency"`, in seconds.
         max_cost: The budget.
 
     Raises:

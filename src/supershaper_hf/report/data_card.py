@@ -30,7 +30,7 @@ COLUMNS = {
     "cosine": "cosine of the last hidden states and those of the original",
     "task_loss": "loss on the examples of a task",
     "score": "score on the examples of a task, if one was computed",
-    "parameters": "parameters of the subnet with a masked-LM head",
+    "parameters": "parameters of the subnet, with its head",
 }
 
 

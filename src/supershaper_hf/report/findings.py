@@ -4,6 +4,7 @@
 `predictor.json`, and, where they were asked for, `latency.json` and `insensitivity.json`. `page` shows what is in them.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from ..latency.insensitivity import Insensitivity, load_comparisons
 from ..latency.table import LatencyTable
 from ..model.configuration_supershaper import SuperShaperConfig
-from ..model.costs import Cost, chain_cost, resolve_cost
+from ..model.costs import Cost, chain_cost
 from ..model.shapes import SearchSpace
 from ..search.measures import MEASURES, Measure, measure_of
 from ..search.pareto import ParetoFront, pareto_front
@@ -25,6 +26,17 @@ from ..search.rounds import best_measured
 
 CONFIG_FILE, RECORDS_FILE, PREDICTOR_FILE = "config.json", "records.jsonl", "predictor.json"
 LATENCY_FILE, INSENSITIVITY_FILE = "latency.json", "insensitivity.json"
+
+
+def write_config(folder: str | Path, space: SearchSpace) -> None:
+    """Write the configuration of a supernet into the folder of a search. It names the class whose subnets are counted.
+
+    Example:
+        >>> write_config("outputs/search", SearchSpace.from_model(supernet))  # doctest: +SKIP
+    """
+    config = copy.deepcopy(space.config)
+    config.architectures = [space.model_class.__name__]
+    config.to_json_file(Path(folder) / CONFIG_FILE)
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,8 @@ class Findings:
         for name in (CONFIG_FILE, RECORDS_FILE, PREDICTOR_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}. Make the folder with examples/search_shapes.py.")
-        space = SearchSpace.from_config(SuperShaperConfig.from_pretrained(folder))
+        config = SuperShaperConfig.from_pretrained(folder)
+        space = SearchSpace.from_config(config, *(config.architectures or []))
         table = LatencyTable.load(folder / LATENCY_FILE) if (folder / LATENCY_FILE).exists() else None
         file = folder / INSENSITIVITY_FILE
         findings = cls(
@@ -144,7 +157,7 @@ class Findings:
 
     def costs(self, shapes: Sequence[Sequence[int]], cost: str) -> np.ndarray:
         """Return the costs (n,) of `shapes` (n, layers)."""
-        terms = resolve_cost(self._cost(cost), self.space.config, self.sequence_length)
+        terms = self.space.terms(self._cost(cost), self.sequence_length)
         return chain_cost(terms, self.space.config.hidden_size, np.array(shapes))
 
     def best_measured(self, cost: str, max_cost: float) -> list[int]:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from ..checks import check_choice, check_count, check_number
-from ..model.costs import ChainCost, HasChainCost, chain_cost, resolve_cost
+from ..model.costs import ChainCost, HasChainCost, chain_cost
 from ..model.shapes import SearchSpace
 from .measures import MEASURES
 
@@ -149,11 +149,11 @@ class Problem:
             ValueError: If latency is needed and there is no table, or no shape at all can meet a bound.
         """
         space, settings = self.space, self.settings
-        costs = {name: resolve_cost(name, space.config, settings.sequence_length) for name in ("parameters", "flops")}
+        costs = {name: space.terms(name, settings.sequence_length) for name in ("parameters", "flops")}
         if latency is not None:
             if not hasattr(latency, "chain_cost"):
                 raise ValueError(f"latency={latency!r} must be a LatencyTable, or have its method chain_cost(config).")
-            costs["latency"] = resolve_cost(latency, space.config, settings.sequence_length)
+            costs["latency"] = space.terms(latency, settings.sequence_length)
         elif "latency" in (settings.minimize, *settings.constraints):
             raise ValueError("Latency is constrained or minimised, but not known. Pass latency=LatencyTable(...).")
         for name in ("parameters", "flops"):  # they grow with every width; seconds need not

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..checks import check_count
-from ..model.costs import ChainCost, Cost, resolve_cost
+from ..model.costs import ChainCost, Cost
 from ..model.shapes import SearchSpace
 from .measures import MEASURES
 from .predictor import ShapePredictor
@@ -148,7 +148,7 @@ def pareto_front(
     costs = [cost] if isinstance(cost, str) or not isinstance(cost, Sequence) else cost
     if not 1 <= len(costs) <= 2:
         raise ValueError(f"cost has {len(costs)} entries. Allowed: one cost, or a sequence of two.")
-    terms = [resolve_cost(each, space.config, sequence_length) for each in costs]
+    terms = [space.terms(each, sequence_length) for each in costs]
     if len({term.name for term in terms}) < len(terms):
         raise ValueError(f"Both costs are {terms[0].name!r}. Give it once, or give two different costs.")
     layers = list(_extend(terms, space, predictor))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..checks import as_numbers, check_count
-from ..model.costs import Cost, chain_cost, resolve_cost
+from ..model.costs import Cost, chain_cost
 from ..model.shapes import SearchSpace
 from .measures import measure_of
 from .pareto import ParetoFront, amount, pareto_front
@@ -185,7 +185,7 @@ def best_measured(
     if not records:
         raise ValueError("There are no records to choose from. Measure shapes with evaluate_shapes.")
     measure, shapes = measure_of(records), np.array([record["shape"] for record in records])
-    terms = resolve_cost(cost, space.config, sequence_length)
+    terms = space.terms(cost, sequence_length)
     costs = chain_cost(terms, space.config.hidden_size, shapes)
     values = as_numbers(measure.plural, [record[measure.name] for record in records])
     losses = np.where(costs <= max_cost, values, np.nan)

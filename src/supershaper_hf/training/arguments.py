@@ -45,6 +45,7 @@ NUMBERS: dict[str, dict[str, float]] = {  # option -> its bounds
     "teacher_weight": {"least": 0},
     "state_weight": {"least": 0},
     "pooled_weight": {"least": 0},
+    "first_token_weight": {"least": 0},
     "target_perplexity": {"least": 1},
 }
 CHOICES = {  # option -> its values
@@ -172,6 +173,9 @@ class SuperPretrainingArguments:
     )
     pooled_weight: float = option(
         0.0, "Weight of the loss that matches the pooled last hidden state of an outside teacher, by the cosine."
+    )
+    first_token_weight: float = option(
+        0.0, "Weight of the loss that matches the state of the first token, [CLS], which classifiers read, once more."
     )
     pooling: str | None = option(
         None,

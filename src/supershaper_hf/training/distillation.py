@@ -34,7 +34,8 @@ from .teacher import OutsideTeacher, TeacherOutput
 
 
 DIVERGENCES = ("cross_entropy", "alpha")
-TEACHER_WEIGHTS = ("teacher_weight", "state_weight", "pooled_weight")  # options that need an outside teacher
+OUTPUT_WEIGHTS = ("state_weight", "pooled_weight", "first_token_weight")  # options that compare last hidden states
+TEACHER_WEIGHTS = ("teacher_weight", *OUTPUT_WEIGHTS)  # options that need an outside teacher
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ class Objective:
         state_weight: Factor of `state_loss`, which compares last hidden states with those of the outside teacher.
         pooled_weight: Factor of `pooled_loss`, which compares pooled last hidden states with those of the outside
             teacher.
+        first_token_weight: Factor of `state_loss` of the first token, [CLS], whose state classifiers read.
         pooling: How states are pooled: `"mean"` or `"cls"`.
         labels: Whether there are labels to learn from. Without them the loss that is reported is `state_loss`, so
             `state_weight` has to be above 0.
@@ -230,6 +232,7 @@ class Objective:
     relation_heads: int | None = None
     state_weight: float = 0.0
     pooled_weight: float = 0.0
+    first_token_weight: float = 0.0
     pooling: str = "mean"
     labels: bool = True
 
@@ -272,7 +275,7 @@ class Objective:
     @property
     def compares_outputs(self) -> bool:
         """Whether the last hidden state is compared with that of the outside teacher."""
-        return self.state_weight > 0 or self.pooled_weight > 0
+        return any(getattr(self, name) > 0 for name in OUTPUT_WEIGHTS)
 
     @property
     def _matches_largest(self) -> bool:
@@ -344,7 +347,10 @@ class Objective:
     def output_losses(
         self, states: Sequence[Tensor], attention_mask: Tensor, outside: TeacherOutput | None
     ) -> tuple[Tensor, Tensor]:
-        """Return `state_loss` and `pooled_loss` without their factors; 0 for one whose factor is 0.
+        """Return the losses of the last hidden state, each 0 if nothing is compared.
+
+        The first is `state_loss` without its factor, a mean over tokens. The second is a mean over sequences: the sum
+        of `pooled_loss` and of `state_loss` of the first token, with their factors.
 
         Args:
             states: What `watch_state(model)` kept of the forward pass.
@@ -363,7 +369,10 @@ class Objective:
         if self.state_weight > 0:
             by_token = state_loss(student, teacher, attention_mask)
         if self.pooled_weight > 0:
-            by_sequence = pooled_loss(student, teacher, attention_mask, self.pooling)
+            by_sequence = self.pooled_weight * pooled_loss(student, teacher, attention_mask, self.pooling)
+        if self.first_token_weight > 0:
+            first = (states[:, :1] for states in (student, teacher, attention_mask))
+            by_sequence = by_sequence + self.first_token_weight * state_loss(*first)
         return by_token, by_sequence
 
     def _loss_to_largest(

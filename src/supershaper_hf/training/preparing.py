@@ -23,7 +23,7 @@ from ..model.modeling_supershaper import (
 )
 from ..processes import start_accelerator
 from .arguments import PRECISIONS, SuperPretrainingArguments
-from .distillation import Objective
+from .distillation import OUTPUT_WEIGHTS, Objective
 from .sandwich import decay_groups, parameters_by_width
 from .teacher import OutsideTeacher
 
@@ -113,6 +113,7 @@ def make_objective(args: SuperPretrainingArguments, teacher: OutsideTeacher | No
         relation_heads=args.relation_heads,
         state_weight=args.state_weight,
         pooled_weight=args.pooled_weight,
+        first_token_weight=args.first_token_weight,
         pooling=str(args.pooling),
         labels=args.mlm_probability > 0,
     )
@@ -132,11 +133,11 @@ def check_teacher(
     longest = getattr(theirs, "max_position_embeddings", args.max_length)
     if longest < args.max_length:
         raise ValueError(f"max_length={args.max_length} is more than the teacher's {longest} positions. Lower it.")
-    if (args.state_weight > 0 or args.pooled_weight > 0) and theirs.hidden_size != config.hidden_size:
+    if any(getattr(args, name) > 0 for name in OUTPUT_WEIGHTS) and theirs.hidden_size != config.hidden_size:
         raise ValueError(
-            f"state_weight and pooled_weight compare last hidden states, but the teacher has hidden_size="
+            f"{', '.join(OUTPUT_WEIGHTS)} compare last hidden states, but the teacher has hidden_size="
             f"{theirs.hidden_size} and the model {config.hidden_size}. Use the BERT that the model was made of as "
-            "teacher, or teacher_weight instead of both."
+            "teacher, or teacher_weight instead of them."
         )
     if args.teacher_weight > 0:
         check_relations(args, config, theirs.hidden_size)

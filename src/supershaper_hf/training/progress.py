@@ -26,6 +26,7 @@ from ..report.tables import text_table
 from ..search.measures import MEASURES
 from .arguments import SuperPretrainingArguments
 from .checkpoints import FREE_SPACE, explained
+from .distillation import OUTPUT_WEIGHTS
 
 
 logger = logging.get_logger(__name__)
@@ -133,10 +134,11 @@ class TrainingSummary:
             goals.append("masked language modelling")
             details.append(f"masking {args['mlm_probability']:.0%}")
             details.append(f"distillation weight {args['distillation_weight']:g}")
-        if args["state_weight"] > 0 or args["pooled_weight"] > 0:
+        if any(args[name] > 0 for name in OUTPUT_WEIGHTS):
             goals.append("distillation from a frozen model")
             details.append(f"weights {args['state_weight']:g} of the last hidden state")
             details.append(f"{args['pooled_weight']:g} of its pooled form ({args['pooling']})")
+            details.append(f"{args['first_token_weight']:g} of the first token's")
             details.append(f"{args['teacher_weight']:g} of attention relations")
         if args["shared_learning_rate_scale"] != 1:
             details.append(f"{args['shared_learning_rate_scale']:g} of the learning rate for shared weights")

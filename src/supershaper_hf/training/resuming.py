@@ -32,8 +32,8 @@ FROM_NEXT_STEP = (  # Each step reads these anew, so a new value is really appli
     "per_device_train_batch_size", "gradient_accumulation_steps", "processes", "mlm_probability",
     "random_shapes", "distribution", "drop_rate",
     "distillation_weight", "temperature", "divergence", "hidden_weight", "attention_weight", "teacher_weight",
-    "relation_heads", "state_weight", "pooled_weight", "pooling", "no_dropout", "shared_learning_rate_scale",
-    "teacher", "trained_parameters", "evaluation_text",
+    "relation_heads", "state_weight", "pooled_weight", "first_token_weight", "pooling", "no_dropout",
+    "shared_learning_rate_scale", "teacher", "trained_parameters", "evaluation_text",
     "mixed_precision", "gradient_checkpointing", "torch_compile", "eval_steps", "target_perplexity",
 )  # fmt: skip
 MODEL_CONDITIONS = (

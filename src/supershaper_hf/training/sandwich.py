@@ -97,12 +97,11 @@ def sandwich_step(
                     watch_state(model, objective.compares_outputs) as states,
                 ):
                     output = predict(model, batch, shape, labelled)
-                state_loss, pooled_loss = objective.output_losses(states, mask, outside)
+                state_loss, by_sequence = objective.output_losses(states, mask, outside)
                 by_label = objective.label_loss(output, largest)
                 by_token = (
                     objective.layer_loss(activations, mask, largest, outside) + objective.state_weight * state_loss
                 )
-                by_sequence = objective.pooled_weight * pooled_loss
                 loss = label_share * by_label + token_share * by_token + sequence_share * by_sequence
                 if loss.requires_grad:  # not if the shape uses frozen weights alone
                     accelerator.backward(loss * accelerator.num_processes)  # the exchange takes the mean over processes
