@@ -19,7 +19,6 @@ from ..report.tables import markdown_cell, markdown_table
 from .results import library_versions
 
 
-ONNX_FILE = "onnx/model.onnx"
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 PIPELINE_TAGS = {  # class -> its task on the Hub
     "SuperShaperModel": "feature-extraction",
@@ -117,7 +116,7 @@ def model_card(
         pipeline=pipeline_example(task, mask_token) if with_tokenizer else None,
         exports=list(exports),
         export_table=markdown_table(export_rows(exports)) if exports else None,
-        has_onnx=with_tokenizer and any(each.path == ONNX_FILE for each in exports),
+        onnx_file=onnx_file(exports) if with_tokenizer and architecture != "SuperShaperForMultipleChoice" else None,
         training=whole(training),
         evaluation=whole(evaluation),
         latency=whole(latency),
@@ -199,6 +198,12 @@ def pipeline_example(task: str | None, mask_token: str) -> dict[str, str] | None
     return {"task": quoted(task), "text": quoted(text)}
 
 
+def onnx_file(exports: Sequence[Any]) -> str | None:
+    """Return the ONNX file for the example, as a Python literal: that of 32-bit floats if there is one."""
+    files = [each.path for each in exports if each.format in ("onnx", "int8")]
+    return quoted(min(files, key=len)) if files else None
+
+
 def export_rows(exports: Sequence[Any]) -> list[Mapping[str, str]]:
     """Return one row of a table for each exported file."""
     return [
@@ -207,7 +212,7 @@ def export_rows(exports: Sequence[Any]) -> list[Mapping[str, str]]:
             "format": each.format,
             "size": megabytes(each.size),
             "largest difference from PyTorch": f"{each.difference:.1e}",
-            "cosine": f"{each.cosine:.4f}",
+            "cosine of the outputs": "" if each.cosine is None else f"{each.cosine:.4f}",
         }
         for each in exports
     ]
