@@ -32,6 +32,7 @@ import yaml
 
 LFS_SUFFIX = ".safetensors"  # the Hub keeps other binary and large files in LFS too; here they are regular files
 KINDS = {"model": "", "dataset": "datasets/", "space": "spaces/"}  # type of a repository -> prefix of its id in URLs
+HOLD = 0  # in place of the status of a fault
 SPACE_CARD = b"---\ntitle: New\nsdk: static\n---\n"  # the Hub gives every new Space a README.md
 
 
@@ -109,6 +110,7 @@ class HubServer:
         collections: Slug -> collection, as the Hub describes it.
         faults: (method, part of the URL path, status) of pending faults.
         corruptions: (repository id, path) -> "flip" or "truncate"; `corruptions.clear()` heals.
+        held: Set when the request that `hold_next` waits for has been dealt with, but not answered.
         user_agents: What clients call themselves, one entry for each request.
         lock: Held while a request is answered, so that commits do not interleave.
     """
@@ -120,6 +122,7 @@ class HubServer:
         self.collections: dict[str, dict[str, Any]] = {}
         self.faults: list[tuple[str, str, int]] = []
         self.corruptions: dict[tuple[str, str], str] = {}
+        self.held = threading.Event()
         self.user_agents: list[str] = []
         self.lock = threading.Lock()
 
@@ -157,6 +160,11 @@ class HubServer:
     def fail_next(self, method: str, path_substring: str, status: int = 500) -> None:
         """Answer the next matching request with an error. The real client repeats most requests after a 5xx."""
         self.faults.append((method, path_substring, status))
+
+    def hold_next(self, method: str, path_substring: str) -> None:
+        """Deal with the next matching request, but do not answer it: its client hears nothing until it is killed."""
+        self.held.clear()
+        self.faults.append((method, path_substring, HOLD))
 
     def corrupt(self, repo_id: str, path: str, how: Literal["flip", "truncate"]) -> None:
         """Serve a file with one bit flipped, or with "truncate" only its first half.
@@ -239,6 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.url = urlsplit(self.path)
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.status, self.answer_headers = 200, {"Content-Type": "application/json"}
+        self.hold = False
         with self.hub.lock:
             self.hub.user_agents.append(self.headers.get("User-Agent", ""))
             try:
@@ -246,6 +255,10 @@ class _Handler(BaseHTTPRequestHandler):
             except HubError as error:
                 self.status, answer = error.status, error.payload
                 self.answer_headers |= error.headers
+        if self.hold:
+            self.hub.held.set()
+            self.connection.recv(1)  # returns when the client is gone
+            return
         self._send(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle  # noqa: N815, the base class calls them so
@@ -255,7 +268,10 @@ class _Handler(BaseHTTPRequestHandler):
             method, path_substring, status = fault
             if method == self.command and path_substring in self.url.path:
                 self.hub.faults.remove(fault)
-                raise HubError(status, "Failure injected by the test.")
+                self.hold = status == HOLD
+                if not self.hold:
+                    raise HubError(status, "Failure injected by the test.")
+                break
         method = "GET" if self.command == "HEAD" else self.command
         for route_method, pattern, endpoint in ROUTES:
             match = pattern.fullmatch(self.url.path)

@@ -200,7 +200,7 @@ def test_no_mask_breaks_the_example(mask):
     assert f"The cat sat on the {mask}." in [node.value for node in ast.walk(call) if isinstance(node, ast.Constant)]
 
 
-SECTIONS = ["training", "evaluation", "latency", "limits"]
+SECTIONS = ["training", "evaluation", "latency", "limits", "related"]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -229,7 +229,10 @@ def test_no_section_takes_the_others_with_it(section, text):
             fence = None
         elif fence is None:
             outside.append(line)
-    wanted = ["Use", "Training", "Evaluation", *(["Latency"] if section == "latency" else []), "Limits", "Citation"]
+    titles = ["Use", "Training", "Evaluation", "Latency", "Limits", "Related repositories", "Citation"]
+    wanted = [
+        title for title in titles if title.lower().startswith(section) or title[0] not in "LR" or title == "Limits"
+    ]
     assert [line[3:] for line in outside if line.startswith("## ")] == wanted
     assert fence is None
 

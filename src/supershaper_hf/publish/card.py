@@ -53,6 +53,7 @@ def model_card(
     results: Sequence[EvalResult] = (),
     latency: str | None = None,
     limits: str | None = None,
+    related: str | None = None,
 ) -> ModelCard:
     """Return the model card of a supernet or subnet.
 
@@ -76,6 +77,7 @@ def model_card(
         results: Scores for the metadata of the card (`model-index`).
         latency: Markdown text of the section on latency. Without it there is no such section.
         limits: Markdown text of the section on limits.
+        related: Markdown text of the section on other repositories. Without it there is no such section.
 
     Example:
         >>> from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
@@ -121,6 +123,7 @@ def model_card(
         evaluation=whole(evaluation),
         latency=whole(latency),
         limits=whole(limits),
+        related=whole(related),
     )
 
 
