@@ -237,6 +237,11 @@ def test_no_section_takes_the_others_with_it(section, text):
     assert fence is None
 
 
+def test_unknown_section_is_refused():
+    with pytest.raises(TypeError, match=r"A card has no trainig\. Its sections: training, evaluation, latency, limits"):
+        model_card(tiny_model(), "user/name", trainig="One epoch.")
+
+
 # What it shows
 
 

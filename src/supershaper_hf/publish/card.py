@@ -28,6 +28,7 @@ PIPELINE_TAGS = {  # class -> its task on the Hub
     "SuperShaperForQuestionAnswering": "question-answering",
     "SuperShaperForMultipleChoice": None,
 }
+SECTIONS = ("training", "evaluation", "latency", "limits", "related")
 BAR = 24  # characters of a layer of full width
 LABELS = 20  # the card lists this many names of labels at most
 
@@ -45,15 +46,12 @@ def model_card(
     exports: Sequence[Any] = (),
     license: str | None = None,
     language: str | None = None,
+    note: str | None = None,
     base_model: str | None = None,
     datasets: Sequence[str] | None = None,
     tags: Sequence[str] | None = None,
-    training: str | None = None,
-    evaluation: str | None = None,
     results: Sequence[EvalResult] = (),
-    latency: str | None = None,
-    limits: str | None = None,
-    related: str | None = None,
+    **sections: str | None,
 ) -> ModelCard:
     """Return the model card of a supernet or subnet.
 
@@ -69,15 +67,16 @@ def model_card(
         exports: The exported files in the repository: see `supershaper_hf.publish.export.add_exports`.
         license: Licence identifier of the Hub, such as `"apache-2.0"`. By default the card claims none.
         language: Language code, such as `"en"`.
+        note: What the card says first, before the description: a paragraph of Markdown.
         base_model: Hub id of the model from which the weights started.
         datasets: Hub ids of the training data.
         tags: Further tags.
-        training: Markdown text of the section on training.
-        evaluation: Markdown text of the section on evaluation.
         results: Scores for the metadata of the card (`model-index`).
-        latency: Markdown text of the section on latency. Without it there is no such section.
-        limits: Markdown text of the section on limits.
-        related: Markdown text of the section on other repositories. Without it there is no such section.
+        **sections: Markdown text of the sections `training`, `evaluation`, `latency`, `limits` and `related` (other
+            repositories). Without its text, the section on latency or on related repositories is left out.
+
+    Raises:
+        TypeError: If there is no such section.
 
     Example:
         >>> from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
@@ -86,6 +85,8 @@ def model_card(
         >>> card.data.license, card.data.pipeline_tag
         ('apache-2.0', 'fill-mask')
     """
+    if unknown := sections.keys() - set(SECTIONS):
+        raise TypeError(f"A card has no {', '.join(sorted(unknown))}. Its sections: {', '.join(SECTIONS)}.")
     config: Any = model.config
     architecture = type(model).__name__
     elastic = not config.merged_bottlenecks
@@ -109,6 +110,7 @@ def model_card(
         quoted_repo_id=quoted(repo_id),
         auto_class=architecture.replace("SuperShaperModel", "AutoModel").replace("SuperShaperFor", "AutoModelFor"),
         config=config,
+        note=None if note is None else block_quote(note),
         supernet=None if supernet is None else inline_code(supernet),
         facts=facts(model, supernet, base_model, weight_bytes),
         bars=None if elastic else bars(shape or config.hidden_sizes, config.hidden_size),
@@ -116,14 +118,9 @@ def model_card(
         with_tokenizer=with_tokenizer,
         pooling=pooling,
         pipeline=pipeline_example(task, mask_token) if with_tokenizer else None,
-        exports=list(exports),
         export_table=markdown_table(export_rows(exports)) if exports else None,
         onnx_file=onnx_file(exports) if with_tokenizer and architecture != "SuperShaperForMultipleChoice" else None,
-        training=whole(training),
-        evaluation=whole(evaluation),
-        latency=whole(latency),
-        limits=whole(limits),
-        related=whole(related),
+        **{name: whole(sections.get(name)) for name in SECTIONS},
     )
 
 
@@ -230,6 +227,16 @@ def middle_budget(model: SuperShaperPreTrainedModel) -> int:
 
 
 # A name, such as that of a folder, can contain any character. These functions keep it from breaking Markdown or code.
+
+
+def block_quote(text: str) -> str:
+    """Return Markdown as a quotation, which nothing in it can end.
+
+    Example:
+        >>> block_quote("# Two")
+        '> # Two'
+    """
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
 
 
 def whole(text: str | None) -> str | None:

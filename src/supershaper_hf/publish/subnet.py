@@ -23,7 +23,7 @@ from ..report.findings import CONFIG_FILE, LATENCY_FILE, PREDICTOR_FILE, RECORDS
 from ..report.tables import markdown_table
 from ..search.fingerprints import fingerprint_encoder, fingerprint_model
 from ..search.records import parse
-from .card import PIPELINE_TAGS, inline_code
+from .card import PIPELINE_TAGS, block_quote, inline_code
 from .hub import save_for_hub
 from .results import Results, search_results, tuning_results
 from .sentences import read_sentence_encoder
@@ -254,7 +254,7 @@ def write_subnet(
             f"{source.name} is a {'supernet: give the shape' if shape is None else 'subnet: leave the shape out'}."
         )
     subnet = model if shape is None else model.extract_subnet(shape)
-    task = PIPELINE_TAGS[type(subnet).__name__] or "other"
+    task = model_task(subnet)
     found = Results()
     if findings is not None and shape is not None:
         found += search_results(findings, shape, task)
@@ -281,13 +281,17 @@ def write_subnet(
     )
 
 
+def model_task(model: SuperShaperPreTrainedModel) -> str:
+    """Return the task of a model on the Hub, for the metadata of results."""
+    return PIPELINE_TAGS[type(model).__name__] or "multiple-choice"
+
+
 def training_text(source: Source, shape: Sequence[int]) -> str:
     """Return the section on training: the subnet was only cut out; what the supernet's card says is quoted."""
     text = f"Cut out of the supernet {inline_code(source.name)} at the shape {list(shape)}, without further training."
     if source.training is None:
         return text
-    quoted = "\n".join(f"> {line}".rstrip() for line in source.training.splitlines())
-    return f"{text} The card of the supernet says of its training:\n\n{quoted}"
+    return f"{text} The card of the supernet says of its training:\n\n{block_quote(source.training)}"
 
 
 def latency_text(source: Source, subnet: SuperShaperPreTrainedModel, device: str, batch_size: int, length: int) -> str:
