@@ -200,7 +200,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
     def push_to_hub(self, repo_id: str, *, tokenizer: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Publish a complete repository, card and code included: see `supershaper_hf.push_to_hub`.
 
-        If the package is not installed, this is `PreTrainedModel.push_to_hub`, which takes no tokenizer.
+        Without the package this is `PreTrainedModel.push_to_hub`, without a tokenizer. Both return a `CommitInfo`.
         """
         try:
             import supershaper_hf
