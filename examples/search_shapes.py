@@ -9,8 +9,8 @@ original model, and so is every one with --original or --measure distance.
 
 The output folder gets `records.jsonl` (every measurement, as soon as it is made), `predictor.json`, `front.csv`,
 `report.md` with its plots, `explorer.html`, on which you choose a shape by looking, and with --latency also
-`latency.json`. `load_dataset(folder)` loads the records. You can stop the script at any time: the same command continues
-where it stopped. When nothing is left to measure, it writes the report again.
+`latency.json`. `load_dataset(folder)` loads the records. You can stop the script at any time: the same command
+continues where it stopped. When nothing is left to measure, it writes the report again.
 """
 
 import sys
