@@ -300,8 +300,14 @@ class SuperShaperLayer(GradientCheckpointingLayer):
         return in_pieces(feed_forward, attended, self.intermediate, self.output)
 
 
-class SuperShaperBottleneck(nn.Linear):
-    """The linear map into or out of a layer. It starts as the identity, so that a new supernet equals its BERT."""
+def bottleneck(in_features: int, out_features: int) -> nn.Linear:
+    """Return the linear map into or out of a layer. It starts as the identity, so that a new supernet equals its BERT.
+
+    It is an `nn.Linear` and no class of its own, because `torch.ao.quantization` replaces layers of exact classes only.
+    """
+    layer = nn.Linear(in_features, out_features)
+    layer.starts_as_identity = True
+    return layer
 
 
 class SuperShaperNarrowWidth(nn.Module):
@@ -315,7 +321,7 @@ class SuperShaperNarrowWidth(nn.Module):
         super().__init__()
         self.attention_code = SuperShaperCode(config, width)
         self.intermediate_code = SuperShaperCode(config, width)
-        self.output_bottleneck = SuperShaperBottleneck(width, config.hidden_size)
+        self.output_bottleneck = bottleneck(width, config.hidden_size)
 
 
 class SuperShaperEncoder(nn.Module):
@@ -336,11 +342,9 @@ class SuperShaperEncoder(nn.Module):
         full, widths = config.hidden_size, config.hidden_sizes
         sources = [full, *widths[:-1]] if config.merged_bottlenecks else [full] * len(widths)
         ends = widths[-1:] if config.merged_bottlenecks else widths
-        self.input_bottleneck = nn.ModuleList(
-            SuperShaperBottleneck(source, width) for source, width in zip(sources, widths)
-        )
+        self.input_bottleneck = nn.ModuleList(bottleneck(source, width) for source, width in zip(sources, widths))
         self.layer = nn.ModuleList(SuperShaperLayer(config, width) for width in widths)
-        self.output_bottleneck = nn.ModuleList(SuperShaperBottleneck(width, full) for width in ends)
+        self.output_bottleneck = nn.ModuleList(bottleneck(width, full) for width in ends)
         if config.bottlenecks == "by_width":
             narrow_widths = (config.width_choices or [])[:-1]
             self.by_width = nn.ModuleList(
@@ -352,7 +356,7 @@ class SuperShaperEncoder(nn.Module):
         """Return what layer `layer` has for `width` alone; `None` where it has nothing."""
         return self.by_width[layer][str(width)] if self.config.has_own_maps(width) else None
 
-    def exit(self, layer: int, width: int) -> SuperShaperBottleneck:
+    def exit(self, layer: int, width: int) -> nn.Linear:
         """Return the output bottleneck of layer `layer` at `width`: its own, or the shared one, which is narrowed."""
         narrow = self.narrow(layer, width)
         shared = self.output_bottleneck[-1 if self.merged_bottlenecks else layer]
@@ -389,7 +393,9 @@ class SuperShaperEncoder(nn.Module):
         tokens = hidden_states.numel() // source
         # Take the way with fewer multiplications. Merging costs one product of (width, full) and (full, source). Each
         # token then goes from `source` to `width` directly instead of through `full`. Replaced layers have no product.
-        cheaper = source * width * (full + tokens) < tokens * full * (source + width)
+        # An exported program has one way for all sizes: asking for the number of tokens would fix it.
+        exporting = torch.compiler.is_exporting()
+        cheaper = not exporting and source * width * (full + tokens) < tokens * full * (source + width)
         if cheaper and replacement(entry) is None and replacement(exit) is None:
             kept = entry.weight[:width], entry.bias[:width]
             into = kept if code is None else code.write(entry.weight, entry.bias)
