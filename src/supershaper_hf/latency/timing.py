@@ -196,7 +196,7 @@ class Workload:
         self._fill(model, seed)
         return model.eval()
 
-    def bottleneck(self, width: int) -> SuperShaperBottleneck:
+    def bottleneck(self, width: int) -> torch.nn.Linear:
         """Build an output bottleneck from `width` to `hidden_size`."""
         bottleneck = torch.nn.Linear(width, self.config.hidden_size, device="meta", dtype=self.dtype)
         bottleneck.to_empty(device=self.device)
