@@ -41,7 +41,7 @@ from .narrowing import channels, check_ordinary, merge, read, replacement, write
 
 
 # How many tokens each thread of a CPU takes at a time, see `in_pieces`. Anything from 256 to 512 is equally fast.
-TOKENS_AT_A_TIME = 384
+TOKENS_AT_A_TIME = 256
 
 
 class SuperShaperCode(nn.Module):
