@@ -232,11 +232,15 @@ def export_openvino(model: SuperShaperPreTrainedModel, folder: Path, partial: Pa
     return ExportedFile(OPENVINO_FILE, "openvino", size, difference, settings=settings)
 
 
-def openvino_session(file: Path, **properties: str) -> Run:
-    """Return a function that runs an OpenVINO file on the CPU: arrays by name in, arrays by name out."""
+def openvino_session(file: Path, **properties: Any) -> Run:
+    """Return a function that runs an OpenVINO file on the CPU: arrays by name in, arrays by name out.
+
+    It uses as many threads as PyTorch.
+    """
     import openvino
 
-    compiled = openvino.Core().compile_model(file, "CPU", properties)
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(file, "CPU", threads | properties)
     names = [output.get_any_name() for output in compiled.outputs]
     return lambda inputs: dict(zip(names, compiled(inputs).values()))
 

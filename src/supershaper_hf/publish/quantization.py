@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
@@ -175,11 +176,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def onnx_session(file: Path) -> Run:
-    """Return a function that runs an ONNX file on the CPU: arrays by name in, arrays by name out."""
+    """Return a function that runs an ONNX file on the CPU: arrays by name in, arrays by name out.
+
+    It uses as many threads as PyTorch.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(names, inputs)))
