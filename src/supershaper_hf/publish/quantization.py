@@ -41,6 +41,7 @@ from .comparison import (
     real_tokens,
     run_model,
 )
+from .tied_embeddings import fold_transposes, share_tables
 
 
 # In the order of their speed.
@@ -129,10 +130,12 @@ def write_quantized(source: Path, target: Path, settings: dict[str, Any]) -> Non
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    nodes = onnx.load(source, load_external_data=False).graph.node
+    model = onnx.load(source)
+    nodes = model.graph.node
+    folded = fold_transposes(model)
     with without_advice():
         quantize_dynamic(
-            source,
+            model,
             target,
             weight_type=QuantType[settings["weights"]],
             per_channel=settings["per_channel"],
@@ -141,6 +144,10 @@ def write_quantized(source: Path, target: Path, settings: dict[str, Any]) -> Non
             if settings["fp32_bottlenecks"]
             else [],
         )
+    if folded:
+        quantised = onnx.load(target)
+        share_tables(quantised, folded)
+        onnx.save(quantised, target)
 
 
 @contextmanager
