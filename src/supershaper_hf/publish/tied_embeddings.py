@@ -26,9 +26,6 @@ def fold_transposes(model: Any) -> dict[str, str]:
         graph.initializer.append(numpy_helper.from_array(array.copy(), node.output[0]))
         graph.node.remove(node)
         folded[node.output[0]] = node.input[0]
-    used = {name for node in graph.node for name in node.input}
-    for name in {*folded.values()} - used:
-        graph.initializer.remove(weights[name])
     return folded
 
 
