@@ -60,8 +60,8 @@ class ExportedFile:
         path: The file, from the folder.
         format: "onnx", "int8" or "openvino".
         size: Bytes; with those of the weights if they are in a file of their own.
-        difference: Largest absolute difference of an output from PyTorch's.
-        cosine: Mean cosine between the vectors of the tokens and PyTorch's, for int8: see `comparison.cosine`.
+        difference: Largest absolute difference of an output from PyTorch's; for int8 without those of padding.
+        cosine: Mean cosine between the outputs and PyTorch's, token by token where a token has one; only for int8.
         settings: How the file was made.
     """
 
@@ -232,11 +232,15 @@ def export_openvino(model: SuperShaperPreTrainedModel, folder: Path, partial: Pa
     return ExportedFile(OPENVINO_FILE, "openvino", size, difference, settings=settings)
 
 
-def openvino_session(file: Path, **properties: str) -> Run:
-    """Return a function that runs an OpenVINO file on the CPU: arrays by name in, arrays by name out."""
+def openvino_session(file: Path, **properties: Any) -> Run:
+    """Return a function that runs an OpenVINO file on the CPU: arrays by name in, arrays by name out.
+
+    It uses as many threads as PyTorch.
+    """
     import openvino
 
-    compiled = openvino.Core().compile_model(file, "CPU", properties)
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(file, "CPU", threads | properties)
     names = [output.get_any_name() for output in compiled.outputs]
     return lambda inputs: dict(zip(names, compiled(inputs).values()))
 

@@ -25,10 +25,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
-from .comparison import CHOICES, INPUTS, Arrays, Run, cosine, input_axes, largest_difference, random_inputs, run_model
+from .comparison import (
+    CHOICES,
+    INPUTS,
+    Arrays,
+    Run,
+    cosine,
+    input_axes,
+    largest_difference,
+    random_inputs,
+    real_tokens,
+    run_model,
+)
+from .tied_embeddings import fold_transposes, share_tables
 
 
 # In the order of their speed.
@@ -88,14 +101,15 @@ def quantize(source: Path, target: Path, model: SuperShaperPreTrainedModel, fold
         The chosen file, with its settings and how near it is to PyTorch.
     """
     inputs = quantization_inputs(model, folder)
-    expected = run_model(model, inputs)
+    mask = inputs["attention_mask"]
+    expected = real_tokens(run_model(model, inputs), mask)
     candidates = []
     for index, settings in enumerate(CANDIDATES):
         file = target.with_name(f"candidate-{index}.onnx")
         write_quantized(source, file, settings)
-        found = onnx_session(file)(inputs)
+        found = real_tokens(onnx_session(file)(inputs), mask)
         difference, _ = largest_difference(expected, found)
-        candidates.append(Candidate(file, settings, difference, cosine(expected, found, inputs["attention_mask"])))
+        candidates.append(Candidate(file, settings, difference, cosine(expected, found)))
     chosen = choose(candidates)
     chosen.file.replace(target)
     for candidate in candidates:
@@ -116,10 +130,12 @@ def write_quantized(source: Path, target: Path, settings: dict[str, Any]) -> Non
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    nodes = onnx.load(source, load_external_data=False).graph.node
+    model = onnx.load(source)
+    nodes = model.graph.node
+    folded = fold_transposes(model)
     with without_advice():
         quantize_dynamic(
-            source,
+            model,
             target,
             weight_type=QuantType[settings["weights"]],
             per_channel=settings["per_channel"],
@@ -128,6 +144,10 @@ def write_quantized(source: Path, target: Path, settings: dict[str, Any]) -> Non
             if settings["fp32_bottlenecks"]
             else [],
         )
+    if folded:
+        quantised = onnx.load(target)
+        share_tables(quantised, folded)
+        onnx.save(quantised, target)
 
 
 @contextmanager
@@ -163,11 +183,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def onnx_session(file: Path) -> Run:
-    """Return a function that runs an ONNX file on the CPU: arrays by name in, arrays by name out."""
+    """Return a function that runs an ONNX file on the CPU: arrays by name in, arrays by name out.
+
+    It uses as many threads as PyTorch.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(names, inputs)))
