@@ -108,7 +108,8 @@ def _summary(findings: Findings, front: ParetoFront, cost: str) -> str:
         f"{len(findings.records):,} of {findings.num_possible():,} shapes were measured, all on the same "
         f"{measure.text} (`{RECORDS_FILE}`). The predictor (`{PREDICTOR_FILE}`) was tested on shapes that were left "
         f"out of its fit: {findings.predictor.quality}. The exact Pareto front of {cost} against predicted "
-        f"{measure.title} has {len(front):,} shapes (`{FRONT_FILE}`). Open `{EXPLORER_FILE}` in a browser to choose one by looking."
+        f"{measure.title} has {len(front):,} shapes (`{FRONT_FILE}`). "
+        f"Open `{EXPLORER_FILE}` in a browser to choose one by looking."
     )
     if findings.table is not None:
         text += f" Milliseconds (`ms`) of a shape are predicted from the parts that were measured (`{LATENCY_FILE}`)."
