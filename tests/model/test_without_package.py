@@ -29,7 +29,7 @@ sys.meta_path.insert(0, Blocker())
 import torch
 import transformers
 
-jobs_file, results_file = sys.argv[1:]
+jobs_file, results_file, text = sys.argv[1:]
 results = {}
 for name, (auto_class, folder, batch, shape, save_to) in torch.load(jobs_file).items():
     model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
@@ -50,6 +50,19 @@ for call in (
         call()
     except (ImportError, TypeError) as error:
         print(error)
+
+for call in (
+    lambda: transformers.AutoConfig.from_pretrained(folder),
+    lambda: transformers.AutoModelForMaskedLM.from_pretrained(folder),
+    lambda: transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=False),
+    lambda: transformers.pipeline("fill-mask", model=folder),
+):
+    try:
+        call()
+    except ValueError as error:
+        print("refused:", " ".join(str(error).split()))
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+print(tokenizer(text)["input_ids"])
 """
 
 
@@ -107,8 +120,9 @@ def without_package(tmp_path_factory):
     )
     jobs["published supernet, cut"] = cut
     torch.save(jobs, folder / "jobs.pt")
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, folder / "jobs.pt", folder / "results.pt"]
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, folder / "jobs.pt", folder / "results.pt", EXPECTED["text"]]
+    nobody = subprocess.DEVNULL  # answers when transformers asks whether the code may run
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=nobody)
     assert process.returncode == 0, process.stderr
     return folder, torch.load(folder / "results.pt"), process.stdout
 
@@ -148,6 +162,21 @@ def test_model_saved_without_the_package_loads_with_it(without_package, model_cl
 )
 def test_methods_that_need_the_package_say_so(without_package, message):
     assert message in without_package[2].splitlines()
+
+
+def test_without_package_and_flag_every_loader_names_the_flag(without_package):
+    """Nothing of the folder is run before. Where somebody sits at a terminal, transformers asks first."""
+    folder, _, printed = without_package
+    refusals = [line for line in printed.splitlines() if line.startswith("refused:")]
+    assert len(refusals) == 4
+    for line in refusals:
+        assert f"{folder / 'published' / 'supernet'} contains custom code" in line
+        assert "Please pass the argument `trust_remote_code=True`" in line
+
+
+def test_tokenizer_needs_neither_package_nor_code(without_package):
+    """With `trust_remote_code=False`, it loads without a question; without this option, the question is of the config."""
+    assert without_package[2].splitlines()[-1] == str(published_inputs()["input_ids"][0].tolist())
 
 
 # Folders that were published in 2026

@@ -352,8 +352,10 @@ class SuperShaperEncoder(nn.Module):
         exit = self.exit(previous, source)
         tokens = hidden_states.numel() // source
         # Take the way with fewer multiplications. Merging costs one product of (width, full) and (full, source). Each
-        # token then goes from `source` to `width` directly instead of through `full`. Replaced layers have no product.
-        cheaper = source * width * (full + tokens) < tokens * full * (source + width)
+        # token then goes from `source` to `width` directly instead of through `full`. Replaced layers have no product,
+        # and an exported program, which is for any number of tokens, cannot choose.
+        exporting = torch.compiler.is_exporting()
+        cheaper = not exporting and source * width * (full + tokens) < tokens * full * (source + width)
         if cheaper and replacement(entry) is None and replacement(exit) is None:
             kept = entry.weight[:width], entry.bias[:width]
             into = kept if code is None else code.write(entry.weight, entry.bias)
