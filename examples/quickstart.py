@@ -186,7 +186,9 @@ def main() -> int:
     tokenizer, dataset, search_batches, report_batches = prepare_text(args)
     supernet = make_supernet(tokenizer, dataset, args)
     card: dict[str, Any] = {"tokenizer": tokenizer, "language": "en", "base_model": args.bert}
-    save_for_hub(supernet, args.output_dir / "supernet", **card)
+    origin = args.bert or f"a small BERT, trained for {args.bert_steps:,} steps on the same text,"
+    training = f"Made of {origin} and trained at all shapes at once for {args.super_steps:,} steps (quickstart.py)."
+    save_for_hub(supernet, args.output_dir / "supernet", training=training, **card)
 
     space = SearchSpace.from_config(supernet.config)
     budget = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2

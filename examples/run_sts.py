@@ -28,10 +28,9 @@ from supershaper_hf.checks import check_count, check_number
 from supershaper_hf.devices import copy_mapped_weights
 from supershaper_hf.files import check_output_folder, write_json
 from supershaper_hf.finetuning.glue import check_examples, read_file
+from supershaper_hf.publish.results import SIMILARITY as RESULTS_FORMAT
+from supershaper_hf.publish.results import library_versions
 from supershaper_hf.training.arguments import HelpFormatter, option
-
-
-RESULTS_FORMAT = "supershaper-hf sentence similarity 1"
 
 
 @dataclass
@@ -129,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parameters = sum(parameter.numel() for parameter in encoder.parameters())
         encoder.save_pretrained(str(Path(args.output_dir) / "model"))
         results = {"model": args.model, "shape": args.shape, "parameters": parameters, "pairs": len(pairs), **scores}
+        results["library_version"] = library_versions()
         write_json(Path(args.output_dir) / "results.json", RESULTS_FORMAT, results)
         rows = [{"training": when, "STS": f"{score:.4f}"} for when, score in scores.items()]
         print(f"{parameters:,} parameters, {len(pairs)} pairs")

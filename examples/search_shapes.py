@@ -9,8 +9,8 @@ original model, and so is every one with --original or --measure distance.
 
 The output folder gets `records.jsonl` (every measurement, as soon as it is made), `predictor.json`, `front.csv`,
 `report.md` with its plots, `explorer.html`, on which you choose a shape by looking, and with --latency also
-`latency.json`. You can stop the script at any time: the same command continues where it stopped. When nothing is left
-to measure, it writes the report again.
+`latency.json`. `load_dataset(folder)` loads the records. You can stop the script at any time: the same command
+continues where it stopped. When nothing is left to measure, it writes the report again.
 """
 
 import sys
@@ -48,6 +48,7 @@ from supershaper_hf.model.costs import Cost
 from supershaper_hf.model.modeling_supershaper import SuperShaperPreTrainedModel
 from supershaper_hf.processes import on_every_process, on_main_process, start_accelerator
 from supershaper_hf.publish.hub import push_folder
+from supershaper_hf.report.data_card import write_data_card
 from supershaper_hf.report.findings import (
     INSENSITIVITY_FILE,
     LATENCY_FILE,
@@ -58,7 +59,7 @@ from supershaper_hf.report.findings import (
 from supershaper_hf.report.page import write_report
 from supershaper_hf.search.pareto import pareto_front, shapes_at
 from supershaper_hf.search.predictor import MINIMUM_SHAPES
-from supershaper_hf.search.records import Record, read_records, to_dataset
+from supershaper_hf.search.records import Record
 from supershaper_hf.search.rounds import measure_in_rounds
 from supershaper_hf.training.arguments import HelpFormatter, option
 
@@ -102,7 +103,9 @@ class SearchArguments:
     latency_batch_size: int = option(1, "Sequences in a batch whose latency is measured.")
     insensitivity: bool = option(False, "Whether to compare the latency of shapes of equal size. It needs --latency.")
     seed: int = option(0, "Random seed of masks, shapes and proposals.")
-    push_to_hub: str | None = option(None, "Repository, user/name, whose folder search/ gets the results.")
+    push_to_hub: str | None = option(
+        None, "Repository of the supernet, user/name. The results become the data set user/name-search beside it."
+    )
 
     def __post_init__(self) -> None:
         for name in ("model_name_or_path", "eval_files"):
@@ -216,15 +219,15 @@ def write_results(
     args: SearchArguments, model: SuperShaperPreTrainedModel, predictor: ShapePredictor, length: int, folder: Path
 ) -> None:
     predictor.save(folder / PREDICTOR_FILE)
-    space = SearchSpace.from_model(model)
-    write_config(folder, space)
-    to_dataset(read_records(folder / RECORDS_FILE), space).to_parquet(folder / "records.parquet")
+    write_config(folder, SearchSpace.from_model(model))
     supernet = args.push_to_hub or args.model_name_or_path  # a page on the Hub names no folder of this machine
     page = write_report(folder, args.cost, args.max_cost or [], args.num_budgets, length, supernet)
     print(page.read_text(encoding="utf-8"))
     print(f"Written: {page}")
     if args.push_to_hub:
-        print(push_folder(folder, args.push_to_hub, path_in_repo="search", commit_message="Upload a shape search"))
+        repo_id = f"{args.push_to_hub}-search"
+        write_data_card(folder, repo_id, args.push_to_hub)
+        print(push_folder(folder, repo_id, repo_type="dataset", commit_message="Upload a shape search"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """A small Hugging Face Hub on loopback, for tests that run the real `huggingface_hub` client.
 
-Repositories live in memory. The server answers the calls that `create_repo`, `create_branch`, `create_commit`,
-`ModelCard.load`, `verify_repo_checksums` and transformers' `from_pretrained` make, with the status codes and
+Repositories (models, data sets, Spaces) and collections live in memory. The server answers the calls that
+`create_repo`, `create_branch`, `create_commit`, `create_collection`, `add_collection_item`, `ModelCard.load`,
+`verify_repo_checksums`, transformers' `from_pretrained` and datasets' `load_dataset` make, with the status codes and
 `X-Error-*` headers of huggingface.co, so the client raises what a user of the Hub would see:
 
     with HubServer() as server:
@@ -29,7 +30,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 
-LFS_SUFFIX = ".safetensors"  # the Hub keeps other binary and large files in LFS too; a model folder has none
+LFS_SUFFIX = ".safetensors"  # the Hub keeps other binary and large files in LFS too; here they are regular files
+KINDS = {"model": "", "dataset": "datasets/", "space": "spaces/"}  # type of a repository -> prefix of its id in URLs
+HOLD = 0  # in place of the status of a fault
+SPACE_CARD = b"---\ntitle: New\nsdk: static\n---\n"  # the Hub gives every new Space a README.md
 
 
 class HubError(Exception):
@@ -62,7 +66,10 @@ class Commit(NamedTuple):
 
 @dataclass
 class Repo:
-    """A model repository: all commits in order of creation, and the newest of "main", "refs/pr/1" and so on."""
+    """A repository: all commits in order of creation, and the newest of "main", "refs/pr/1" and so on.
+
+    A data set is called "datasets/user/name" and a Space "spaces/user/name", as in URLs.
+    """
 
     repo_id: str
     private: bool = False
@@ -72,7 +79,7 @@ class Repo:
 
     @property
     def namespace(self) -> str:
-        return self.repo_id.split("/")[0]
+        return self.repo_id.split("/")[-2]
 
     def at(self, revision: str) -> Commit:
         """The commit that a branch, a pull request or a full commit hash names."""
@@ -100,8 +107,11 @@ class HubServer:
         tokens: Token -> user name. Add others with `server.tokens["hf_b"] = "bob"`. A user may write in the namespace
             of the same name and open pull requests everywhere.
         repos: Repository id -> `Repo`.
+        collections: Slug -> collection, as the Hub describes it.
         faults: (method, part of the URL path, status) of pending faults.
         corruptions: (repository id, path) -> "flip" or "truncate"; `corruptions.clear()` heals.
+        held: Set when the request that `hold_next` waits for has been dealt with, but not answered.
+        user_agents: What clients call themselves, one entry for each request.
         lock: Held while a request is answered, so that commits do not interleave.
     """
 
@@ -109,8 +119,11 @@ class HubServer:
         self.token = "hf_valid"
         self.tokens = {self.token: "user"}
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, dict[str, Any]] = {}
         self.faults: list[tuple[str, str, int]] = []
         self.corruptions: dict[tuple[str, str], str] = {}
+        self.held = threading.Event()
+        self.user_agents: list[str] = []
         self.lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -147,6 +160,11 @@ class HubServer:
     def fail_next(self, method: str, path_substring: str, status: int = 500) -> None:
         """Answer the next matching request with an error. The real client repeats most requests after a 5xx."""
         self.faults.append((method, path_substring, status))
+
+    def hold_next(self, method: str, path_substring: str) -> None:
+        """Deal with the next matching request, but do not answer it: its client hears nothing until it is killed."""
+        self.held.clear()
+        self.faults.append((method, path_substring, HOLD))
 
     def corrupt(self, repo_id: str, path: str, how: Literal["flip", "truncate"]) -> None:
         """Serve a file with one bit flipped, or with "truncate" only its first half.
@@ -197,7 +215,9 @@ def route(method: str, template: str) -> Callable[[Callable[..., Any]], Callable
 
     URLs are matched while still quoted, so the revision "refs%2Fpr%2F1" is a single segment.
     """
-    pattern = template.replace("{repo_id}", "(?P<repo_id>[^/]+/[^/]+)").replace("{path}", "(?P<path>.+)")
+    pattern = template.replace("/api/{repo_id}", "/api/(?=models/|datasets/|spaces/)(?:models/)?{repo_id}")
+    pattern = pattern.replace("{repo_id}", "(?P<repo_id>(?:(?:datasets|spaces)/)?[^/]+/[^/]+)")
+    pattern = pattern.replace("{path}", "(?P<path>.+)")
     pattern = re.sub(r"{(\w+)}", r"(?P<\1>[^/]+)", pattern)
 
     def register(endpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,12 +247,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.url = urlsplit(self.path)
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.status, self.answer_headers = 200, {"Content-Type": "application/json"}
+        self.hold = False
         with self.hub.lock:
+            self.hub.user_agents.append(self.headers.get("User-Agent", ""))
             try:
                 answer = self._dispatch()
             except HubError as error:
                 self.status, answer = error.status, error.payload
                 self.answer_headers |= error.headers
+        if self.hold:
+            self.hub.held.set()
+            self.connection.recv(1)  # returns when the client is gone
+            return
         self._send(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle  # noqa: N815, the base class calls them so
@@ -242,7 +268,10 @@ class _Handler(BaseHTTPRequestHandler):
             method, path_substring, status = fault
             if method == self.command and path_substring in self.url.path:
                 self.hub.faults.remove(fault)
-                raise HubError(status, "Failure injected by the test.")
+                self.hold = status == HOLD
+                if not self.hold:
+                    raise HubError(status, "Failure injected by the test.")
+                break
         method = "GET" if self.command == "HEAD" else self.command
         for route_method, pattern, endpoint in ROUTES:
             match = pattern.fullmatch(self.url.path)
@@ -292,19 +321,20 @@ class _Handler(BaseHTTPRequestHandler):
         if user is None:
             raise HubError(401, "Invalid username or password.")
         payload = json.loads(self.body)
-        namespace = payload["organization"] or user
+        namespace, kind = payload["organization"] or user, payload.get("type", "model")
         if namespace != user:
-            raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}".')
-        repo_id = f"{namespace}/{payload['name']}"
+            raise HubError(403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}".')
+        repo_id = f"{KINDS[kind]}{namespace}/{payload['name']}"
         url = f"{self.hub.endpoint}/{repo_id}"
         if repo_id in self.hub.repos:
             # With exist_ok=True the client reads the URL from the refusal.
-            raise HubError(409, "You already created this model repo", url=url)
+            raise HubError(409, f"You already created this {kind} repo", url=url)
         repo = self.hub.repos[repo_id] = Repo(repo_id, private=payload.get("visibility") == "private")
-        repo.add_commit("main", {".gitattributes": f"*{LFS_SUFFIX} filter=lfs\n".encode()}, "initial commit")
+        files = {".gitattributes": f"*{LFS_SUFFIX} filter=lfs\n".encode()}
+        repo.add_commit("main", files | ({"README.md": SPACE_CARD} if kind == "space" else {}), "initial commit")
         return {"url": url, "name": repo_id}
 
-    @route("POST", "/api/models/{repo_id}/branch/{branch}")
+    @route("POST", "/api/{repo_id}/branch/{branch}")
     def create_branch(self, repo_id: str, branch: str) -> Any:
         repo = self._repo(repo_id, write=True)
         if branch in repo.refs:
@@ -325,7 +355,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(400, "Invalid metadata", errors=[{"message": str(error)}]) from error
         return {"errors": [], "warnings": []}
 
-    @route("POST", "/api/models/{repo_id}/preupload/{revision}")
+    @route("POST", "/api/{repo_id}/preupload/{revision}")
     def preupload(self, repo_id: str, revision: str) -> Any:
         """Tell for each file how to upload it, and the ETag of the file it would replace."""
         present = self._repo(repo_id, write=True).files(revision)
@@ -363,7 +393,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(400, f"LFS object {oid} does not have the announced size.")
         return {}
 
-    @route("POST", "/api/models/{repo_id}/commit/{revision}")
+    @route("POST", "/api/{repo_id}/commit/{revision}")
     def commit(self, repo_id: str, revision: str) -> Any:
         """Apply operations to a branch or to a new pull request: all of them or none."""
         repo = self._repo(repo_id, write=True)
@@ -384,14 +414,16 @@ class _Handler(BaseHTTPRequestHandler):
         # The client reads the last one only if it asked for a pull request.
         return {"commitOid": oid, "commitUrl": f"{url}/commit/{oid}", "pullRequestUrl": f"{url}/discussions/{number}"}
 
-    @route("GET", "/api/models/{repo_id}")
-    @route("GET", "/api/models/{repo_id}/revision/{revision}")
-    def model_info(self, repo_id: str, revision: str = "main") -> Any:
-        commit = self._repo(repo_id).at(revision)
-        return {"id": repo_id, "sha": commit.oid, "tags": [], "siblings": [{"rfilename": p} for p in commit.files]}
+    @route("GET", "/api/{repo_id}")
+    @route("GET", "/api/{repo_id}/revision/{revision}")
+    def repo_info(self, repo_id: str, revision: str = "main") -> Any:
+        repo = self._repo(repo_id)
+        commit, name = repo.at(revision), "/".join(repo_id.split("/")[-2:])
+        siblings = [{"rfilename": path} for path in commit.files]
+        return {"id": name, "sha": commit.oid, "private": repo.private, "tags": [], "siblings": siblings}
 
-    @route("GET", "/api/models/{repo_id}/tree/{revision}")
-    @route("GET", "/api/models/{repo_id}/tree/{revision}/{path}")
+    @route("GET", "/api/{repo_id}/tree/{revision}")
+    @route("GET", "/api/{repo_id}/tree/{revision}/{path}")
     def tree(self, repo_id: str, revision: str, path: str = "") -> Any:
         """List the files below `path`. Folders, and what `expand` would add, are left out."""
         files = self._repo(repo_id).files(revision)
@@ -399,6 +431,14 @@ class _Handler(BaseHTTPRequestHandler):
         if not entries:
             raise HubError(404, f"{path} does not exist on {revision}", "EntryNotFound")
         return entries
+
+    @route("POST", "/api/{repo_id}/paths-info/{revision}")
+    def paths_info(self, repo_id: str, revision: str) -> Any:
+        """Describe those of some paths that are files."""
+        files = self._repo(repo_id).files(revision)
+        form = parse_qs(self.body.decode())
+        paths = form["paths"] if "paths" in form else json.loads(self.body)["paths"]
+        return [describe(path, files[path]) for path in paths if path in files]
 
     @route("GET", "/{repo_id}/resolve/{revision}/{path}")
     def resolve(self, repo_id: str, revision: str, path: str) -> bytes:
@@ -415,3 +455,57 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             content = damage(content, self.hub.corruptions.get((repo_id, path)))
         return content
+
+    @route("GET", "/api/whoami-v2")
+    def whoami(self) -> Any:
+        user = self._user()
+        if user is None:
+            raise HubError(401, "Invalid username or password.")
+        return {"type": "user", "name": user}
+
+    @route("POST", "/api/collections")
+    def create_collection(self) -> Any:
+        """Make a collection. Its slug is its title, lower case, and an id. One namespace has each title once."""
+        user, wanted = self._user(), json.loads(self.body)
+        if user is None or wanted["namespace"] != user:
+            raise HubError(403, "Authorization error.")
+        words = re.sub("[^a-z0-9]+", "-", wanted["title"].lower())
+        slug = f"{user}/{words}-{hashlib.sha1(words.encode()).hexdigest()[:24]}"
+        if slug in self.hub.collections:
+            raise HubError(409, "You already have a collection of this title.", slug=slug)
+        self.hub.collections[slug] = {
+            "slug": slug,
+            "title": wanted["title"],
+            "description": wanted.get("description"),
+            "owner": {"name": user},
+            "items": [],
+            "lastUpdated": "2026-01-01T00:00:00.000Z",
+            "position": 0,
+            "private": wanted["private"],
+            "theme": "green",
+            "upvotes": 0,
+        }
+        return self.hub.collections[slug]
+
+    @route("GET", "/api/collections/{owner}/{name}")
+    def get_collection(self, owner: str, name: str) -> Any:
+        collection = self.hub.collections.get(f"{owner}/{name}")
+        if collection is None or (collection["private"] and self._user() != owner):
+            raise HubError(404, "Collection not found")
+        return collection
+
+    @route("POST", "/api/collections/{owner}/{name}/items")
+    def add_collection_item(self, owner: str, name: str) -> Any:
+        """Add a repository that exists, once."""
+        if self._user() != owner:
+            raise HubError(403, "Authorization error.")
+        collection, added = self.get_collection(owner, name), json.loads(self.body)
+        kind, item_id = added["item"]["type"], added["item"]["id"]
+        self._repo(f"{KINDS[kind]}{item_id}")
+        if any((item["type"], item["id"]) == (kind, item_id) for item in collection["items"]):
+            raise HubError(409, "This item is in the collection already.")
+        note = {"text": added["note"]} if "note" in added else None
+        position = len(collection["items"])
+        item = {"_id": f"item-{position}", "id": item_id, "type": kind, "position": position, "note": note}
+        collection["items"].append(item)
+        return collection

@@ -179,10 +179,15 @@ def pins(file: str) -> dict[str, Version]:
 
 
 def test_everything_imported_is_declared():
-    imported = {module.partition(".")[0] for name in MODULES for module, _ in imports(name)}
-    imported -= {*sys.stdlib_module_names, "supershaper_hf"}
+    """What only an extra installs is imported inside functions, so that every module can be imported without it."""
     declared = {canonical(requirement.name) for requirement in requirements()}
-    assert {canonical(name) for name in imported} <= declared
+    optional = {canonical(requirement.name) for requirement in requirements("export")} - declared
+    for name, tree in TREES.items():
+        for module, node in imports(name):
+            package = canonical(module.partition(".")[0])
+            if package not in {*sys.stdlib_module_names, "supershaper-hf", *declared}:
+                assert package in optional, f"{name} imports {package}, which pyproject.toml does not name"
+                assert node not in tree.body, f"{name} imports {package}, an optional package, outside a function"
 
 
 def test_every_tool_and_library_is_pinned_within_its_bounds():

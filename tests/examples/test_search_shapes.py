@@ -16,8 +16,8 @@ import pytest
 from conftest import randomize, tiny_config
 from datasets import Dataset
 from hub_server import HubServer
-from huggingface_hub import close_session, constants
 from launching import launch
+from publishing import point_client_at
 from texts import random_documents
 
 from supershaper_hf import (
@@ -248,21 +248,17 @@ def run_script(options):
     assert load_script().main(options) == 0
 
 
-@pytest.mark.filterwarnings("ignore:It seems that you are about to commit a data file")  # yes, beside the model
-def test_results_are_published_beside_the_supernet(first_run, search, tmp_path, monkeypatch):
+def test_results_are_published_beside_the_supernet(first_run, search, tmp_path):
     folder = shutil.copytree(first_run[1], tmp_path / "search")
-    with HubServer() as server:
-        for name, value in {"ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", server.token)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        close_session()  # the next one reads NO_PROXY
+    with HubServer() as server, point_client_at(server, tmp_path / "cache"):
         printed = search(folder, "--max_cost=90000", "--push_to_hub=user/supernet")
-        close_session()
-        published = server.repos["user/supernet"].files()
-    assert {"search/records.jsonl", "search/records.parquet", "search/report.md"} <= published.keys()
-    assert published["search/records.jsonl"] == (folder / "records.jsonl").read_bytes()
-    assert "user/supernet/commit/" in printed
+        assert list(server.repos) == ["datasets/user/supernet-search"]
+        published = server.repos["datasets/user/supernet-search"].files()
+    assert {"records.jsonl", "records.parquet", "report.md"} <= published.keys()
+    assert published["records.jsonl"] == (folder / "records.jsonl").read_bytes()
+    assert b'load_dataset("user/supernet-search", split="train")' in published["README.md"]
+    assert b"base_model: user/supernet\n" in published["README.md"]
+    assert "datasets/user/supernet-search/commit/" in printed
 
 
 def test_records_of_another_model_are_refused_and_both_names_of_the_file_are_said(first_run, search, tmp_path):

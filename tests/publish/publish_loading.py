@@ -38,9 +38,9 @@ def load_everything(auto_classes, **options):
 
 
 def code_in_card(repo_id):
-    """Return the first Python code of a model's card."""
+    """Return the blocks of Python code in a model's card."""
     card = Path(hf_hub_download(repo_id, "README.md")).read_text(encoding="utf-8")
-    return re.search(r"```python\n(.+?)```", card, re.DOTALL)[1]
+    return re.findall(r"```python\n(.+?)```", card, re.DOTALL)
 
 
 def embed(encoder):
@@ -52,11 +52,19 @@ if __name__ == "__main__":
     sys.meta_path.insert(0, NoPackage())
     output, commit_message, *auto_classes = sys.argv[1:]
     torch.set_num_threads(1)  # as in the tests: the number of threads changes the last bits
+    # Before anything else is loaded: the tokenizer needs no code of the repository.
+    tokenizer = transformers.AutoTokenizer.from_pretrained("user/name", trust_remote_code=False)
+    loaded_code = [name for name in sys.modules if name.startswith("transformers_modules.user")]
     shown: dict = {}
-    exec(code_in_card("user/name"), shown)
+    for block in code_in_card("user/name"):
+        exec(block, shown)
     results = load_everything(auto_classes, trust_remote_code=True)
+    results["tokenizer alone"] = tokenizer.get_vocab(), loaded_code
     results["card"] = [type(shown[name]).__name__ for name in ("model", "tokenizer")]
-    exec(code_in_card("user/encoder"), shown)
+    results["filled"] = shown["result"]
+    for block in code_in_card("user/encoder"):
+        exec(block, shown)
     results["embeddings"] = embed(shown["encoder"])
-    shown["model"].push_to_hub("user/copy", commit_message=commit_message)
+    pushed = shown["model"].push_to_hub("user/copy", commit_message=commit_message)
+    results["pushed"] = type(pushed).__name__, str(pushed)
     torch.save(results, output)

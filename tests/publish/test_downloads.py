@@ -137,6 +137,8 @@ def test_pipeline_of_the_published_model_fills_masks(loaded, tokenizer):
 def test_without_the_package_push_is_that_of_transformers(loaded):
     server, _, _ = loaded
     assert titles(server, "user/copy") == [FIRST, "Stock"]
+    commit = server.repos["user/copy"].at("main").oid
+    assert loaded[2]["missing"]["pushed"] == ("CommitInfo", f"{server.endpoint}/user/copy/commit/{commit}")
     copy = files(server, "user/copy")
     assert set(copy) == MODEL_FILES
     for path in {"model.safetensors"} | CODE:
@@ -147,3 +149,11 @@ def test_code_in_the_card_runs_without_the_package_and_without_a_question(loaded
     seen = loaded[2]["missing"]
     assert seen["card"] == ["SuperShaperForMaskedLM", "BertTokenizer"]
     assert "[y/N]" not in seen["printed"]  # transformers asks whether it may run the code, and waits 15 seconds
+    assert {"score", "token_str", "sequence"} <= seen["filled"][0].keys()
+
+
+def test_tokenizer_needs_no_code_and_no_question_if_told(loaded, tokenizer):
+    """Without `trust_remote_code=False` transformers asks: it reads config.json before the tokenizer's files."""
+    vocabulary, loaded_code = loaded[2]["missing"]["tokenizer alone"]
+    assert vocabulary == tokenizer.get_vocab()
+    assert loaded_code == []

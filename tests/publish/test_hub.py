@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_model
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from publishing import (
     FIRST,
     IGNORE_UPLOADS,
@@ -20,6 +20,7 @@ from publishing import (
     titles,
 )
 
+import supershaper_hf
 from supershaper_hf import SuperShaperForMaskedLM
 from supershaper_hf.model.configuration_supershaper import AUTO_MAP
 from supershaper_hf.publish.hub import push_folder, push_to_hub, save_for_hub
@@ -35,6 +36,50 @@ def test_push_is_one_commit_of_the_folder(folder, server):
     assert files(server) == contents(folder) == before
     assert address == f"{server.endpoint}/user/name/commit/{server.repos['user/name'].at('main').oid}"
     assert not server.repos["user/name"].private
+
+
+@pytest.mark.parametrize(("repo_type", "needed"), [("dataset", "README.md"), ("space", "index.html")])
+def test_data_set_and_space_are_one_commit_of_the_folder(repo_type, needed, server, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / needed).touch()
+    (tmp_path / "data.csv").write_text("a\n1\n")
+    pushed = push_folder(tmp_path, "user/name", repo_type=repo_type, private=True, revision="v1")
+    repo_id = f"{repo_type}s/user/name"
+    assert list(server.repos) == [repo_id]
+    assert server.repos[repo_id].private
+    assert titles(server, repo_id) == [FIRST, f"Upload {repo_type} with supershaper-hf"]
+    assert set(files(server, repo_id, "v1")) == {"README.md", needed, "data.csv"}
+    assert pushed.repo_url.repo_type == repo_type
+    (tmp_path / needed).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {needed}, which a {repo_type} needs"):
+        push_folder(tmp_path, "user/name", repo_type=repo_type)
+
+
+def test_card_of_a_new_space_replaces_that_of_the_hub_if_told(server, tmp_path):
+    (tmp_path / "README.md").write_text("---\nsdk: static\n---\n")
+    (tmp_path / "index.html").touch()
+    push_folder(tmp_path, "user/name", repo_type="space", overwrite_card=True)
+    assert files(server, "spaces/user/name") == contents(tmp_path)
+
+
+def test_unknown_type_of_repository_is_refused(folder, server):
+    with pytest.raises(ValueError, match="repo_type='kernel' is unknown"):
+        push_folder(folder, "user/name", repo_type="kernel")
+    assert server.repos == {}
+
+
+def test_the_hub_is_told_the_version(folder, server):
+    push_folder(folder, "user/name")
+    assert f"supershaper-hf/{supershaper_hf.__version__}" in server.user_agents[-1]
+
+
+def test_results_on_benchmarks_are_published(folder, server):
+    """They lie in a hidden folder, which the Hub reads."""
+    for name in (".eval_results/glue.yaml", ".eval_results/.x", ".eval_results/.cache/x", "a/.eval_results/x.yaml"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("[]\n")
+    push_folder(folder, "user/name")
+    assert {path for path in files(server) if ".eval_results" in path} == {".eval_results/glue.yaml"}
 
 
 def test_folders_inside_the_folder_are_published_too(folder, server):
@@ -56,8 +101,9 @@ def test_pushing_the_same_again_adds_no_commit(folder, server):
 @pytest.mark.parametrize("with_tokenizer", [True, False])
 def test_every_way_of_publishing_makes_the_same_repository(with_tokenizer, server, tokenizer):
     supernet, given = tiny_model(), tokenizer if with_tokenizer else None
-    push_to_hub(supernet.extract_subnet(SHAPE), "user/by-function", tokenizer=given)
-    supernet.extract_subnet(SHAPE).push_to_hub("user/by-method", tokenizer=given)
+    first = push_to_hub(supernet.extract_subnet(SHAPE), "user/by-function", tokenizer=given)
+    second = supernet.extract_subnet(SHAPE).push_to_hub("user/by-method", tokenizer=given)
+    assert type(first) is type(second) is CommitInfo
     supernet.extract_subnet(SHAPE, repo_id="user/by-extraction", tokenizer=given)
     names = ["by-function", "by-method", "by-extraction"]
     assert list(server.repos) == [f"user/{name}" for name in names]
@@ -122,11 +168,11 @@ def test_revision_is_created_and_main_left_alone(push, folder, server):
 @pytest.mark.parametrize("push", ["folder", "model"])
 def test_pull_request_leaves_main_alone(push, folder, server):
     if push == "folder":
-        address = push_folder(folder, "user/name", create_pr=True)
+        pushed = push_folder(folder, "user/name", create_pr=True)
     else:
         model = SuperShaperForMaskedLM.from_pretrained(folder)
-        address = push_to_hub(model, "user/name", create_pr=True)
-    assert address == f"{server.endpoint}/user/name/discussions/1"
+        pushed = push_to_hub(model, "user/name", create_pr=True)
+    assert pushed.pr_url == f"{server.endpoint}/user/name/discussions/1"
     assert files(server) == {}
     assert files(server, revision="refs/pr/1").keys() >= MODEL_FILES
 

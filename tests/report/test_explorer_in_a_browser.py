@@ -1,4 +1,4 @@
-"""`explorer.html` in a real browser: a reader drags, types, presses keys, copies and reads the numbers of the front."""
+"""`explorer.html` in a real browser: a reader drags, types, presses keys, copies, and reads the front's numbers."""
 
 import json
 import os

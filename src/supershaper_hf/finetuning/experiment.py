@@ -28,7 +28,10 @@ from transformers.trainer_callback import TrainerState
 from ..files import lock, read_json, write_folder, write_json
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
 from ..processes import on_every_process, on_main_process
+from ..publish.card import plain
 from ..publish.hub import save_for_hub
+from ..publish.results import FINE_TUNING as RESULTS_FORMAT
+from ..publish.results import library_versions
 from ..report.tables import markdown_table, text_table
 from .arguments import FineTuningArguments
 from .models import choose_shape, load_model, load_teacher
@@ -37,7 +40,7 @@ from .task import Task
 from .trainer import DistillingTrainer
 
 
-RUN_FILE, RESULTS_FILE, RESULTS_FORMAT = "run.json", "results.json", "supershaper-hf fine-tuning 1"
+RUN_FILE, RESULTS_FILE = "run.json", "results.json"
 MODEL = "model"
 NO_SCORES = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
@@ -302,6 +305,7 @@ def summarize(args: FineTuningArguments, task: Task) -> dict[str, Any]:
         "mean": over_seeds(lambda values: round(statistics.fmean(values), 6)),
         "spread": over_seeds(lambda values: round(statistics.stdev(values), 6) if len(values) > 1 else None),
         "best_seed": best["seed"],
+        "library_version": library_versions(),
     }
     write_json(folder / RESULTS_FILE, RESULTS_FORMAT, summary)
     return summary
@@ -362,9 +366,9 @@ def save_model(
         for split, scores in found["scores"].items()
     ]
     training = (
-        f"Fine-tuned on the task {task.name} ({len(task.train):,} examples) for {found['epochs']:g} epochs with AdamW, "
-        f"learning rate {args.learning_rate:g}, batches of {args.train_batch_size} examples on each process, seed "
-        f"{found['seed']}. The checkpoint with the highest {task.score} on {rows[0]['split']} was kept."
+        f"Fine-tuned on the task {plain(task.name)} ({len(task.train):,} {task.rows}) for {found['epochs']:g} epochs "
+        f"with AdamW, learning rate {args.learning_rate:g}, batches of {args.train_batch_size} {task.rows} on each "
+        f"process, seed {found['seed']}. The checkpoint with the highest {task.score} on {rows[0]['split']} was kept."
     )
     if args.sandwich:
         training += (

@@ -87,6 +87,7 @@ def question_task(
         collator=WindowCollator(tokenizer),
         compute_metrics=scorer,
         score="f1",
+        rows="windows",
         options={
             "max_answer_length": max_answer_length,
             "null_score_diff_threshold": null_score_diff_threshold,

@@ -16,6 +16,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.modeling_outputs import ModelOutput
 
 from ..model.shapes import SHAPE_NAMES, SearchSpace
+from ..publish.card import plain
 from ..publish.hub import save_for_hub
 from ..report.findings import PREDICTOR_FILE, RECORDS_FILE, write_config
 from ..report.page import write_report
@@ -238,7 +239,7 @@ def save_subnet(
         tokenizer=tokenizer,
         replace=True,
         training=(
-            f"Cut out of a supernet whose shapes were all fine-tuned on the task {task.name} at once. "
+            f"Cut out of a supernet whose shapes were all fine-tuned on the task {plain(task.name)} at once. "
             f"Of {candidates} measured shapes, it is the one with the lowest loss on {split} among those that have at "
             f"most {args.max_cost:,.0f} {args.cost}."
         ),

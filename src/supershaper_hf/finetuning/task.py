@@ -23,6 +23,7 @@ class Task:
         compute_metrics: Computes all scores of a split, as `Trainer` calls it. Predictions and labels are arrays.
         score: The one score that the best epoch has the highest value of, such as `"accuracy"`.
         options: What else decides the scores, such as the longest answer, by its name. It may not change in a folder.
+        rows: What the rows of `train` are. Those of questions are windows of a context: one question has several.
     """
 
     name: str
@@ -34,3 +35,4 @@ class Task:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     score: str
     options: dict[str, Any] = field(default_factory=dict)
+    rows: str = "examples"

@@ -1,12 +1,13 @@
 """Build subnets with random weights, run them on a CPU or a GPU, and stamp the time.
 
 `Workload` checks the conditions of a measurement and builds its models and inputs. `SubnetTimer` times whole subnets.
-`table` and `insensitivity` measure with these two.
+`table` and `insensitivity` measure with these two. `time_models` times models that exist already.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ import torch
 from ..checks import check_count
 from ..devices import Clock, parse_device
 from ..model.configuration_supershaper import SuperShaperConfig
-from ..model.elastic import SuperShaperBottleneck
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel, empty_model
 from ..model.shapes import SearchSpace
 
@@ -67,15 +67,84 @@ class SubnetTimer:
     @torch.inference_mode()
     def sweep(self, keep: bool = True) -> None:
         """Run every subnet once, in random order. Without `keep` the seconds are thrown away, to warm up."""
-        clock, sample = self._workload.clock, np.empty(len(self._models))
-        for index in self._random.permutation(len(self._models)):
-            clock.synchronize()
-            stamps = [clock.stamp()]
-            self._models[index](**self._batch)
-            stamps.append(clock.stamp())
-            sample[index] = clock.intervals(stamps)[0]
+        sample = _sweep(self._models, self._batch, self._workload.clock, self._random)
         if keep:
             self._samples.append(sample)
+
+
+@torch.inference_mode()
+def time_models(
+    models: Sequence[SuperShaperPreTrainedModel],
+    device: str | torch.device = "cpu",
+    batch_size: int = 1,
+    sequence_length: int = 128,
+    repeats: int = 20,
+    seed: int = 0,
+) -> list[float]:
+    """Return the seconds of a forward pass of each model: the median over sweeps in random order.
+
+    The models are moved to `device` and left there, in evaluation mode.
+
+    Args:
+        models: Models that take the same tokens. They keep their type of weights.
+        device: See `LatencyTable.measure`, as for all arguments below.
+        batch_size: Sequences in a batch.
+        sequence_length: Tokens in a sequence, none of which is padding.
+        repeats: Number of sweeps. Two more come first, to warm up.
+        seed: Random seed of the tokens and the order.
+
+    Raises:
+        ValueError: If a number is too small, the sequence is too long, or the device is not available.
+
+    Example:
+        >>> from supershaper_hf import SuperShaperConfig, SuperShaperModel
+        >>> config = SuperShaperConfig(hidden_size=96, num_attention_heads=4, num_hidden_layers=2, vocab_size=50)
+        >>> len(time_models([SuperShaperModel(config)], sequence_length=16, repeats=3))
+        1
+    """
+    check_count("repeats", repeats)
+    config: Any = models[0].config
+    device = parse_device(device)
+    moved = [torch.nn.Module.to(model, device).eval() for model in models]
+    batch, random = draw_batch(config, device, batch_size, sequence_length, seed), np.random.default_rng(seed)
+    samples = [_sweep(moved, batch, Clock(device), random) for _ in range(repeats + 2)]
+    return np.median(samples[2:], axis=0).tolist()
+
+
+def _sweep(
+    models: Sequence[torch.nn.Module], batch: dict[str, torch.Tensor], clock: Clock, random: np.random.Generator
+) -> np.ndarray:
+    """Run every model once, in random order, and return the seconds of each, (n,)."""
+    sample = np.empty(len(models))
+    for index in random.permutation(len(models)):
+        clock.synchronize()
+        stamps = [clock.stamp()]
+        models[index](**batch)
+        stamps.append(clock.stamp())
+        sample[index] = clock.intervals(stamps)[0]
+    return sample
+
+
+def check_size(config: SuperShaperConfig, batch_size: int, sequence_length: int) -> None:
+    """Raise a ValueError unless a model can read batches of this size."""
+    check_count("batch_size", batch_size)
+    check_count("sequence_length", sequence_length)
+    longest = config.max_position_embeddings
+    if sequence_length > longest:
+        raise ValueError(
+            f"sequence_length={sequence_length} is above max_position_embeddings={longest}. Use at most {longest}."
+        )
+
+
+def draw_batch(
+    config: SuperShaperConfig, device: torch.device, batch_size: int, sequence_length: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Draw random tokens without padding, with the other inputs that a tokenizer returns: (batch, length) each."""
+    check_size(config, batch_size, sequence_length)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config.vocab_size, (batch_size, sequence_length), generator=generator)
+    batch = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @dataclass(frozen=True)
@@ -102,14 +171,7 @@ class Workload:
     seed: int
 
     def __post_init__(self) -> None:
-        check_count("batch_size", self.batch_size)
-        check_count("sequence_length", self.sequence_length)
-        longest = self.config.max_position_embeddings
-        if self.sequence_length > longest:
-            raise ValueError(
-                f"sequence_length={self.sequence_length} is above max_position_embeddings={longest}. Use at most "
-                f"{longest}."
-            )
+        check_size(self.config, self.batch_size, self.sequence_length)
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ValueError(
                 f"dtype={self.dtype!r} is not a floating-point type. Use torch.float32, torch.bfloat16 or "
@@ -136,7 +198,7 @@ class Workload:
 
     def bottleneck(self, width: int) -> torch.nn.Module:
         """Build an output bottleneck from `width` to `hidden_size`."""
-        bottleneck = SuperShaperBottleneck(width, self.config.hidden_size, device="meta", dtype=self.dtype)
+        bottleneck = torch.nn.Linear(width, self.config.hidden_size, device="meta", dtype=self.dtype)
         bottleneck.to_empty(device=self.device)
         self._fill(bottleneck, self.seed)
         return bottleneck
@@ -148,12 +210,8 @@ class Workload:
         return torch.randn(size, generator=generator, device=self.device, dtype=self.dtype)
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """Draw random tokens without padding, with the other inputs that a tokenizer returns."""
-        generator = torch.Generator().manual_seed(self.seed)
-        size = (self.batch_size, self.sequence_length)
-        ids = torch.randint(self.config.vocab_size, size, generator=generator)
-        batch = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        """Draw random tokens: see `draw_batch`."""
+        return draw_batch(self.config, self.device, self.batch_size, self.sequence_length, self.seed)
 
     @torch.no_grad()
     def _fill(self, module: torch.nn.Module, seed: int) -> None:

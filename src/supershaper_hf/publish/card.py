@@ -1,17 +1,22 @@
 """The model card of a supernet or a subnet: what it is, how to load it, and what its author says of it.
 
 The text is in `model_card_template.md`. This file computes the numbers in it, and escapes names that could break it.
+A shape is drawn with characters: such a plot needs no file of its own, cannot be left behind when the card changes, and
+its numbers can be searched, copied and read aloud.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
 from ..model.shapes import SearchSpace
-from ..report.tables import markdown_cell
+from ..report.tables import markdown_cell, markdown_table
+from .results import library_versions
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -23,6 +28,9 @@ PIPELINE_TAGS = {  # class -> its task on the Hub
     "SuperShaperForQuestionAnswering": "question-answering",
     "SuperShaperForMultipleChoice": None,
 }
+SECTIONS = ("training", "evaluation", "latency", "limits", "related")
+BAR = 24  # characters of a layer of full width
+LABELS = 20  # the card lists this many names of labels at most
 
 
 def model_card(
@@ -30,15 +38,20 @@ def model_card(
     repo_id: str,
     *,
     with_tokenizer: bool = True,
+    mask_token: str = "[MASK]",
     pooling: str | None = None,
+    supernet: str | None = None,
+    shape: Sequence[int] | None = None,
+    weight_bytes: int | None = None,
+    exports: Sequence[Any] = (),
     license: str | None = None,
     language: str | None = None,
+    note: str | None = None,
     base_model: str | None = None,
     datasets: Sequence[str] | None = None,
     tags: Sequence[str] | None = None,
-    training: str | None = None,
-    evaluation: str | None = None,
-    limits: str | None = None,
+    results: Sequence[EvalResult] = (),
+    **sections: str | None,
 ) -> ModelCard:
     """Return the model card of a supernet or subnet.
 
@@ -46,15 +59,24 @@ def model_card(
         model: The model to describe. Its parameters are counted.
         repo_id: The name of the model in the card's code examples.
         with_tokenizer: Whether the repository has a tokenizer that the examples can load.
+        mask_token: The tokenizer's mask, for the example of a masked language model.
         pooling: The pooling of a sentence encoder, "mean" or "cls". Its card shows how sentence-transformers loads it.
+        supernet: The supernet that the model was cut out of: a Hub id, or the name of a folder.
+        shape: The shape at which it was cut, with a 0 for each dropped layer. By default its hidden sizes.
+        weight_bytes: Size of the weight files.
+        exports: The exported files in the repository: see `supershaper_hf.publish.export.add_exports`.
         license: Licence identifier of the Hub, such as `"apache-2.0"`. By default the card claims none.
         language: Language code, such as `"en"`.
+        note: What the card says first, before the description: a paragraph of Markdown.
         base_model: Hub id of the model from which the weights started.
         datasets: Hub ids of the training data.
         tags: Further tags.
-        training: Markdown text of the section on training.
-        evaluation: Markdown text of the section on evaluation.
-        limits: Markdown text of the section on limits.
+        results: Scores for the metadata of the card (`model-index`).
+        **sections: Markdown text of the sections `training`, `evaluation`, `latency`, `limits` and `related` (other
+            repositories). Without its text, the section on latency or on related repositories is left out.
+
+    Raises:
+        TypeError: If there is no such section.
 
     Example:
         >>> from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
@@ -63,12 +85,13 @@ def model_card(
         >>> card.data.license, card.data.pipeline_tag
         ('apache-2.0', 'fill-mask')
     """
-    config, architecture = model.config, type(model).__name__
+    if unknown := sections.keys() - set(SECTIONS):
+        raise TypeError(f"A card has no {', '.join(sorted(unknown))}. Its sections: {', '.join(SECTIONS)}.")
+    config: Any = model.config
+    architecture = type(model).__name__
     elastic = not config.merged_bottlenecks
     task = PIPELINE_TAGS.get(architecture) if pooling is None else "sentence-similarity"
-    sentence_tags = [] if pooling is None else ["sentence-transformers", "sentence-similarity"]
-    name = repo_id.split("/")[-1]
-    has_pipeline = with_tokenizer and task in PIPELINE_REGISTRY.get_supported_tasks()
+    name, sentence_tags = repo_id.split("/")[-1], ["sentence-transformers", "sentence-similarity"] if pooling else []
     data = ModelCardData(
         model_name=name,
         library_name="transformers" if pooling is None else "sentence-transformers",
@@ -78,25 +101,121 @@ def model_card(
         base_model=base_model,
         datasets=list(datasets) if datasets else None,
         tags=["supershaper", "bert", *sentence_tags, *(tags or [])],
+        eval_results=list(results) or None,
     )
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         title=plain(name),
         quoted_repo_id=quoted(repo_id),
-        architecture=architecture,
         auto_class=architecture.replace("SuperShaperModel", "AutoModel").replace("SuperShaperFor", "AutoModelFor"),
         config=config,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        base_model=None if base_model is None else markdown_cell(inline_code(base_model)),
+        note=None if note is None else block_quote(note),
+        supernet=None if supernet is None else inline_code(supernet),
+        facts=facts(model, supernet, base_model, weight_bytes),
+        bars=None if elastic else bars(shape or config.hidden_sizes, config.hidden_size),
         middle_budget=middle_budget(model) if elastic else None,
         with_tokenizer=with_tokenizer,
         pooling=pooling,
-        pipeline=inline_code(f'pipeline("{task}", model={quoted(repo_id)})') if has_pipeline else None,
-        training=training,
-        evaluation=evaluation,
-        limits=limits,
+        pipeline=pipeline_example(task, mask_token) if with_tokenizer else None,
+        export_table=markdown_table(export_rows(exports)) if exports else None,
+        onnx_file=onnx_file(exports) if with_tokenizer and architecture != "SuperShaperForMultipleChoice" else None,
+        **{name: whole(sections.get(name)) for name in SECTIONS},
     )
+
+
+# What the card shows
+
+
+def facts(
+    model: SuperShaperPreTrainedModel, supernet: str | None, base_model: str | None, weight_bytes: int | None
+) -> str:
+    """Return the lines of the table of facts, in Markdown."""
+    config: Any = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    cells = {
+        "class": inline_code(type(model).__name__),
+        "parameters": f"{parameters:,}",
+        "weights on disk": None if weight_bytes is None else f"{megabytes(weight_bytes)}, {dtype}",
+        "hidden sizes by layer": str(config.hidden_sizes),
+        "embedding width": str(config.hidden_size),
+        "attention heads": str(config.num_attention_heads),
+        "intermediate size": str(config.intermediate_size),
+        "vocabulary": f"{config.vocab_size:,}",
+        "longest input": f"{config.max_position_embeddings} tokens",
+        "labels": labels(model),
+        "cut out of": None if supernet is None else inline_code(supernet),
+        "started from": None if base_model is None else inline_code(base_model),
+        "made with": ", ".join(f"{library} {number}" for library, number in library_versions().items()),
+    }
+    return "\n".join(f"| {name} | {markdown_cell(cell)} |" for name, cell in cells.items() if cell is not None)
+
+
+def labels(model: SuperShaperPreTrainedModel) -> str | None:
+    """Return the names of a classifier's labels as Markdown; `None` for another model."""
+    if PIPELINE_TAGS.get(type(model).__name__) not in ("text-classification", "token-classification"):
+        return None
+    config: Any = model.config
+    names = [inline_code(str(name)) for _, name in sorted(config.id2label.items())]
+    more = f" and {len(names) - LABELS} more" if len(names) > LABELS else ""
+    return ", ".join(names[:LABELS]) + more
+
+
+def bars(shape: Sequence[int], full: int) -> str:
+    """Return a plot of a shape: a line for each layer, with a bar that is `BAR` characters long at the width `full`.
+
+    Example:
+        >>> print(bars([48, 24, 0], 48))
+        layer 1  ████████████████████████  48
+        layer 2  ████████████░░░░░░░░░░░░  24
+        layer 3  ░░░░░░░░░░░░░░░░░░░░░░░░  dropped
+    """
+    digits, widest = len(str(len(shape))), len(str(max(shape)))
+    lines = []
+    for number, width in enumerate(shape, start=1):
+        filled = max(1, round(BAR * width / full)) if width else 0
+        size = str(width).rjust(widest) if width else "dropped"
+        lines.append(f"layer {number:>{digits}}  {'█' * filled}{'░' * (BAR - filled)}  {size}")
+    return "\n".join(lines)
+
+
+def megabytes(size: int) -> str:
+    """Return a number of bytes for people.
+
+    Example:
+        >>> megabytes(121_743_872), megabytes(94_312)
+        ('121.7 MB', '0.09 MB')
+    """
+    return f"{size / 1e6:.{1 if size >= 1e6 else 2}f} MB"
+
+
+def pipeline_example(task: str | None, mask_token: str) -> dict[str, str] | None:
+    """Return the name of a pipeline and a text for it as Python literals; `None` if transformers has none."""
+    if task not in PIPELINE_REGISTRY.get_supported_tasks():
+        return None
+    text = f"The cat sat on the {mask_token}." if task == "fill-mask" else "The cat sat on the mat."
+    return {"task": quoted(task), "text": quoted(text)}
+
+
+def onnx_file(exports: Sequence[Any]) -> str | None:
+    """Return the ONNX file for the example, as a Python literal: that of 32-bit floats if there is one."""
+    files = [each.path for each in exports if each.format in ("onnx", "int8")]
+    return quoted(min(files, key=len)) if files else None
+
+
+def export_rows(exports: Sequence[Any]) -> list[Mapping[str, str]]:
+    """Return one row of a table for each exported file."""
+    return [
+        {
+            "file": inline_code(each.path),
+            "format": each.format,
+            "size": megabytes(each.size),
+            "largest difference from PyTorch": f"{each.difference:.1e}",
+            "cosine of the outputs": "" if each.cosine is None else f"{each.cosine:.4f}",
+        }
+        for each in exports
+    ]
 
 
 def middle_budget(model: SuperShaperPreTrainedModel) -> int:
@@ -108,6 +227,35 @@ def middle_budget(model: SuperShaperPreTrainedModel) -> int:
 
 
 # A name, such as that of a folder, can contain any character. These functions keep it from breaking Markdown or code.
+
+
+def block_quote(text: str) -> str:
+    """Return Markdown as a quotation, which nothing in it can end.
+
+    Example:
+        >>> block_quote("# Two")
+        '> # Two'
+    """
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
+
+
+def whole(text: str | None) -> str | None:
+    """Return the Markdown of a section with a last line that ends a block of code which it leaves open.
+
+    Without it, the rest of the card would be part of that code.
+
+    Example:
+        >>> whole("~~~ unfinished").splitlines()
+        ['~~~ unfinished', '~~~']
+    """
+    fence: str | None = None
+    for line in (text or "").splitlines():
+        found = re.match(r" {0,3}(`{3,}|~{3,})(.*)", line)
+        if found and fence is None:
+            fence = found[1]
+        elif found and fence and found[1].startswith(fence) and not found[2].strip():
+            fence = None
+    return text if fence is None else f"{text}\n{fence}"
 
 
 def plain(text: str) -> str:

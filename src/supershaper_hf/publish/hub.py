@@ -7,21 +7,29 @@ or unchanged. A README.md that a repository already has stays as it is unless `o
 import copy
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import check_choice
 from ..data.sequences import check_vocabulary
-from ..files import write_folder
+from ..files import write_file, write_folder
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
 from .card import model_card
+from .results import RESULTS_FOLDER, result_files
 from .sentences import sentence_encoder_files, write_files
+
+
+# Type of a repository -> the file that it cannot do without.
+NEEDED_FILE = {"model": "config.json", "dataset": "README.md", "space": "index.html"}
 
 
 def save_for_hub(
@@ -34,6 +42,7 @@ def save_for_hub(
     max_seq_length: int | None = None,
     prompts: Mapping[str, str] | None = None,
     repo_id: str | None = None,
+    exports: Sequence[str] = (),
     max_shard_size: int | str = "5GB",
     state_dict: dict[str, torch.Tensor] | None = None,
     replace: bool = False,
@@ -54,10 +63,12 @@ def save_for_hub(
         prompts: Names and texts that it can put before a text, such as `{"query": "query: "}`.
         repo_id: The name of the model in the card's examples; by default the name of the folder. Give it if you
             upload the folder with `push_folder` later.
+        exports: Formats to export to, such as `("onnx", "int8")`: see `supershaper_hf.publish.export.add_exports`.
         max_shard_size: Size of the largest weight file.
         state_dict: The weights, if `model` itself holds only the share of this process.
         replace: Whether the new folder replaces one that is already there.
-        **card: The sections and metadata of the card: see `supershaper_hf.publish.card.model_card`.
+        **card: The sections and metadata of the card: see `supershaper_hf.publish.card.model_card`. Its `results` on
+            data sets of the Hub are also written to the folder `.eval_results`, which the Hub reads.
 
     Returns:
         The path of `folder`.
@@ -80,18 +91,35 @@ def save_for_hub(
         check_vocabulary(tokenizer, model.config)
         tokenizer = without_truncation(tokenizer)
     sentence_files = sentence_encoder_files(model.config, tokenizer, pooling, normalize, max_seq_length, prompts)
-    readme = model_card(
-        model, repo_id or Path(folder).name, with_tokenizer=tokenizer is not None, pooling=pooling, **card
-    )
+    name = repo_id or Path(folder).name
+    described: dict[str, Any] = {"with_tokenizer": tokenizer is not None, "pooling": pooling, **card}
+    if tokenizer is not None and tokenizer.mask_token:
+        described["mask_token"] = tokenizer.mask_token
+    model_card(model, name, **described)  # refuses a wrong option before anything is written
 
     def write(partial: Path) -> None:
         model.save_pretrained(partial, max_shard_size=max_shard_size, state_dict=state_dict)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         write_files(partial, sentence_files)
-        readme.save(partial / "README.md")
+        for path, text in result_files(card.get("results", ())).items():
+            (partial / path).parent.mkdir(exist_ok=True)
+            write_file(partial / path, text)
+        size = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
+        model_card(model, name, weight_bytes=size, exports=export(partial, exports), **described).save(
+            partial / "README.md"
+        )
 
     return write_folder(folder, write, replace)
+
+
+def export(folder: Path, formats: Sequence[str]) -> Sequence[Any]:
+    """Export the model in `folder`, and return what was written. The exporters are imported only if they are used."""
+    if not formats:
+        return ()
+    from .export import add_exports
+
+    return add_exports(folder, formats=tuple(formats))
 
 
 def without_truncation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -108,6 +136,7 @@ def push_folder(
     folder: str | Path,
     repo_id: str,
     *,
+    repo_type: str = "model",
     path_in_repo: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -116,15 +145,16 @@ def push_folder(
     overwrite_card: bool = False,
     commit_message: str | None = None,
     commit_description: str | None = None,
-) -> str:
+) -> CommitInfo:
     """Upload a folder written by `save_for_hub` as one commit. A repository that does not exist is created.
 
     With `path_in_repo` you can upload any folder beside a model, such as the records of its shapes. Hidden files and
-    folders (`.git`, `.cache`, ...) and `__pycache__` are left out.
+    folders (`.git`, `.cache`, ...) and `__pycache__` are left out, except `.eval_results`, which the Hub reads.
 
     Args:
         folder: The folder to upload. It is not changed.
         repo_id: `"user/name"`.
+        repo_type: `"model"`, `"dataset"` (such as the folder of a search), or `"space"` (a static page, `index.html`).
         path_in_repo: Folder of the repository to upload into, such as `"search"`. Nothing else in the repository
             changes. By default a model is uploaded to the root of the repository.
         private: Whether a new repository is private. An existing one keeps its visibility.
@@ -136,12 +166,14 @@ def push_folder(
         commit_description: Text below the title of the commit.
 
     Returns:
-        The address of the commit or of the pull request.
+        What `push_to_hub` of transformers returns too: a string, the address of the commit, whose attributes are also
+        `oid`, `pr_url` (the address of the pull request, or `None`) and `repo_url`.
 
     Raises:
-        FileNotFoundError: If `folder` holds no model, or with `path_in_repo` no file.
-        ValueError: If `path_in_repo` is not a folder inside the repository, a symbolic link leads out of `folder`, or
-            the token has an impossible character, such as a line break.
+        FileNotFoundError: If `folder` lacks the file that its type of repository needs, or with `path_in_repo` has no
+            file.
+        ValueError: If `repo_type` is unknown, `path_in_repo` is not a folder inside the repository, a symbolic link
+            leads out of `folder`, or the token has an impossible character, such as a line break.
         PermissionError: If there is no token, or the token may not write there.
         ConnectionError: If the Hub cannot be reached or fails. The repository is complete or unchanged.
 
@@ -150,10 +182,12 @@ def push_folder(
         >>> push_folder("outputs/search", "user/supernet", path_in_repo="search")  # doctest: +SKIP
     """
     folder = Path(folder)
+    check_choice("repo_type", repo_type, tuple(NEEDED_FILE))
     files = files_to_publish(folder)
-    if path_in_repo is None and folder / "config.json" not in files:
+    if path_in_repo is None and folder / NEEDED_FILE[repo_type] not in files:
         raise FileNotFoundError(
-            f"{folder} has no config.json. Write it with save_for_hub(model, folder, tokenizer=tokenizer)."
+            f"{folder} has no {NEEDED_FILE[repo_type]}, which a {repo_type} needs. Write a model with "
+            "save_for_hub(model, folder, tokenizer=tokenizer), and the folder of a search with write_report(folder)."
         )
     if not files:
         raise FileNotFoundError(
@@ -161,28 +195,40 @@ def push_folder(
         )
     target = check_path_in_repo(path_in_repo)
     if commit_message is None:
-        commit_message = f"Upload {target if target.parts else 'model'} with supershaper-hf"
-    api = HfApi(library_name="supershaper-hf", token=check_token(token))
-    with explain_failure(repo_id):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit_message = f"Upload {target if target.parts else repo_type} with supershaper-hf"
+    api = hub_client(token)
+    kind: dict[str, Any] = {"repo_type": repo_type}
+    with explain_failure(repo_id), warnings.catch_warnings():
+        # Tables beside a model are meant: the records of its shapes.
+        warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+        sdk = "static" if repo_type == "space" else None
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True, space_sdk=sdk, **kind).repo_id
         if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if path_in_repo is None and not overwrite_card and api.file_exists(repo_id, "README.md", revision=revision):
+            api.create_branch(repo_id, branch=revision, exist_ok=True, **kind)
+        keep_card = path_in_repo is None and not overwrite_card
+        if keep_card and api.file_exists(repo_id, "README.md", revision=revision, **kind):
             files = [path for path in files if path != folder / "README.md"]
         # create_commit makes exactly one commit, so a repository is never half new; upload_folder may make several.
-        commit = api.create_commit(
+        return api.create_commit(
             repo_id,
+            **kind,
             operations=[CommitOperationAdd(str(target / path.relative_to(folder).as_posix()), path) for path in files],
             commit_message=commit_message,
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
         )
-    return commit.pr_url or commit.commit_url
+
+
+def hub_client(token: str | bool | None) -> HfApi:
+    """Return a client of the Hub that names this package and its version, and sends a token that can be sent."""
+    return HfApi(library_name="supershaper-hf", library_version=version("supershaper-hf"), token=check_token(token))
 
 
 def files_to_publish(folder: Path) -> list[Path]:
     """Return the files in `folder` and in the folders inside it, without hidden ones and `__pycache__`.
+
+    Of hidden ones, only `RESULTS_FOLDER` is published.
 
     Raises:
         ValueError: If a symbolic link leads to something else than one of these files. Its target could be any private
@@ -190,7 +236,9 @@ def files_to_publish(folder: Path) -> list[Path]:
     """
 
     def is_private(path: Path, root: Path) -> bool:
-        return any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(root).parts)
+        first, *others = path.relative_to(root).parts or ("",)
+        parts = others if first == RESULTS_FOLDER else [first, *others]
+        return any(part.startswith(".") or part == "__pycache__" for part in parts)
 
     root = Path(os.path.realpath(folder))
     visible = [path for path in sorted(folder.rglob("*")) if not is_private(path, folder)]
@@ -246,13 +294,13 @@ def push_to_hub(
     commit_description: str | None = None,
     max_shard_size: int | str = "5GB",
     **options: Any,
-) -> str:
+) -> CommitInfo:
     """Publish a model as a complete repository: `save_for_hub` into a temporary folder, then `push_folder`.
 
     The arguments and the errors are those of these two functions. `options` are the further ones of `save_for_hub`.
 
     Returns:
-        The address of the commit or of the pull request.
+        The address of the commit, with the attributes that `push_folder` names.
 
     Example:
         >>> push_to_hub(subnet, "user/subnet-63m", tokenizer=tokenizer, private=True)  # doctest: +SKIP

@@ -24,6 +24,7 @@ from ..search.measures import Measure
 from ..search.pareto import ParetoFront, shapes_at
 from ..search.profile import derive_profile
 from ..search.records import Record
+from .data_card import FRONT_TABLE, write_data_card, write_front
 from .explorer import EXPLORER_FILE, explorer_page
 from .findings import LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, Findings
 from .plots import plot_agreement, plot_front, plot_profile
@@ -45,6 +46,8 @@ def write_report(
     """Write `report.md`, `explorer.html`, `front.csv` and the plots of a search into its folder.
 
     In `explorer.html` a reader chooses a shape by looking: see `write_explorer`.
+
+    The folder also becomes a data set: see `write_data_card`.
 
     Args:
         folder: The output folder of `examples/search_shapes.py`.
@@ -75,7 +78,9 @@ def write_report(
     front = findings.front(cost)
     rows = findings.rows(np.unique(shapes_at(front, num_budgets), axis=0))
     rows.sort(key=lambda row: row[cost])
-    write_csv(folder / FRONT_FILE, findings.rows(front.shapes))
+    front_rows = findings.rows(front.shapes)
+    write_csv(folder / FRONT_FILE, front_rows)
+    write_front(folder / FRONT_TABLE, front_rows)
     write_file(folder / EXPLORER_FILE, explorer_page(findings, cost, max_cost, supernet))
     sections = [
         _summary(findings, front, cost),
@@ -85,6 +90,7 @@ def write_report(
         _profile_section(folder, findings),
         _latency_section(findings),
     ]
+    write_data_card(folder)
     return write_file(folder / PAGE_FILE, "\n\n".join(section for section in sections if section) + "\n")
 
 
@@ -108,8 +114,8 @@ def _summary(findings: Findings, front: ParetoFront, cost: str) -> str:
         f"{len(findings.records):,} of {findings.num_possible():,} shapes were measured, all on the same "
         f"{measure.text} (`{RECORDS_FILE}`). The predictor (`{PREDICTOR_FILE}`) was tested on shapes that were left "
         f"out of its fit: {findings.predictor.quality}. The exact Pareto front of {cost} against predicted "
-        f"{measure.title} has {len(front):,} shapes (`{FRONT_FILE}`). "
-        f"Open `{EXPLORER_FILE}` in a browser to choose one by looking."
+        f"{measure.title} has {len(front):,} shapes (`{FRONT_FILE}`). Open `{EXPLORER_FILE}` in a browser to choose "
+        "one by looking."
     )
     if findings.table is not None:
         text += f" Milliseconds (`ms`) of a shape are predicted from the parts that were measured (`{LATENCY_FILE}`)."

@@ -10,7 +10,7 @@ records into a dataset, for Parquet and the Hub:
 
     records = evaluate_shapes(supernet, batches, shapes, records_file="search/records.jsonl")
     to_dataset(read_records("search/records.jsonl"), space).to_parquet("search/records.parquet")
-    push_folder("search", "user/supernet", path_in_repo="search")
+    push_folder("search", "user/supernet-search", repo_type="dataset")
 """
 
 import json

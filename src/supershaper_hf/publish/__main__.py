@@ -1,0 +1,68 @@
+"""Make the card of a model from the files in its folder: `python -m supershaper_hf.publish FOLDER`.
+
+    python -m supershaper_hf.publish outputs/supernet/last --search outputs/search --output MODEL_CARD.md
+
+What the card says of training, licence, language and data is taken over from the README.md of the folder. Sizes are
+those of its files, and measurements those of the search.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import write_file
+from .card import model_card
+from .results import Results, front_results, tuning_results
+from .subnet import Source, find_search, model_task, read_search
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m supershaper_hf.publish", description=__doc__)
+    parser.add_argument("folder", type=Path, help="folder of a supernet or a subnet, as save_for_hub writes it")
+    parser.add_argument("--search", help="folder of the search of a supernet (default: the folder search in FOLDER)")
+    parser.add_argument("--results", nargs="*", default=[], help="results.json of fine-tunings of this very model")
+    parser.add_argument("--repo_id", help="name of the model in the card (default: FOLDER)")
+    parser.add_argument("--note", help="what the card says first")
+    parser.add_argument("--output", type=Path, help="file to write (default: print the card)")
+    args = parser.parse_args(arguments)
+    try:
+        card = make_card(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if args.output is None:
+        sys.stdout.write(card)
+    else:
+        print(write_file(args.output, card))
+
+
+def make_card(args: argparse.Namespace) -> str:
+    """Return the text of the card."""
+    if not args.folder.is_dir():
+        raise FileNotFoundError(f"{args.folder} is not a folder. Write a model with save_for_hub first.")
+    source, found = Source.load(str(args.folder)), Results()
+    if source.is_supernet:
+        findings = read_search(source, find_search(str(args.folder), args.search))
+        found += Results() if findings is None else front_results(findings)
+    for file in args.results:
+        found += tuning_results(file, source.model, model_task(source.model))
+    options: dict[str, Any] = source.metadata | {"pooling": source.encoder.get("pooling")}
+    if source.tokenizer is not None and source.tokenizer.mask_token:
+        options["mask_token"] = source.tokenizer.mask_token
+    card = model_card(
+        source.model,
+        args.repo_id or args.folder.as_posix(),
+        with_tokenizer=source.tokenizer is not None,
+        weight_bytes=sum(file.stat().st_size for file in args.folder.glob("*.safetensors")),
+        note=args.note,
+        training=source.training,
+        evaluation=found.text or None,
+        results=found.scores,
+        **options,
+    )
+    return f"{str(card).rstrip()}\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Publish a family: a supernet, a subnet for each of some budgets, the search as a data set, and a collection of all.
+
+`plan_family` says which repositories there will be, `write_family` writes a folder for each of them, and `push_family`
+uploads the folders. All three can be interrupted at any moment, and the same calls continue:
+
+- A folder is complete or absent, and one that is there is not written again.
+- A repository gets one commit, and none if it has the same files already.
+- The collection comes last: it names only what is published.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json, write_folder, write_json
+from ..report.data_card import write_data_card
+from ..report.findings import RECORDS_FILE, Findings
+from ..search.records import parse
+from .card import inline_code
+from .hub import check_token, explain_failure, files_to_publish, hub_client, push_folder, save_for_hub
+from .results import front_results
+from .subnet import SEARCH, Source, shape_within, write_subnet
+
+
+FAMILY_FILE, FORMAT = "family.json", "supershaper-hf family 1"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A repository of a family.
+
+    Attributes:
+        repo_id: Its name, `"user/name"`.
+        repo_type: `"model"`, `"dataset"` or `"space"`.
+        note: What it is, in one line, for the collection.
+        shape: The shape of a subnet; `None` for the others.
+    """
+
+    repo_id: str
+    repo_type: str
+    note: str
+    shape: list[int] | None = None
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder in the folder of the family."""
+        return self.repo_id.split("/")[-1]
+
+
+def plan_family(source: Source, findings: Findings, name: str, cost: str, budgets: Sequence[float]) -> list[Member]:
+    """Return the repositories of a family, in the order in which they are published.
+
+    Args:
+        source: The supernet.
+        findings: Its search.
+        name: Repository of the supernet, `"user/name"`. The names of the others begin with it.
+        cost: The unit of the budgets: see `shape_within`.
+        budgets: One for each subnet. Budgets with the same best shape share one.
+
+    Raises:
+        ValueError: If `source` is a subnet, there is no budget, or no shape is as cheap as one of them.
+    """
+    if not source.is_supernet:
+        raise ValueError(f"{source.name} is a subnet. A family is cut out of a supernet.")
+    if not budgets:
+        raise ValueError("budgets is empty. Give one for each subnet.")
+    shapes = {tuple(shape_within(findings, cost, budget)): budget for budget in sorted(budgets, reverse=True)}
+    sizes = [findings.space.num_parameters(shape) for shape in shapes]
+    return [
+        Member(name, "model", f"The supernet, of which the others are cut: {findings.space.size:,} shapes."),
+        *(
+            Member(
+                f"{name}-{label}", "model", f"A subnet of {size:,} parameters, hidden sizes {list(shape)}.", list(shape)
+            )
+            for shape, size, label in zip(shapes, sizes, size_labels(sizes))
+        ),
+        Member(f"{name}-{SEARCH}", "dataset", f"{len(findings.records):,} measured shapes of the supernet."),
+    ]
+
+
+def size_labels(sizes: Sequence[int]) -> list[str]:
+    """Return short names for numbers of parameters, with as many digits as it takes to tell them apart.
+
+    Example:
+        >>> size_labels([247_208, 11_934_720]), size_labels([11_934_720, 11_941_000])
+        (['247k', '11.9m'], ['11.93m', '11.94m'])
+    """
+    for digits in range(3, 12):
+        labels = []
+        for size in sizes:
+            unit, letter = (1e6, "m") if size >= 1e6 else (1e3, "k")
+            labels.append(f"{size / unit:.{digits}g}{letter}")
+        if len(set(labels)) == len(sizes):
+            return labels
+    raise ValueError(f"sizes={list(sizes)} has the same number twice, which gives two repositories one name.")
+
+
+# Folders
+
+
+def write_family(
+    folder: Path, members: Sequence[Member], source: Source, findings: Findings, search: Path, **options: Any
+) -> None:
+    """Write a folder for each member that has none yet, into `folder`.
+
+    Args:
+        folder: The folder of the family. `family.json` in it says what it holds.
+        members: What `plan_family` returned.
+        source: The supernet.
+        findings: Its search.
+        search: The folder of the search.
+        **options: Options of `write_subnet` for all subnets. They may not change in a folder.
+
+    Raises:
+        ValueError: If `folder` holds another family, or the same one with other options.
+    """
+    model = parse(search / RECORDS_FILE).header["model"]
+    plan = {"members": [asdict(member) for member in members], "model": model, "options": options}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / FAMILY_FILE
+    if not file.exists():
+        write_json(file, FORMAT, plan)
+    before = read_json(file, FORMAT)
+    changed = [key for key, value in plan.items() if before[key] != value]
+    if changed:
+        raise ValueError(
+            f"{folder} holds another family: {', '.join(changed)} differ from those in {FAMILY_FILE}. Choose another "
+            "folder, or remove this one."
+        )
+    for member in members:
+        if not (folder / member.folder).exists():
+            _write_member(folder / member.folder, member, members, source, findings, search, options)
+
+
+def _write_member(
+    folder: Path,
+    member: Member,
+    members: Sequence[Member],
+    source: Source,
+    findings: Findings,
+    search: Path,
+    options: dict[str, Any],
+) -> None:
+    supernet, related = members[0].repo_id, _related(member, members)
+    if member.shape is not None:
+        named: dict[str, Any] = {"repo_id": member.repo_id, "supernet": supernet, "findings": findings}
+        write_subnet(source, member.shape, folder, **named, related=related, **options)
+    elif member.repo_type == "dataset":
+        write_folder(folder, lambda partial: _write_search(partial, search, member.repo_id, supernet))
+    else:
+        card = source.metadata | {key: options[key] for key in ("license", "limits") if key in options}
+        save_for_hub(
+            source.model,
+            folder,
+            tokenizer=source.tokenizer,
+            repo_id=member.repo_id,
+            **source.encoder,
+            **card,
+            training=source.training,
+            evaluation=front_results(findings).text,
+            related=related,
+        )
+
+
+def _write_search(folder: Path, search: Path, repo_id: str, supernet: str) -> None:
+    """Copy the folder of a search, without what would not be published, and name its new place in its card."""
+    for path in files_to_publish(search):
+        target = folder / path.relative_to(search)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    write_data_card(folder, repo_id, supernet)
+
+
+def _related(member: Member, members: Sequence[Member]) -> str:
+    """Return the section of a card that names the other members."""
+    prefix = {"model": "", "dataset": "datasets/", "space": "spaces/"}
+    others = [other for other in members if other != member]
+    links = [f"https://huggingface.co/{prefix[other.repo_type]}{other.repo_id}" for other in others]
+    return "\n".join(f"- [{inline_code(other.repo_id)}]({link}): {other.note}" for other, link in zip(others, links))
+
+
+# The Hub
+
+
+def push_family(
+    folder: Path,
+    members: Sequence[Member],
+    *,
+    private: bool = False,
+    token: str | bool | None = None,
+    report: Callable[[str], None] = print,
+) -> str:
+    """Upload the folder of each member in one commit, and then make a collection of all of them.
+
+    Args:
+        folder: The folder of the family, which `write_family` has filled.
+        members: What `plan_family` returned.
+        private: Whether new repositories and the collection are private.
+        token: Access token; by default the one that `hf auth login` has stored.
+        report: Called with the address of each commit.
+
+    Returns:
+        The address of the collection.
+
+    Raises:
+        PermissionError: If there is no token, or the token may not write there.
+        ConnectionError: If the Hub cannot be reached or fails. The same call continues.
+    """
+    api = hub_client(check_token(token))
+    for member in members:
+        pushed = push_folder(
+            folder / member.folder,
+            member.repo_id,
+            repo_type=member.repo_type,
+            private=private,
+            token=token,
+            overwrite_card=member.repo_type == "space",  # the Hub gives every new Space a card
+        )
+        report(f"{member.repo_id}: {pushed.commit_url}")
+    namespace, name = members[0].repo_id.split("/")
+    with explain_failure(members[0].repo_id):
+        collection = api.create_collection(
+            name,
+            namespace=namespace,
+            description="A supernet, its subnets for some budgets, and its measured shapes.",
+            private=private,
+            exists_ok=True,
+        )
+        for member in members:
+            kind: Any = member.repo_type
+            collection = api.add_collection_item(
+                collection.slug, member.repo_id, kind, note=member.note[:500], exists_ok=True
+            )
+    return collection.url
