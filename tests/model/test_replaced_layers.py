@@ -250,7 +250,7 @@ def test_offloaded_supernet_works_at_the_full_shape_only(elasticity):
     """An offloaded layer has its weight only while it is called, and a part of it cannot be had."""
     from accelerate import cpu_offload
 
-    supernet, batch = tiny_model(**elasticity), tiny_batch(batch=8)
+    supernet, batch = tiny_model(**elasticity), tiny_batch(batch=40, length=24)
     expected = run(supernet, batch)
     supernet = cpu_offload(supernet, execution_device=torch.device("cpu"))
     assert supernet.bert.encoder.layer[0].attention.self.query.weight.is_meta

@@ -1,6 +1,4 @@
-"""What transformers, Accelerate and PyTorch do with a saved model by themselves: load, place, cast, compile, export."""
-
-import io
+"""What transformers, Accelerate and PyTorch do with a saved model by themselves: load, place, cast, compile."""
 
 import pytest
 import torch
@@ -83,21 +81,6 @@ def test_half_precision_is_close(saved, batch, dtype):
     for found, expected in zip(run(loaded, batch), run(model, batch), strict=True):
         assert found.dtype == dtype
         assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
-
-
-def test_exported_program_takes_every_batch_and_length(saved, batch):
-    """Few tokens and many: a supernet has two ways from a layer to the next, one of which is cheaper for few tokens."""
-    model, _ = saved
-    axis = 2 if isinstance(model, SuperShaperForMultipleChoice) else 1
-    dynamic = {name: {0: torch.export.Dim.DYNAMIC, axis: torch.export.Dim.DYNAMIC} for name in batch}
-    program = torch.export.export(model, (), batch, dynamic_shapes=dynamic)
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    program = torch.export.load(file).module()
-    for size, length in ((1, 2), (2, 9), (9, 24)):  # at least one of them is on the other side of 48 tokens
-        inputs = tiny_batch(type(model), size, length)
-        assert_same(run(program, inputs), run(model, inputs))
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler, on things that are not ours
