@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import re
 import sys
 import warnings
@@ -75,7 +76,16 @@ def test_every_file_is_written(first_run):
     _, folder = first_run
     assert {path.name for path in folder.iterdir()} == {"pareto.png", "search", "subnet", "supernet"}
     searched = {path.name for path in (folder / "search").iterdir()}
-    assert {"records.jsonl", "predictor.json", "report.md", "front.csv", "front_parameters.png"} <= searched
+    assert {
+        "records.jsonl",
+        "predictor.json",
+        "report.md",
+        "front.csv",
+        "front_parameters.png",
+        "explorer.html",
+    } <= searched
+    page = (folder / "search" / "explorer.html").read_text()
+    assert json.dumps(f'supernet = "{folder / "supernet"}"')[1:-1] in page
     for model in ("supernet", "subnet"):
         stored = {path.name for path in (folder / model).iterdir()}
         assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "modeling_supershaper.py"} <= stored

@@ -105,7 +105,8 @@ def test_everything_is_written_and_the_page_is_printed(first_run):
     printed, folder = first_run
     names = {file.name for file in folder.iterdir()}
     files = (
-        "config.json records.jsonl records.parquet predictor.json latency.json insensitivity.json front.csv report.md"
+        "config.json records.jsonl records.parquet predictor.json latency.json insensitivity.json front.csv report.md "
+        "explorer.html"
     )
     assert set(files.split()) <= names
     assert (folder / "report.md").read_text().strip() in printed
@@ -255,6 +256,7 @@ def test_results_are_published_beside_the_supernet(first_run, search, tmp_path):
         assert list(server.repos) == ["datasets/user/supernet-search"]
         published = server.repos["datasets/user/supernet-search"].files()
     assert {"records.jsonl", "records.parquet", "report.md"} <= published.keys()
+    assert b'supernet = snapshot_download(\\"user/supernet\\")' in published["explorer.html"]
     assert published["records.jsonl"] == (folder / "records.jsonl").read_bytes()
     assert b'load_dataset("user/supernet-search", split="train")' in published["README.md"]
     assert b"base_model: user/supernet\n" in published["README.md"]

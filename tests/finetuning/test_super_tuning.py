@@ -183,6 +183,8 @@ def test_every_shape_is_ready_for_the_task_and_the_best_one_is_cut_out(tokenizer
     assert subnet.config.hidden_sizes == min(affordable, key=lambda record: record["task_loss"])["shape"]
     assert "fine-tuned on the task sst2 at once" in (out / "subnet" / "README.md").read_text()
     assert (out / "search" / "report.md").exists()
+    page = (out / "search" / "explorer.html").read_text()
+    assert json.dumps(f'supernet = "{out / "model"}"')[1:-1] in page
     assert (out / "search" / "scores.png").read_bytes()[:4] == b"\x89PNG"
     again = tune(
         out, supernet, files, tokenizer, sandwich=True, max_cost=budget, num_shapes=12, num_train_epochs=12

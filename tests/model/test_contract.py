@@ -23,7 +23,6 @@ from transformers import (
     AutoModelForTokenClassification,
     Trainer,
     TrainingArguments,
-    pipeline,
 )
 
 import supershaper_hf
@@ -369,30 +368,3 @@ def test_supernet_with_resized_vocabulary_is_cut():
     subnet = supernet.extract_subnet([8, 0, 36])
     assert subnet.config.vocab_size == 67
     assert_same(run(subnet, batch), run(supernet, batch, shape=[8, 0, 36]))
-
-
-# Pipelines
-
-
-def test_fill_mask_pipeline(tokenizer, tmp_path):
-    subnet = tiny_model(vocab_size=len(tokenizer)).extract_subnet([8, 0, 36])
-    subnet.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    guesses = pipeline("fill-mask", model=str(tmp_path), top_k=3)("the cat [MASK] on the mat .")
-    inputs = tokenizer("the cat [MASK] on the mat .", return_tensors="pt")
-    logits = run(subnet, inputs)[0][0, 3]
-    assert [guess["token"] for guess in guesses] == logits.topk(3).indices.tolist()
-    assert [guess["score"] for guess in guesses] == pytest.approx(logits.softmax(-1).topk(3).values.tolist())
-
-
-def test_text_classification_pipeline(tokenizer, tmp_path):
-    labels = {0: "indoors", 1: "outdoors", 2: "elsewhere"}
-    supernet = tiny_model(SuperShaperForSequenceClassification, vocab_size=len(tokenizer), id2label=labels)
-    supernet.extract_subnet([8, 0, 36]).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    texts = ["the cat sat on the mat .", "a big dog ran under the moon ."]
-    guesses = pipeline("text-classification", model=str(tmp_path))(texts, batch_size=2)
-    for text, guess in zip(texts, guesses):
-        logits = run(supernet, tokenizer(text, return_tensors="pt"), shape=[8, 0, 36])[0][0]
-        assert guess["label"] == labels[logits.argmax().item()]
-        assert guess["score"] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-5)

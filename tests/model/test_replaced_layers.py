@@ -244,3 +244,19 @@ def test_the_check_allows_what_only_moves_tensors():
     supernet = dispatch_model(supernet, {"": "cpu"}, main_device="cpu", force_hooks=True)
     assert hasattr(supernet.bert.encoder.layer[0].attention.self.query, "_hf_hook")
     assert_same(run(supernet, batch, shape=NARROW), expected, atol=0)
+
+
+def test_offloaded_supernet_works_at_the_full_shape_only(elasticity):
+    """An offloaded layer has its weight only while it is called, and a part of it cannot be had."""
+    from accelerate import cpu_offload
+
+    supernet, batch = tiny_model(**elasticity), tiny_batch(batch=40, length=24)
+    expected = run(supernet, batch)
+    supernet = cpu_offload(supernet, execution_device=torch.device("cpu"))
+    assert supernet.bert.encoder.layer[0].attention.self.query.weight.is_meta
+    assert_same(run(supernet, batch), expected)
+    for narrow in (lambda: run(supernet, batch, shape=NARROW), lambda: supernet.extract_subnet(NARROW)):
+        with pytest.raises(
+            TypeError, match=r"is .* whose weight Accelerate has offloaded.* before anything is replaced"
+        ):
+            narrow()

@@ -1,5 +1,7 @@
 """`torch.export` takes every head: the program runs on inputs of any size and equals the model."""
 
+import io
+
 import torch
 from conftest import assert_same, run, tiny_batch, tiny_model
 from torch.export import Dim
@@ -14,6 +16,10 @@ def assert_exports(model):
     sizes = dict(enumerate([Dim("batch"), *choices, Dim("length", max=24)]))
     example = tiny_batch(model_class)
     program = torch.export.export(model, (), example, dynamic_shapes=dict.fromkeys(example, sizes))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    program = torch.export.load(file)
     for batch, length in [(1, 4), (3, 7), (8, 24)]:
         inputs = tiny_batch(model_class, batch, length)
         assert_same(list(program.module()(**inputs).values()), run(model, inputs))

@@ -1,6 +1,7 @@
 """Saved models load, run and are cut in a process that cannot import the package, with trust_remote_code."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,20 @@ sys.meta_path.insert(0, Blocker())
 import torch
 import transformers
 
-jobs_file, results_file = sys.argv[1:]
+jobs_file, results_file, published, text = sys.argv[1:]
+for call in (
+    lambda: transformers.AutoConfig.from_pretrained(published),
+    lambda: transformers.AutoModelForMaskedLM.from_pretrained(published),
+    lambda: transformers.AutoModelForMaskedLM.from_pretrained(published, trust_remote_code=False),
+    lambda: transformers.pipeline("fill-mask", model=published),
+):
+    try:
+        call()
+    except ValueError as error:
+        print("refused:", " ".join(str(error).split()))
+tokenizer = transformers.AutoTokenizer.from_pretrained(published, trust_remote_code=False)
+print("tokenized:", tokenizer(text)["input_ids"])
+
 results = {}
 for name, (auto_class, folder, batch, shape, save_to) in torch.load(jobs_file).items():
     model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
@@ -108,7 +122,9 @@ def without_package(tmp_path_factory):
     jobs["published supernet, cut"] = cut
     torch.save(jobs, folder / "jobs.pt")
     command = [sys.executable, "-c", WITHOUT_PACKAGE, folder / "jobs.pt", folder / "results.pt"]
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    command += [folder / "published" / "supernet", EXPECTED["text"]]
+    nobody = subprocess.DEVNULL  # answers when transformers asks whether the code may run
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=nobody)
     assert process.returncode == 0, process.stderr
     return folder, torch.load(folder / "results.pt"), process.stdout
 
@@ -148,6 +164,21 @@ def test_model_saved_without_the_package_loads_with_it(without_package, model_cl
 )
 def test_methods_that_need_the_package_say_so(without_package, message):
     assert message in without_package[2].splitlines()
+
+
+def test_without_package_and_flag_every_loader_names_the_flag(without_package):
+    """Where somebody sits at a terminal, transformers asks first."""
+    folder, _, printed = without_package
+    refusals = re.findall("refused: (.*)", printed)  # the question may stand before it, on the same line
+    assert len(refusals) == 4
+    for refusal in refusals:
+        assert f"{folder / 'published' / 'supernet'} contains custom code" in refusal
+        assert "Please pass the argument `trust_remote_code=True`" in refusal
+
+
+def test_tokenizer_needs_neither_package_nor_code(without_package):
+    """With `trust_remote_code=False` it loads without a question. Without this option, transformers asks first."""
+    assert f"tokenized: {published_inputs()['input_ids'][0].tolist()}" in without_package[2].splitlines()
 
 
 # Folders that were published in 2026

@@ -175,7 +175,8 @@ def search_task(
     best = measure(np.unique(shapes_at(front, BUDGETS), axis=0).tolist())
     write_config(folder, space)
     predictor.save(folder / PREDICTOR_FILE)
-    write_report(folder, args.cost, budgets or [], BUDGETS, args.max_length)
+    source = model.name_or_path or None  # the folder that it was loaded from
+    write_report(folder, args.cost, budgets or [], BUDGETS, args.max_length, source)
     everything = {tuple(record["shape"]): record for record in [*records, *random, *best]}
     names = {tuple(shape): name for name, shape in named.items()}
     rows: list[dict[str, Any]] = [

@@ -32,7 +32,8 @@ def replacement(layer: nn.Module) -> str | None:
     """Say what `layer` is, if it computes with more than its `weight` and `bias`; `None` for an ordinary layer.
 
     Adapters, quantised layers and hooks that prune keep a weight which they do not use alone: a part of it is not a
-    part of what they compute. Parametrisations of `torch.nn.utils.parametrize`, DDP and FSDP2 leave layers ordinary,
+    part of what they compute. A layer that Accelerate has offloaded has its weight only while it is called.
+    Parametrisations of `torch.nn.utils.parametrize`, DDP and FSDP2 leave layers ordinary,
     because their `weight` is the one that is used.
     """
     kind = type(layer)
@@ -44,6 +45,8 @@ def replacement(layer: nn.Module) -> str | None:
     for parameter in layer._parameters:
         if parameter not in ("weight", "bias"):
             return f"{name} with the parameter {parameter}"
+    if layer.weight.is_meta and hasattr(layer, "_hf_hook"):
+        return f"{name} whose weight Accelerate has offloaded"
     tensor = type(layer.weight)
     if hasattr(tensor, "__tensor_flatten__") and not tensor.__module__.startswith("torch.distributed."):
         return f"{name} with a weight of {tensor.__module__}.{tensor.__qualname__}"
@@ -58,7 +61,7 @@ def check_ordinary(layer: nn.Module, name: str = "a layer") -> None:
             f"Only ordinary layers are narrowed or cut, but {name} is {found}. Allowed are nn.Linear, nn.LayerNorm and "
             "nn.Embedding, also with torch.nn.utils.parametrize. Merge adapters into the weights first: model = "
             "peft_model.merge_and_unload(). Or call extract_subnet(shape) on the supernet before anything is replaced, "
-            "and adapt, quantise or prune the subnet."
+            "and adapt, quantise, prune or offload the subnet."
         )
 
 
