@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from supershaper_hf import text_table
@@ -72,6 +73,7 @@ class FamilyArguments:
                 raise ValueError(f"--{name} is missing.")
         if self.name.count("/") != 1 or not all(self.name.split("/")):
             raise ValueError(f"--name {self.name} must be user/name.")
+        validate_repo_id(self.name)  # it is also the name of a folder
         check_choice("--cost", self.cost, COSTS)
         for budget in self.max_cost:
             check_number("--max_cost", budget, above=0)

@@ -243,6 +243,7 @@ def test_other_options_are_refused_in_the_same_folder(script, written, copied):
     [
         ([], "--model is missing"),
         (["--model", "a", "--name", "net", "--output_dir", "b", "--max_cost", "9"], "--name net must be user/name"),
+        (["--model", "a", "--name", "user/..", "--output_dir", "b", "--max_cost", "9"], "Repo id must"),
         (["--model", "a", "--name", "u/n", "--output_dir", "b", "--max_cost", "0"], "--max_cost"),
     ],
 )

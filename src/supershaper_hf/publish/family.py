@@ -14,12 +14,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
+
 from ..files import read_json, write_folder, write_json
+from ..latency.insensitivity import save_comparisons
 from ..report.data_card import write_data_card
-from ..report.findings import RECORDS_FILE, Findings
+from ..report.findings import (
+    INSENSITIVITY_FILE,
+    LATENCY_FILE,
+    PREDICTOR_FILE,
+    RECORDS_FILE,
+    Findings,
+    write_config,
+)
+from ..report.page import write_report
 from ..search.records import parse
 from .card import inline_code
-from .hub import check_token, explain_failure, files_to_publish, hub_client, push_folder, save_for_hub
+from .hub import explain_failure, hub_client, push_folder, save_for_hub
 from .results import front_results
 from .subnet import SEARCH, Source, shape_within, write_subnet
 
@@ -60,10 +71,12 @@ def plan_family(source: Source, findings: Findings, name: str, cost: str, budget
         budgets: One for each subnet. Budgets with the same best shape share one.
 
     Raises:
-        ValueError: If `source` is a subnet, there is no budget, or no shape is as cheap as one of them.
+        ValueError: If `source` is a subnet, `name` is no name of a repository, there is no budget, or no shape is as
+            cheap as one of them.
     """
     if not source.is_supernet:
         raise ValueError(f"{source.name} is a subnet. A family is cut out of a supernet.")
+    validate_repo_id(name)
     if not budgets:
         raise ValueError("budgets is empty. Give one for each subnet.")
     shapes = {tuple(shape_within(findings, cost, budget)): budget for budget in sorted(budgets, reverse=True)}
@@ -148,7 +161,7 @@ def _write_member(
         named: dict[str, Any] = {"repo_id": member.repo_id, "supernet": supernet, "findings": findings}
         write_subnet(source, member.shape, folder, **named, related=related, **options)
     elif member.repo_type == "dataset":
-        write_folder(folder, lambda partial: _write_search(partial, search, member.repo_id, supernet))
+        write_folder(folder, lambda partial: _write_search(partial, findings, search, member.repo_id, supernet))
     else:
         card = source.metadata | {key: options[key] for key in ("license", "limits") if key in options}
         save_for_hub(
@@ -164,12 +177,16 @@ def _write_member(
         )
 
 
-def _write_search(folder: Path, search: Path, repo_id: str, supernet: str) -> None:
-    """Copy the folder of a search, without what would not be published, and name its new place in its card."""
-    for path in files_to_publish(search):
-        target = folder / path.relative_to(search)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+def _write_search(folder: Path, findings: Findings, search: Path, repo_id: str, supernet: str) -> None:
+    """Write the folder of a search anew, from what was read and checked: no other file can slip in."""
+    shutil.copyfile(search / RECORDS_FILE, folder / RECORDS_FILE)
+    write_config(folder, findings.space)
+    findings.predictor.save(folder / PREDICTOR_FILE)
+    if findings.table is not None:
+        findings.table.save(folder / LATENCY_FILE)
+    if findings.comparisons:
+        save_comparisons(folder / INSENSITIVITY_FILE, findings.comparisons)
+    write_report(folder, sequence_length=findings.sequence_length)
     write_data_card(folder, repo_id, supernet)
 
 
@@ -208,7 +225,7 @@ def push_family(
         PermissionError: If there is no token, or the token may not write there.
         ConnectionError: If the Hub cannot be reached or fails. The same call continues.
     """
-    api = hub_client(check_token(token))
+    api = hub_client(token)
     for member in members:
         pushed = push_folder(
             folder / member.folder,

@@ -89,7 +89,7 @@ def save_for_hub(
     """
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
-        tokenizer = without_truncation(tokenizer)
+        tokenizer = tokenizer_to_publish(tokenizer)
     sentence_files = sentence_encoder_files(model.config, tokenizer, pooling, normalize, max_seq_length, prompts)
     name = repo_id or Path(folder).name
     described: dict[str, Any] = {"with_tokenizer": tokenizer is not None, "pooling": pooling, **card}
@@ -122,9 +122,15 @@ def export(folder: Path, formats: Sequence[str]) -> Sequence[Any]:
     return add_exports(folder, formats=tuple(formats))
 
 
-def without_truncation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a copy of `tokenizer` without the truncation and padding that its last call has left in it."""
+def tokenizer_to_publish(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy of `tokenizer` without what should not be published.
+
+    That is the truncation and padding that its last call has left in it, and `auto_map`, which a tokenizer brings along
+    from where it was loaded. It can name code in somebody else's repository. A class that is registered for
+    AutoTokenizer writes it anew when it is saved, with its code.
+    """
     tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.init_kwargs.pop("auto_map", None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
