@@ -150,7 +150,7 @@ def search(
         f"\nMeasured {len(records)} shapes. Predictor: {predictor.quality}.\n"
         f"The exact front over {space.size:,} shapes has {len(front)} points. Budget: {budget:,} parameters.\n"
         f"{derive_profile(space, predictor).sentence()}\n"
-        f"Report: {write_report(folder, max_cost=[budget])}"
+        f"Report: {write_report(folder, max_cost=[budget], supernet=args.output_dir / 'supernet')}"
     )
     return best_measured(space, records, "parameters", budget), records, front
 

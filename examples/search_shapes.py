@@ -8,9 +8,9 @@ A supernet with a masked-LM head is measured by its masked-LM loss. Any other on
 original model, and so is every one with --original or --measure distance.
 
 The output folder gets `records.jsonl` (every measurement, as soon as it is made), `predictor.json`, `front.csv`,
-`report.md` with its plots, and with --latency also `latency.json`. `load_dataset(folder)` loads the records. You can
-stop the script at any time: the same command continues where it stopped. When nothing is left to measure, it writes the
-report again.
+`report.md` with its plots, `explorer.html`, on which you choose a shape by looking, and with --latency also
+`latency.json`. `load_dataset(folder)` loads the records. You can stop the script at any time: the same command
+continues where it stopped. When nothing is left to measure, it writes the report again.
 """
 
 import sys
@@ -220,7 +220,8 @@ def write_results(
 ) -> None:
     predictor.save(folder / PREDICTOR_FILE)
     write_config(folder, SearchSpace.from_model(model))
-    page = write_report(folder, args.cost, args.max_cost or [], args.num_budgets, length)
+    supernet = args.push_to_hub or args.model_name_or_path  # a page on the Hub names no folder of this machine
+    page = write_report(folder, args.cost, args.max_cost or [], args.num_budgets, length, supernet)
     print(page.read_text(encoding="utf-8"))
     print(f"Written: {page}")
     if args.push_to_hub:

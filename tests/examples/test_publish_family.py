@@ -17,7 +17,7 @@ from forking import fork
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from publishing import IGNORE_UPLOADS, contents, files, point_client_at, titles
-from searches import write_search
+from search_folders import write_search
 from transformers import AutoModelForMaskedLM, BertTokenizer
 
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, extract_from_folder, save_for_hub

@@ -14,7 +14,7 @@ from conftest import assert_same, randomize, tiny_batch, tiny_config, tiny_model
 from conftest import run as outputs_of
 from huggingface_hub import ModelCard
 from publishing import CODE, FIRST, IGNORE_UPLOADS, contents, files, titles
-from searches import distance_record, write_search
+from search_folders import distance_record, write_search
 from tiny_tasks import tune, write_task
 
 import supershaper_hf

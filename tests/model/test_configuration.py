@@ -8,7 +8,12 @@ from conftest import PER_HEAD_BY_WIDTH, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassError
 from transformers import AutoConfig
 
-from supershaper_hf import SuperShaperConfig, SuperShaperForMaskedLM
+from supershaper_hf import (
+    SuperShaperConfig,
+    SuperShaperForMaskedLM,
+    SuperShaperForSequenceClassification,
+    SuperShaperForTokenClassification,
+)
 from supershaper_hf.model.configuration_supershaper import default_width_choices
 
 
@@ -181,6 +186,27 @@ def test_subnet_config_has_nothing_that_only_a_supernet_has():
     config = tiny_config(**PER_HEAD_BY_WIDTH).subnet_config([8, 0, 36])
     assert (config.bottlenecks, config.full_head_scale) == ("shared", False)
     assert config.head_slicing == "per_head"
+
+
+@pytest.mark.parametrize("head", [SuperShaperForSequenceClassification, SuperShaperForTokenClassification])
+@pytest.mark.parametrize(
+    "labels", [{}, {"num_labels": 1}, {"id2label": {0: "no", 1: "yes"}}, {"num_labels": 3}], ids=str
+)
+def test_classifiers_write_out_all_labels(head, labels, tmp_path):
+    """Without this, two labels without names are left out, and label2id is not completed."""
+    model = head(tiny_config(**labels))
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["id2label"] == {str(index): name for index, name in model.config.id2label.items()}
+    assert written["label2id"] == {name: index for index, name in model.config.id2label.items()}
+    assert SuperShaperConfig.from_pretrained(tmp_path).id2label == model.config.id2label
+    other = head.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert other.classifier.out_features == len(other.config.label2id) == 5
+
+
+def test_models_without_labels_write_none(tmp_path):
+    SuperShaperForMaskedLM(tiny_config()).save_pretrained(tmp_path)
+    assert "label" not in (tmp_path / "config.json").read_text()
 
 
 def test_configurations_from_before_bottlenecks_by_width_mean_shared_ones(tmp_path):

@@ -182,6 +182,28 @@ def test_subnets_use_what_replaces_their_layers():
     assert all(subnet.get_submodule(path).scale.grad.abs() > 0 for path in linear_maps)
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("elastic", [True, False], ids=["supernet", "subnet"])
+def test_dynamic_quantisation_replaces_every_map(elastic):
+    """PyTorch's own replaces layers of exact classes only: a class of ours would stay in 32 bits."""
+    model = tiny_model(SuperShaperForSequenceClassification)
+    model = model if elastic else model.extract_subnet(NARROW)
+    expected = run(model, tiny_batch(batch=8))[0]
+    maps = 3 * 6 + (3 + 3 if elastic else 3 + 1) + 1 + 1  # layers, bottlenecks, pooler, classifier
+    assert [isinstance(module, nn.Linear) for module in model.modules()].count(True) == maps
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    kinds = [type(module) for module in quantised.modules()]
+    assert kinds.count(torch.ao.nn.quantized.dynamic.Linear) == maps
+    found = run(quantised, tiny_batch(batch=8))[0]
+    assert 1e-4 < (found - expected).abs().max() < 0.2 * expected.abs().max()
+    if elastic:
+        refused = r"is torch\.ao\.nn\.quantized\.dynamic\.\S+\.Linear.*extract_subnet\(shape\) on the supernet before"
+        with pytest.raises(TypeError, match=f"a layer {refused}"):
+            quantised(**tiny_batch(), shape=NARROW)
+        with pytest.raises(TypeError, match=rf"bert\.pooler\.dense {refused}"):
+            quantised.extract_subnet(NARROW)
+
+
 class Scaled(nn.Module):
     """A parametrisation: the weight that is used is 1.2 times the one that is trained."""
 

@@ -238,8 +238,8 @@ def test_no_section_takes_the_others_with_it(section, text):
 
 
 def test_unknown_section_is_refused():
-    with pytest.raises(TypeError, match=r"A card has no trainig\. Its sections: training, evaluation, latency, limits"):
-        model_card(tiny_model(), "user/name", trainig="One epoch.")
+    with pytest.raises(TypeError, match=r"A card has no trained\. Its sections: training, evaluation, latency, limits"):
+        model_card(tiny_model(), "user/name", trained="One epoch.")
 
 
 # What it shows

@@ -107,6 +107,19 @@ def test_a_text_is_never_longer_than_the_model_can_read(subnet, tokenizer, tmp_p
     encode(folder)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_pooling_is_written_for_all_readers(pooling, subnet, tokenizer, tmp_path):
+    """text-embeddings-inference needs the first four flags and the length; sentence-transformers 6 writes the mode."""
+    folder = save_for_hub(subnet, tmp_path / "encoder", tokenizer=tokenizer, pooling=pooling)
+    written = json.loads((folder / "1_Pooling" / "config.json").read_text())
+    assert written["pooling_mode"] == pooling
+    assert {name: written[f"pooling_mode_{name}"] for name in ("cls_token", "mean_tokens", "max_tokens")} == {
+        "cls_token": pooling == "cls", "mean_tokens": pooling == "mean", "max_tokens": False,
+    }  # fmt: skip
+    assert written["pooling_mode_mean_sqrt_len_tokens"] is False
+    assert json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 24
+
+
 def test_push_publishes_a_sentence_encoder(subnet, tokenizer, server):
     push_to_hub(subnet, "user/name", tokenizer=tokenizer, pooling="cls", normalize=True)
     assert read_sentence_encoder("user/name") == {"pooling": "cls", "normalize": True, "max_seq_length": 24}

@@ -5,7 +5,7 @@ import pytest
 from conftest import tiny_model
 from datasets import load_dataset
 from publishing import contents, files
-from searches import write_search
+from search_folders import write_search
 
 from supershaper_hf import SearchSpace, push_folder
 from supershaper_hf.report.data_card import MARK, write_data_card

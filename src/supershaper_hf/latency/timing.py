@@ -15,7 +15,6 @@ import torch
 from ..checks import check_count
 from ..devices import Clock, parse_device
 from ..model.configuration_supershaper import SuperShaperConfig
-from ..model.elastic import SuperShaperBottleneck
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel, empty_model
 from ..model.shapes import SearchSpace
 
@@ -199,7 +198,7 @@ class Workload:
 
     def bottleneck(self, width: int) -> torch.nn.Module:
         """Build an output bottleneck from `width` to `hidden_size`."""
-        bottleneck = SuperShaperBottleneck(width, self.config.hidden_size, device="meta", dtype=self.dtype)
+        bottleneck = torch.nn.Linear(width, self.config.hidden_size, device="meta", dtype=self.dtype)
         bottleneck.to_empty(device=self.device)
         self._fill(bottleneck, self.seed)
         return bottleneck

@@ -231,6 +231,18 @@ class SuperShaperConfig(PreTrainedConfig):
         self.auto_map = {auto_class: name for auto_class, name in names if name.split(".")[0] in code}
         super().to_json_file(json_file_path, *args, **kwargs)
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return what is written to config.json: what differs from the defaults, and of a classifier all labels.
+
+        Transformers leaves out the labels of two classes without names. Clients that are not transformers, such as
+        text-embeddings-inference and transformers.js, do not know them otherwise.
+        """
+        written = super().to_diff_dict()
+        if self.id2label and any(name.endswith("Classification") for name in self.architectures or []):
+            written["id2label"] = self.id2label
+            written["label2id"] = self.label2id or {name: index for index, name in self.id2label.items()}
+        return written
+
     def validate_token_ids(self) -> None:
         """Check that the padding token is in the vocabulary."""
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:

@@ -34,10 +34,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, is_tracing
 
 from .configuration_supershaper import SuperShaperConfig
 from .narrowing import channels, check_ordinary, merge, read, replacement, write
+
+
+# How many tokens each thread of a CPU takes at a time, see `in_pieces`. Anything from 256 to 512 is equally fast.
+TOKENS_AT_A_TIME = 384
 
 
 class SuperShaperCode(nn.Module):
@@ -70,6 +74,31 @@ class SuperShaperCodeMap(nn.Linear):
     """A linear map between kept and other channels. It starts at 0."""
 
 
+def in_pieces(
+    function: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, *modules: nn.Module
+) -> torch.Tensor:
+    """Return `function(states)`, for a function that treats every token of `states` (batch, length, w) by itself.
+
+    Inference on a CPU computes some hundred tokens at a time. The inner states of an FFN, which are 50 MB for 32
+    sequences of 128 tokens at BERT-base size, then stay in the cache, and matrix products whose width is no multiple of
+    8 are not slowed down, as they are with thousands of rows. Training computes all tokens at once, because the random
+    numbers of dropout must not depend on the number of threads, and so do `modules` that have hooks: a hook sees one
+    tensor for all tokens.
+    """
+    if states.device.type != "cpu" or states.ndim != 3 or torch.is_grad_enabled() or is_tracing(states):
+        return function(states)
+    tokens = states.flatten(0, 1)
+    pieces = -(-len(tokens) // (TOKENS_AT_A_TIME * torch.get_num_threads()))
+    if pieces < 2 or any(part.training or is_hooked(part) for module in modules for part in module.modules()):
+        return function(states)
+    return torch.cat([function(piece) for piece in tokens.chunk(pieces)]).unflatten(0, states.shape[:2])
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether calling `module` runs more than its class says. Accelerate's hooks replace the forward method."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 def elastic_linear(
     layer: nn.Linear,
     inputs: torch.Tensor,
@@ -91,7 +120,7 @@ def elastic_linear(
     in_width = inputs.shape[-1]
     width = layer.out_features if width is None else width
     if (in_width, width) == (layer.in_features, layer.out_features):
-        return layer(inputs)
+        return in_pieces(layer, inputs, layer)
     check_ordinary(layer)
     weight, bias = layer.weight, layer.bias
     if reads is None:
@@ -102,7 +131,7 @@ def elastic_linear(
         weight, bias = writes.write(weight, bias)
     if reads is not None:
         weight, bias = reads.read(weight, bias)
-    return nn.functional.linear(inputs, weight, bias)
+    return in_pieces(lambda piece: nn.functional.linear(piece, weight, bias), inputs)
 
 
 def elastic_layer_norm(norm: nn.LayerNorm, inputs: torch.Tensor, writes: SuperShaperCode | None = None) -> torch.Tensor:
@@ -260,12 +289,24 @@ class SuperShaperLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         code = None if narrow is None else narrow.intermediate_code
+
+        def feed_forward(attended: torch.Tensor) -> torch.Tensor:
+            return self.output(self.intermediate(attended, code), attended, code=code)
+
         attended = self.attention(hidden_states, attention_mask, narrow, **kwargs)
-        return self.output(self.intermediate(attended, code), attended, code=code)
+        if code is not None:  # it is multiplied with the weights, once for all tokens
+            return feed_forward(attended)
+        return in_pieces(feed_forward, attended, self.intermediate, self.output)
 
 
-class SuperShaperBottleneck(nn.Linear):
-    """The linear map into or out of a layer. It starts as the identity, so that a new supernet equals its BERT."""
+def bottleneck(in_features: int, out_features: int) -> nn.Linear:
+    """Return the linear map into or out of a layer. It starts as the identity, so that a new supernet equals its BERT.
+
+    It is an `nn.Linear` and no class of its own, because `torch.ao.quantization` replaces layers of exact classes only.
+    """
+    layer = nn.Linear(in_features, out_features)
+    layer.starts_as_identity = True
+    return layer
 
 
 class SuperShaperNarrowWidth(nn.Module):
@@ -279,7 +320,7 @@ class SuperShaperNarrowWidth(nn.Module):
         super().__init__()
         self.attention_code = SuperShaperCode(config, width)
         self.intermediate_code = SuperShaperCode(config, width)
-        self.output_bottleneck = SuperShaperBottleneck(width, config.hidden_size)
+        self.output_bottleneck = bottleneck(width, config.hidden_size)
 
 
 class SuperShaperEncoder(nn.Module):
@@ -300,11 +341,9 @@ class SuperShaperEncoder(nn.Module):
         full, widths = config.hidden_size, config.hidden_sizes
         sources = [full, *widths[:-1]] if config.merged_bottlenecks else [full] * len(widths)
         ends = widths[-1:] if config.merged_bottlenecks else widths
-        self.input_bottleneck = nn.ModuleList(
-            SuperShaperBottleneck(source, width) for source, width in zip(sources, widths)
-        )
+        self.input_bottleneck = nn.ModuleList(bottleneck(source, width) for source, width in zip(sources, widths))
         self.layer = nn.ModuleList(SuperShaperLayer(config, width) for width in widths)
-        self.output_bottleneck = nn.ModuleList(SuperShaperBottleneck(width, full) for width in ends)
+        self.output_bottleneck = nn.ModuleList(bottleneck(width, full) for width in ends)
         if config.bottlenecks == "by_width":
             narrow_widths = (config.width_choices or [])[:-1]
             self.by_width = nn.ModuleList(
@@ -316,7 +355,7 @@ class SuperShaperEncoder(nn.Module):
         """Return what layer `layer` has for `width` alone; `None` where it has nothing."""
         return self.by_width[layer][str(width)] if self.config.has_own_maps(width) else None
 
-    def exit(self, layer: int, width: int) -> SuperShaperBottleneck:
+    def exit(self, layer: int, width: int) -> nn.Linear:
         """Return the output bottleneck of layer `layer` at `width`: its own, or the shared one, which is narrowed."""
         narrow = self.narrow(layer, width)
         shared = self.output_bottleneck[-1 if self.merged_bottlenecks else layer]
@@ -353,7 +392,9 @@ class SuperShaperEncoder(nn.Module):
         tokens = hidden_states.numel() // source
         # Take the way with fewer multiplications. Merging costs one product of (width, full) and (full, source). Each
         # token then goes from `source` to `width` directly instead of through `full`. Replaced layers have no product.
-        cheaper = source * width * (full + tokens) < tokens * full * (source + width)
+        # An exported program has one way for all sizes: asking for the number of tokens would fix it.
+        exporting = torch.compiler.is_exporting()
+        cheaper = not exporting and source * width * (full + tokens) < tokens * full * (source + width)
         if cheaper and replacement(entry) is None and replacement(exit) is None:
             kept = entry.weight[:width], entry.bias[:width]
             into = kept if code is None else code.write(entry.weight, entry.bias)

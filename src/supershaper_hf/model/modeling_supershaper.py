@@ -43,13 +43,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_supershaper import SuperShaperConfig
-from .elastic import (
-    SuperShaperBottleneck,
-    SuperShaperCodeMap,
-    SuperShaperEncoder,
-    SuperShaperLayer,
-    SuperShaperSelfAttention,
-)
+from .elastic import SuperShaperCodeMap, SuperShaperEncoder, SuperShaperLayer, SuperShaperSelfAttention
 from .narrowing import subnet_tensors, tensors_of
 
 
@@ -127,8 +121,10 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (SuperShaperBottleneck, SuperShaperCodeMap)):
-            (init.eye_ if isinstance(module, SuperShaperBottleneck) else init.zeros_)(module.weight)
+        if getattr(module, "starts_as_identity", False):
+            init.eye_(module.weight)
+        elif isinstance(module, SuperShaperCodeMap):
+            init.zeros_(module.weight)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -329,13 +329,29 @@ class SearchSpace:
             >>> space.named_shape("diamond", max_parameters=63_000_000)
             [120, 240, 360, 480, 480, 480, 768, 480, 480, 360, 240, 120]
         """
+        return self._largest_within(max_parameters, self.named_shapes(name), repr(name))
+
+    def named_shapes(self, name: str) -> np.ndarray:
+        """Return every shape with the profile `name`, (n, layers), from the smallest to the largest.
+
+        `named_shape` takes the largest of them that is within a budget.
+
+        Args:
+            name: One of `SHAPE_NAMES`.
+
+        Raises:
+            ValueError: If the name is unknown.
+
+        Example:
+            >>> space = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996, num_hidden_layers=3))
+            >>> space.named_shapes("rectangle")[:2].tolist()
+            [[120, 120, 120], [240, 240, 240]]
+        """
         if name == "first_layers":
-            candidates = np.tril(np.full((self.num_layers, self.num_layers), self.config.hidden_size))
-        elif name in PROFILES:
-            candidates = self._scaled(PROFILES[name])
-        else:
-            raise ValueError(f"Unknown shape name {name!r}. Allowed: {', '.join(SHAPE_NAMES)}.")
-        return self._largest_within(max_parameters, candidates, repr(name))
+            return np.tril(np.full((self.num_layers, self.num_layers), self.config.hidden_size))
+        if name in PROFILES:
+            return self._scaled(PROFILES[name])
+        raise ValueError(f"Unknown shape name {name!r}. Allowed: {', '.join(SHAPE_NAMES)}.")
 
     def profile_shape(self, profile: Sequence[float], max_parameters: int) -> list[int]:
         """Return the largest shape with these relative widths whose subnet has at most `max_parameters`.

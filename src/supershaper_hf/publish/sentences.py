@@ -8,8 +8,8 @@ modules.json                       the steps: model, pooling, and perhaps the di
 sentence_bert_config.json          the number of tokens after which a text is cut
 config_sentence_transformers.json  prompts: texts that are put before a query or a document
 
-They are written in the form that both its old and its current versions read. No file depends on the shape: the
-embedding has the width `hidden_size` at every shape.
+They are written in the form that its old and its current versions and text-embeddings-inference read. No file depends
+on the shape: the embedding has the width `hidden_size` at every shape.
 """
 
 from collections.abc import Mapping
@@ -98,7 +98,8 @@ def sentence_encoder_files(
         ],
         MODEL_FILE: {"max_seq_length": int(max_seq_length), "do_lower_case": False},  # the tokenizer knows
         PROMPTS_FILE: {"prompts": dict(prompts or {}), "default_prompt_name": None, "similarity_fn_name": "cosine"},
-        f"{POOLING_FOLDER}/config.json": {"word_embedding_dimension": config.hidden_size}
+        # text-embeddings-inference reads the flags, sentence-transformers since version 6 writes the mode instead.
+        f"{POOLING_FOLDER}/config.json": {"word_embedding_dimension": config.hidden_size, "pooling_mode": pooling}
         | {flag: mode == pooling for mode, flag in FLAGS.items()},
     }
 

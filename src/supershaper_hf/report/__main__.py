@@ -23,9 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=128,
         help="tokens per sequence, to count FLOPs. If latency was measured, its sequence length is used",
     )
+    parser.add_argument("--supernet", help="folder or Hub id of the supernet, for the code that explorer.html shows")
     args = parser.parse_args(arguments)
     try:
-        print(write_report(args.folder, args.cost, args.max_cost, args.num_budgets, args.sequence_length))
+        budgets, length = (args.max_cost, args.num_budgets), args.sequence_length
+        print(write_report(args.folder, args.cost, *budgets, sequence_length=length, supernet=args.supernet))
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

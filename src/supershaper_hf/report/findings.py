@@ -20,7 +20,7 @@ from ..model.shapes import SearchSpace
 from ..search.measures import MEASURES, Measure, measure_of
 from ..search.pareto import ParetoFront, pareto_front
 from ..search.predictor import ShapePredictor
-from ..search.records import Record, read_records
+from ..search.records import Record, parse, read_records
 from ..search.rounds import best_measured
 
 
@@ -50,6 +50,7 @@ class Findings:
         table: The latency table, if latency was measured.
         comparisons: The comparisons of shapes of equal size, if they were made.
         sequence_length: Tokens per sequence, for FLOPs and latency.
+        score: The name of the score in the records of losses on a task, if it has one.
     """
 
     space: SearchSpace
@@ -58,6 +59,7 @@ class Findings:
     table: LatencyTable | None
     comparisons: list[Insensitivity]
     sequence_length: int
+    score: str | None = None
 
     @classmethod
     def read(cls, folder: str | Path, sequence_length: int = 128) -> "Findings":
@@ -93,6 +95,7 @@ class Findings:
             sequence_length=min(sequence_length, space.config.max_position_embeddings)
             if table is None
             else table.sequence_length,
+            score=parse(folder / RECORDS_FILE).header["score"],
         )
         findings._check_that_files_belong_together(folder)
         return findings
@@ -135,6 +138,12 @@ class Findings:
     def measure(self) -> Measure:
         """What was measured and is predicted."""
         return MEASURES[self.predictor.measure]
+
+    def num_possible(self) -> int:
+        """Return the number of shapes that could be measured: with dropped layers if some shape drops one."""
+        if any(0 in record["shape"] for record in self.records):
+            return (len(self.space.width_choices) + 1) ** self.space.num_layers - 1
+        return self.space.size
 
     def missing(self) -> int:
         """Return the number of shapes that the predictor was fitted on, but whose records are not there."""

@@ -1,5 +1,7 @@
 """Turn the files of a search into a page: Markdown, plots and a CSV file, which a model card can include.
 
+`explorer` writes a second page, on which a reader chooses a shape by looking.
+
     python -m supershaper_hf.report outputs/search
 
 The page is made from the files in the folder alone (`findings`), so it can be made again at any time and on any
@@ -23,6 +25,7 @@ from ..search.pareto import ParetoFront, shapes_at
 from ..search.profile import derive_profile
 from ..search.records import Record
 from .data_card import FRONT_TABLE, write_data_card, write_front
+from .explorer import EXPLORER_FILE, explorer_page
 from .findings import LATENCY_FILE, PREDICTOR_FILE, RECORDS_FILE, Findings
 from .plots import plot_agreement, plot_front, plot_profile
 from .tables import markdown_table
@@ -38,8 +41,11 @@ def write_report(
     max_cost: Sequence[float] = (),
     num_budgets: int = 8,
     sequence_length: int = 128,
+    supernet: str | Path | None = None,
 ) -> Path:
-    """Write `report.md`, `front.csv` and the plots of a search into its folder, and return the path of the page.
+    """Write `report.md`, `explorer.html`, `front.csv` and the plots of a search into its folder.
+
+    In `explorer.html` a reader chooses a shape by looking: see `write_explorer`.
 
     The folder also becomes a data set: see `write_data_card`.
 
@@ -51,6 +57,10 @@ def write_report(
         num_budgets: Number of rows of the table, evenly spaced over the cost of the front.
         sequence_length: Tokens per sequence, to count FLOPs. If latency was measured, the length of that measurement is
             used instead.
+        supernet: Folder or Hub id of the supernet, for the code that `explorer.html` shows.
+
+    Returns:
+        The path of `report.md`.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -71,6 +81,7 @@ def write_report(
     front_rows = findings.rows(front.shapes)
     write_csv(folder / FRONT_FILE, front_rows)
     write_front(folder / FRONT_TABLE, front_rows)
+    write_file(folder / EXPLORER_FILE, explorer_page(findings, cost, max_cost, supernet))
     sections = [
         _summary(findings, front, cost),
         _chosen_section(findings, cost, max_cost),
@@ -97,15 +108,14 @@ def write_csv(file: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _summary(findings: Findings, front: ParetoFront, cost: str) -> str:
-    space, measure = findings.space, findings.measure
-    drops = any(0 in record["shape"] for record in findings.records)
-    total = (len(space.width_choices) + 1) ** space.num_layers - 1 if drops else space.size
+    measure = findings.measure
     text = (
         f"## Shapes for every budget\n\n"
-        f"{len(findings.records):,} of {total:,} shapes were measured, all on the same {measure.text} "
-        f"(`{RECORDS_FILE}`). The predictor (`{PREDICTOR_FILE}`) was tested on shapes that were left out of its fit: "
-        f"{findings.predictor.quality}. The exact Pareto front of {cost} against predicted {measure.title} has "
-        f"{len(front):,} shapes (`{FRONT_FILE}`)."
+        f"{len(findings.records):,} of {findings.num_possible():,} shapes were measured, all on the same "
+        f"{measure.text} (`{RECORDS_FILE}`). The predictor (`{PREDICTOR_FILE}`) was tested on shapes that were left "
+        f"out of its fit: {findings.predictor.quality}. The exact Pareto front of {cost} against predicted "
+        f"{measure.title} has {len(front):,} shapes (`{FRONT_FILE}`). Open `{EXPLORER_FILE}` in a browser to choose "
+        "one by looking."
     )
     if findings.table is not None:
         text += f" Milliseconds (`ms`) of a shape are predicted from the parts that were measured (`{LATENCY_FILE}`)."
