@@ -134,9 +134,9 @@ def test_dropped_layers_are_hand_crafted_only_where_they_can_be_predicted(tmp_pa
 
 def test_costs_are_described_with_what_they_depend_on(findings, page):
     costs = embedded(page)["costs"]
-    assert costs["flops"]["title"] == f"operations for a sequence of {findings.sequence_length} tokens"
+    assert costs["flops"]["title"] == f"operations ({findings.sequence_length} tokens)"
     if findings.table:
-        assert costs["latency"]["title"] == f"latency of a batch of {findings.table.batch_size} x 8 tokens"
+        assert costs["latency"]["title"] == f"latency (batch of {findings.table.batch_size} x 8 tokens)"
         assert findings.table.device in page
     else:
         assert "milliseconds are" not in page

@@ -130,13 +130,12 @@ def explorer_data(findings: Findings, supernet: str | Path | None = None) -> dic
 def _costs(findings: Findings) -> dict[str, dict[str, Any]]:
     """Return what the page says of each cost, and how many of our units its unit and that of its axis are."""
     length, table = findings.sequence_length, findings.table
-    tokens = f"a sequence of {length} tokens"
     costs: dict[str, dict[str, Any]] = {
         "parameters": {"title": "parameters", "unit": "parameters", "axis": "million parameters", "per_tick": 1e6},
-        "flops": {"title": f"operations for {tokens}", "unit": "GFLOPs", "axis": "GFLOPs", "per_tick": 1e9},
+        "flops": {"title": f"operations ({length} tokens)", "unit": "GFLOPs", "axis": "GFLOPs", "per_tick": 1e9},
     }
     if table is not None:
-        batch = f"latency of a batch of {table.batch_size} x {length} tokens"
+        batch = f"latency (batch of {table.batch_size} x {length} tokens)"
         costs["latency"] = {"title": batch, "unit": "ms", "axis": "milliseconds", "per_tick": 1e-3}
     return {name: {**cost, "per": 1 if name == "parameters" else cost["per_tick"]} for name, cost in costs.items()}
 
