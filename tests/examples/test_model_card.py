@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import randomize, tiny_config, tiny_model
-from searches import write_search
+from search_folders import write_search
 
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, save_for_hub
 from supershaper_hf.publish.__main__ import main

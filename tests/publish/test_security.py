@@ -16,7 +16,7 @@ import torch
 from conftest import randomize, tiny_config, tiny_model
 from huggingface_hub import EvalResult
 from publishing import IGNORE_UPLOADS, contents, files
-from searches import write_search
+from search_folders import write_search
 from test_card import HOSTILE
 
 import supershaper_hf
@@ -142,9 +142,9 @@ def test_name_of_a_family_is_that_of_a_repository(name, tokenizer, tmp_path):
     model = tiny_model()
     save_for_hub(model, tmp_path / "net")
     source = Source.load(str(tmp_path / "net"))
-    findings = read_search(source, write_search(tmp_path / "search", model))
+    search = write_search(tmp_path / "search", model)
     with pytest.raises(ValueError, match="Repo id must"):
-        plan_family(source, findings, name, "parameters", [1e9])
+        plan_family(source, read_search(source, search), search, name, "parameters", [1e9])
 
 
 # Text of users
