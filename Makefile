@@ -41,7 +41,18 @@ test: .venv/installed ## Install into .venv, then run the tests on two cores
 test-oldest: .venv-oldest/installed ## Run the tests with the oldest versions that pyproject.toml admits (.venv-oldest)
 	.venv-oldest/bin/python $(PYTEST) $(OWN)
 
-test-neighbours: .venv-neighbours/installed ## Run the tests with the libraries of docs/clients.md (.venv-neighbours)
+# fastembed asks for an older huggingface-hub than transformers, but works with the newer one.
+.venv-neighbours/fastembed: .venv-neighbours/installed
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps fastembed==0.9.1 loguru==0.7.3 mmh3==5.3.1 py-rust-stemmers==0.1.8
+	touch $@
+
+# Its scripts after the installation would download what graphics cards need.
+JAVASCRIPT := tests/neighbours/javascript
+$(JAVASCRIPT)/node_modules: $(JAVASCRIPT)/package-lock.json
+	if command -v npm > /dev/null; then npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund && touch $@; fi
+
+test-neighbours: .venv-neighbours/installed .venv-neighbours/fastembed $(JAVASCRIPT)/node_modules
+test-neighbours: ## Run the tests with the libraries of docs/clients.md (.venv-neighbours)
 	.venv-neighbours/bin/python $(PYTEST) tests/neighbours
 
 check: .venv/installed ## Check format, lint, types, spelling, and the modeling conventions of transformers
@@ -58,4 +69,4 @@ format: .venv/installed ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove what the other targets created
-	rm -rf .venv .venv-oldest .venv-neighbours outputs
+	rm -rf .venv .venv-oldest .venv-neighbours $(JAVASCRIPT)/node_modules outputs

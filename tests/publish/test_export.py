@@ -22,11 +22,13 @@ from supershaper_hf import (
     SuperShaperForMaskedLM,
     SuperShaperForMultipleChoice,
     SuperShaperForQuestionAnswering,
+    SuperShaperForTokenClassification,
     SuperShaperModel,
     save_for_hub,
 )
 from supershaper_hf.publish import comparison, export
 from supershaper_hf.publish.export import add_exports
+from supershaper_hf.publish.quantization import CANDIDATES, Candidate, choose, write_quantized
 
 
 # Every shape drops a layer. Tracing a layer takes seconds: only one of the models has two.
@@ -34,6 +36,9 @@ SHAPES = {head: [0, 20, 0] for head in HEADS} | {SuperShaperModel: [8, 0, 36]}
 OUTPUTS = {SuperShaperModel: ["last_hidden_state", "pooler_output"]} | {
     SuperShaperForQuestionAnswering: ["start_logits", "end_logits"]
 }
+PER_TOKEN = (
+    SuperShaperModel, SuperShaperForMaskedLM, SuperShaperForTokenClassification, SuperShaperForQuestionAnswering
+)  # fmt: skip
 LONGEST = 24
 
 
@@ -145,31 +150,59 @@ def test_quantised_weights_overflow_on_no_processor(exported):
 
 
 def test_what_is_reported_of_int8_is_true(exported):
+    """Padding does not count. The vectors of tokens are compared one by one, everything else at once."""
     file = exported.files[1]
-    inputs = comparison.random_inputs(exported.model.config, (12, *file_choices(exported.model), LONGEST), seed=0)
-    found = exported.session(1).run(None, inputs)
-    expected = pytorch(exported.model, inputs)
+    choices = (2,) * isinstance(exported.model, SuperShaperForMultipleChoice)
+    inputs = comparison.random_inputs(exported.model.config, (12, *choices, LONGEST), seed=0)
+    per_token = isinstance(exported.model, PER_TOKEN)
+    differences, cosines = [], []
+    for found, expected in zip(exported.session(1).run(None, inputs), pytorch(exported.model, inputs), strict=True):
+        rows = np.stack([found, expected])
+        if per_token and expected.shape[:2] == inputs["attention_mask"].shape:
+            rows = rows[:, inputs["attention_mask"] > 0]
+        rows = rows if expected.ndim == 3 else rows.reshape(2, 1, -1)
+        differences.append(np.abs(rows[0] - rows[1]).max())
+        cosines.append((rows.prod(0).sum(-1) / np.linalg.norm(rows, axis=-1).prod(0)).mean())
     assert file.format == "int8"
-    assert file.difference == pytest.approx(max(np.abs(a - b).max() for a, b in zip(found, expected)), rel=1e-3)
-    assert file.cosine == pytest.approx(min(map(agreement, found, expected, [inputs] * len(found))), abs=1e-4)
+    assert file.difference == pytest.approx(max(differences), rel=1e-3)
+    assert file.cosine == pytest.approx(min(cosines), abs=1e-5)
     assert 0.99 < file.cosine < 1
     assert file.size < exported.files[0].size
 
 
-def file_choices(model):
-    return (2,) * isinstance(model, SuperShaperForMultipleChoice)
+def fake(cosine, size, folder):
+    """A candidate with this cosine and size, which stands at the next place in the order."""
+    file = folder / f"{len(list(folder.iterdir()))}.onnx"
+    file.write_bytes(bytes(size))
+    return Candidate(file, {}, 0.0, cosine)
 
 
-def agreement(found, expected, inputs):
-    """The cosine of the token states, or of all scores that are not padding."""
-    mask = inputs["attention_mask"] > 0
-    if found.shape[: mask.ndim] == mask.shape:
-        found, expected = found[mask], expected[mask]
-    rows = (
-        (found, expected) if expected.ndim == 2 and len(expected) == mask.sum() else (found.ravel(), expected.ravel())
-    )
-    found, expected = map(np.atleast_2d, rows)
-    return ((found * expected).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(expected, axis=-1)).mean()
+@pytest.mark.parametrize(
+    ("cosines", "sizes", "chosen"),
+    [
+        ([0.99, 0.991, 0.989, 0.991], [100] * 4, 0),  # all are as good: the fastest
+        ([0.98, 0.995, 0.99, 0.996], [100, 114, 100, 114], 1),  # the fastest that is as good as the best
+        ([0.98, 0.99, 0.985, 0.996], [100, 114, 100, 114], 3),
+        ([0.98, 0.999, 0.981, 0.999], [100, 116, 100, 116], 0),  # too large
+        ([0.98, 0.999, 0.983, 0.999], [100, 116, 100, 116], 2),
+    ],
+)
+def test_fastest_of_the_best_that_are_small_is_chosen(cosines, sizes, chosen, tmp_path):
+    candidates = [fake(cosine, size, tmp_path) for cosine, size in zip(cosines, sizes)]
+    assert choose(candidates) is candidates[chosen]
+
+
+@pytest.mark.parametrize("exported", [SuperShaperModel], indirect=True, ids=["Model"])
+@pytest.mark.parametrize("settings", CANDIDATES, ids=str)
+def test_every_setting_does_what_it_says(settings, exported, tmp_path):
+    write_quantized(exported.folder / exported.files[0].path, tmp_path / "quantised.onnx", settings)
+    graph = onnx.load(tmp_path / "quantised.onnx").graph
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    maps = {node.name: node.input[1] for node in graph.node if node.op_type == "MatMulInteger"}
+    assert any("_bottleneck" in name for name in maps) is not settings["fp32_bottlenecks"]
+    for name in maps.values():
+        assert weights[name].dtype.name == settings["weights"].removeprefix("Q").lower()
+        assert weights[name.replace("_quantized", "_scale")].shape == weights[name].shape[1:]  # a scale per channel
 
 
 # Sentence encoders

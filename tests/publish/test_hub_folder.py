@@ -90,3 +90,11 @@ def test_last_call_of_the_tokenizer_is_not_published(subnet, tokenizer, folder, 
     assert json.loads(after["tokenizer.json"])["truncation"] is None
     assert json.loads(after["tokenizer.json"])["padding"] is None
     assert (tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding) == kept
+
+
+@pytest.mark.parametrize(("limit", "saved"), [(None, 24), (512, 24), (12, 12)])
+def test_tokenizer_is_published_with_a_length_that_the_model_can_read(limit, saved, subnet, tokenizer, tmp_path):
+    tokenizer.model_max_length = before = limit or tokenizer.model_max_length
+    folder = save_for_hub(subnet, tmp_path / "next", tokenizer=tokenizer)
+    assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == saved
+    assert tokenizer.model_max_length == before

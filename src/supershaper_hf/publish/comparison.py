@@ -13,6 +13,7 @@ from ..model.modeling_supershaper import SuperShaperForMultipleChoice, SuperShap
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 BATCHES = (1, 3, 8)
 LENGTHS = (1, 7, 128)  # and the longest that the model can read
+SCORES_OF_TOKENS = ("start_logits", "end_logits")
 CHOICES = 2  # in the inputs for multiple choice
 Arrays = dict[str, np.ndarray]  # inputs or outputs of a model, by name
 Run = Callable[[Arrays], Arrays]
@@ -68,20 +69,23 @@ def largest_difference(expected: Arrays, found: Arrays) -> tuple[float, float]:
     return difference, max(float(np.abs(array).max()) for array in expected.values())
 
 
-def cosine(expected: Arrays, found: Arrays, mask: np.ndarray) -> float:
-    """Return how well the directions of outputs agree; 1 if they are the same. Of several outputs, the worst counts.
+def real_tokens(outputs: Arrays, mask: np.ndarray) -> Arrays:
+    """Return the outputs without padding, as rows: a row for each token, or one for all scores.
 
-    Outputs with a vector per token, (batch, length, width), are compared token by token, and the cosines of all tokens
-    that are not padding are averaged. Any other output is compared as one vector.
+    Vectors of tokens, (batch, length, width), become (tokens, width). The scores of tokens in question answering, and
+    outputs of whole sequences, become (1, scores).
     """
+    kept = {
+        name: array[mask > 0] if array.ndim > mask.ndim or name in SCORES_OF_TOKENS else array
+        for name, array in outputs.items()
+    }
+    return {name: array if outputs[name].ndim > mask.ndim else array.reshape(1, -1) for name, array in kept.items()}
+
+
+def cosine(expected: Arrays, found: Arrays) -> float:
+    """Return the mean cosine between the rows of two results of `real_tokens`. Of several outputs, the worst counts."""
 
     def agreement(first: np.ndarray, second: np.ndarray) -> float:
-        if first.ndim == mask.ndim + 1:
-            first, second = first[mask > 0], second[mask > 0]
-        elif first.shape == mask.shape:  # a score per token, as in question answering
-            first, second = first[mask > 0][None], second[mask > 0][None]
-        else:
-            first, second = first.reshape(1, -1), second.reshape(1, -1)
         norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
         return float(((first * second).sum(-1) / np.maximum(norms, np.finfo(np.float32).tiny)).mean())
 

@@ -60,8 +60,8 @@ class ExportedFile:
         path: The file, from the folder.
         format: "onnx", "int8" or "openvino".
         size: Bytes; with those of the weights if they are in a file of their own.
-        difference: Largest absolute difference of an output from PyTorch's.
-        cosine: Mean cosine between the vectors of the tokens and PyTorch's, for int8: see `comparison.cosine`.
+        difference: Largest absolute difference of an output from PyTorch's; for int8 without those of padding.
+        cosine: Mean cosine between the outputs and PyTorch's, token by token where a token has one; only for int8.
         settings: How the file was made.
     """
 

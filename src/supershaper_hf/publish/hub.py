@@ -53,7 +53,8 @@ def save_for_hub(
     Args:
         model: A supernet or subnet with any head.
         folder: A folder that does not exist or is empty.
-        tokenizer: Tokenizer to save beside the model. It is saved without the truncation and padding of its last call.
+        tokenizer: Tokenizer to save beside the model. It is saved without the truncation and padding of its last call,
+            and with a `model_max_length` that the model can read.
         pooling: How a sentence encoder makes one embedding of the token states: "mean", their mean, or "cls", the state
             of the first token. The folder is then also a `SentenceTransformer`. `read_sentence_encoder(original)`
             returns this option and the next three.
@@ -90,6 +91,8 @@ def save_for_hub(
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
         tokenizer = tokenizer_to_publish(tokenizer)
+        # A tokenizer without a limit would let texts pass that the model cannot read. fastembed refuses to load it.
+        tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     sentence_files = sentence_encoder_files(model.config, tokenizer, pooling, normalize, max_seq_length, prompts)
     name = repo_id or Path(folder).name
     described: dict[str, Any] = {"with_tokenizer": tokenizer is not None, "pooling": pooling, **card}

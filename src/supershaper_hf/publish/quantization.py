@@ -28,7 +28,18 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
-from .comparison import CHOICES, INPUTS, Arrays, Run, cosine, input_axes, largest_difference, random_inputs, run_model
+from .comparison import (
+    CHOICES,
+    INPUTS,
+    Arrays,
+    Run,
+    cosine,
+    input_axes,
+    largest_difference,
+    random_inputs,
+    real_tokens,
+    run_model,
+)
 
 
 # In the order of their speed.
@@ -88,14 +99,15 @@ def quantize(source: Path, target: Path, model: SuperShaperPreTrainedModel, fold
         The chosen file, with its settings and how near it is to PyTorch.
     """
     inputs = quantization_inputs(model, folder)
-    expected = run_model(model, inputs)
+    mask = inputs["attention_mask"]
+    expected = real_tokens(run_model(model, inputs), mask)
     candidates = []
     for index, settings in enumerate(CANDIDATES):
         file = target.with_name(f"candidate-{index}.onnx")
         write_quantized(source, file, settings)
-        found = onnx_session(file)(inputs)
+        found = real_tokens(onnx_session(file)(inputs), mask)
         difference, _ = largest_difference(expected, found)
-        candidates.append(Candidate(file, settings, difference, cosine(expected, found, inputs["attention_mask"])))
+        candidates.append(Candidate(file, settings, difference, cosine(expected, found)))
     chosen = choose(candidates)
     chosen.file.replace(target)
     for candidate in candidates:
