@@ -152,6 +152,9 @@ def test_family_is_published_and_read_back(script, written, copied, server, tmp_
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.endpoint)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    card = files(server, "datasets/user/net-search")["README.md"].decode()
+    assert 'load_dataset("user/net-search", split="train")' in card
+    assert "\nbase_model: user/net\n" in card
     records = read_records(written.folder / "net" / "search" / "records.jsonl")
     assert load_dataset("user/net-search", split="train")["shape"] == [record["shape"] for record in records]
 

@@ -95,7 +95,8 @@ def save_for_hub(
         tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     sentence_files = sentence_encoder_files(model.config, tokenizer, pooling, normalize, max_seq_length, prompts)
     name = repo_id or Path(folder).name
-    described: dict[str, Any] = {"with_tokenizer": tokenizer is not None, "pooling": pooling, **card}
+    described: dict[str, Any] = {"with_tokenizer": tokenizer is not None, "pooling": pooling, "normalize": normalize}
+    described |= card
     if tokenizer is not None and tokenizer.mask_token:
         described["mask_token"] = tokenizer.mask_token
     model_card(model, name, **described)  # refuses a wrong option before anything is written
