@@ -280,7 +280,7 @@ def push_family(
             folder / member.folder,
             member.repo_id,
             repo_type=member.repo_type,
-            private=private,
+            private=private or None,  # None leaves it to the settings of an organisation
             token=token,
             overwrite_card=member.repo_type == "space",  # the Hub gives every new Space a card
         )
