@@ -37,7 +37,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperModel
 from supershaper_hf.devices import device_name
 from supershaper_hf.files import write_json
-from supershaper_hf.model.elastic import SuperShaperBottleneck
+from supershaper_hf.model.elastic import bottleneck
 from supershaper_hf.model.modeling_supershaper import empty_model
 from supershaper_hf.report.tables import markdown_table
 
@@ -141,8 +141,8 @@ def bert_of_half_the_layers(config: SuperShaperConfig, parameters: int) -> BertM
 def unmerged_subnet(config: SuperShaperConfig, shape: list[int]) -> SuperShaperModel:
     """Build the subnet at `shape` with two bottlenecks between neighbouring layers, as they are in a supernet."""
     model, full = SuperShaperModel(config.subnet_config(shape)), config.hidden_size
-    model.encoder.input_bottleneck = nn.ModuleList(SuperShaperBottleneck(full, width) for width in shape)
-    model.encoder.output_bottleneck = nn.ModuleList(SuperShaperBottleneck(width, full) for width in shape)
+    model.encoder.input_bottleneck = nn.ModuleList(bottleneck(full, width) for width in shape)
+    model.encoder.output_bottleneck = nn.ModuleList(bottleneck(width, full) for width in shape)
     model.encoder.__class__ = PlainEncoder
     return model
 

@@ -15,6 +15,7 @@ from supershaper_hf.latency import table as latency
 from supershaper_hf.latency import timing
 from supershaper_hf.latency.table import Entries, LatencyProbe, LatencyTable, walk_through_pairs
 from supershaper_hf.latency.timing import SubnetTimer
+from supershaper_hf.model import elastic
 from supershaper_hf.model.costs import chain_cost
 
 
@@ -183,6 +184,21 @@ def test_sweep_leaves_nothing_behind():
     assert torch.equal(before, torch.get_rng_state())
     assert torch.is_grad_enabled()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in probe._model.modules())
+
+
+def test_no_linear_map_has_a_hook_while_it_is_timed(monkeypatch):
+    """With one it would take all tokens at once, which is slower, and no subnet would be as slow."""
+    monkeypatch.setattr(elastic, "TOKENS_AT_A_TIME", 3)
+    asked, is_hooked = [], elastic.is_hooked
+    monkeypatch.setattr(
+        elastic, "is_hooked", lambda module: asked.append((module, is_hooked(module))) or is_hooked(module)
+    )
+    probe = LatencyProbe(SPACE, sequence_length=8)
+    probe.sweep()
+    encoder = probe._model.base_model.encoder
+    maps = [*encoder.input_bottleneck, *encoder.output_bottleneck, *(bottleneck for bottleneck, _ in probe._others)]
+    assert set(maps) <= {module for module, _ in asked}
+    assert not any(hooked for _, hooked in asked)
 
 
 def test_failed_sweep_leaves_no_hooks_and_no_sample():

@@ -116,3 +116,12 @@ def test_an_exported_program_holds_no_pieces():
         longer = tiny_batch(batch=4, length=13)["input_ids"]
         assert_same(program.module()(longer)["logits"], subnet(longer).logits)
     assert not [node for node in program.graph.nodes if "chunk" in str(node.target) or "cat." in str(node.target)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_traced_program_holds_no_pieces():
+    layer = nn.Linear(48, 20).requires_grad_(False)
+    with torch.no_grad():
+        program = torch.jit.trace(lambda states: elastic.in_pieces(layer, states), torch.randn(BATCH, LENGTH, 48))
+    assert "linear" in str(program.graph)
+    assert "chunk" not in str(program.graph)

@@ -23,6 +23,7 @@ from ..devices import device_name, local_devices, parse_device
 from ..files import read_json, write_json
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.costs import ChainCost, chain_cost, parameter_cost
+from ..model.elastic import elastic_linear
 from ..model.shapes import SearchSpace, shape_rows
 from .timing import Workload
 
@@ -406,11 +407,10 @@ class LatencyProbe:
             stamps.append(clock.stamp())
 
         encoder: Any = self._model.base_model.encoder
-        last = encoder.output_bottleneck[-1]
-        with ExitStack() as hooks:
-            for bottleneck in (*encoder.input_bottleneck, last):
-                hooks.enter_context(bottleneck.register_forward_pre_hook(stamp))
-            hooks.enter_context(last.register_forward_hook(stamp))
+        with ExitStack() as hooks:  # none on a linear map, which would then take all tokens at once: see `in_pieces`
+            hooks.enter_context(encoder.register_forward_pre_hook(stamp))
+            for module in (*encoder.layer, encoder):
+                hooks.enter_context(module.register_forward_hook(stamp))
             clock.synchronize()
             stamp()
             self._model(**self._batch)
@@ -418,7 +418,7 @@ class LatencyProbe:
         for bottleneck, states in self._others:
             written = states.clone()  # then it is in the cache, as if a layer had just written it
             stamp()
-            bottleneck(written)
+            elastic_linear(bottleneck, written)
             stamp()
         passed = clock.intervals(stamps)
         within = len(self.walk) + 2  # embeddings, a block for each step of the walk, output bottleneck, head

@@ -196,12 +196,12 @@ class Workload:
         self._fill(model, seed)
         return model.eval()
 
-    def bottleneck(self, width: int) -> torch.nn.Module:
+    def bottleneck(self, width: int) -> torch.nn.Linear:
         """Build an output bottleneck from `width` to `hidden_size`."""
         bottleneck = torch.nn.Linear(width, self.config.hidden_size, device="meta", dtype=self.dtype)
         bottleneck.to_empty(device=self.device)
         self._fill(bottleneck, self.seed)
-        return bottleneck
+        return bottleneck.eval()
 
     def states(self, width: int) -> torch.Tensor:
         """Draw hidden states (batch, length, width)."""

@@ -34,14 +34,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, is_tracing
+from transformers.utils import TransformersKwargs
 
 from .configuration_supershaper import SuperShaperConfig
 from .narrowing import channels, check_ordinary, merge, read, replacement, write
 
 
 # How many tokens each thread of a CPU takes at a time, see `in_pieces`. Anything from 256 to 512 is equally fast.
-TOKENS_AT_A_TIME = 384
+TOKENS_AT_A_TIME = 256
 
 
 class SuperShaperCode(nn.Module):
@@ -85,13 +85,14 @@ def in_pieces(
     numbers of dropout must not depend on the number of threads, and so do `modules` that have hooks: a hook sees one
     tensor for all tokens.
     """
-    if states.device.type != "cpu" or states.ndim != 3 or torch.is_grad_enabled() or is_tracing(states):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # then the number of tokens may be a symbol
+    if traced or torch.is_grad_enabled() or states.ndim != 3 or states.device.type != "cpu":
         return function(states)
-    tokens = states.flatten(0, 1)
-    pieces = -(-len(tokens) // (TOKENS_AT_A_TIME * torch.get_num_threads()))
+    batch, length, _ = states.shape
+    pieces = -(-batch * length // (TOKENS_AT_A_TIME * torch.get_num_threads()))
     if pieces < 2 or any(part.training or is_hooked(part) for module in modules for part in module.modules()):
         return function(states)
-    return torch.cat([function(piece) for piece in tokens.chunk(pieces)]).unflatten(0, states.shape[:2])
+    return torch.cat([function(piece) for piece in states.flatten(0, 1).chunk(pieces)]).view(batch, length, -1)
 
 
 def is_hooked(module: nn.Module) -> bool:
