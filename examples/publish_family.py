@@ -10,6 +10,7 @@ one that --search names. `--name user/net` makes these repositories, and a colle
     user/net               the supernet, with its best shapes in the card
     user/net-11.9m, ...    one subnet for each budget: weights, tokenizer, code, exports, card
     user/net-search        the data set of measured shapes: load_dataset("user/net-search")
+    user/net-explorer      a static Space: a page on which a reader chooses a shape by looking
 
 Stop the script at any time: the same command continues. What is published already is not published again.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 from supershaper_hf import text_table
@@ -72,6 +74,7 @@ class FamilyArguments:
                 raise ValueError(f"--{name} is missing.")
         if self.name.count("/") != 1 or not all(self.name.split("/")):
             raise ValueError(f"--name {self.name} must be user/name.")
+        validate_repo_id(self.name)  # it is also the name of a folder
         check_choice("--cost", self.cost, COSTS)
         for budget in self.max_cost:
             check_number("--max_cost", budget, above=0)
@@ -110,11 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.exit(
                 f"{args.model} has no folder search. Make one with examples/search_shapes.py, or name it: --search."
             )
-        members = plan_family(source, findings, args.name, args.cost, args.max_cost)
-        print(text_table([{"repository": each.repo_id, "type": each.repo_type, "": each.note} for each in members]))
-        write_family(folder, members, source, findings, search, **args.subnet_options())
+        family = plan_family(source, findings, search, args.name, args.cost, args.max_cost)
+        rows = [{"repository": each.repo_id, "type": each.repo_type, "": each.note} for each in family.members]
+        print(text_table(rows))
+        write_family(folder, family, **args.subnet_options())
         if not args.dry_run:
-            print(f"Collection: {push_family(folder, members, private=args.private, token=args.token)}")
+            address = push_family(folder, family.members, private=args.private, token=args.token)
+            print(f"Collection: {address}")
     return 0
 
 

@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pushed = push_folder(
                 folder,
                 args.repo_id,
-                private=args.private,
+                private=args.private or None,  # None leaves it to the settings of an organisation
                 token=args.token,
                 revision=args.revision,
                 create_pr=args.create_pr,

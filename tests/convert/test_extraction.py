@@ -76,6 +76,16 @@ def test_tokenizer_comes_along(source, tokenizer, tmp_path):
     assert copied("the cat [MASK] .").input_ids == tokenizer("the cat [MASK] .").input_ids
 
 
+def test_code_that_a_tokenizer_names_does_not_come_along(source, tokenizer, tmp_path):
+    """It lies elsewhere, perhaps in a repository of somebody else."""
+    tokenizer.save_pretrained(source)
+    file = source / "tokenizer_config.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps(before | {"auto_map": {"AutoTokenizer": ["somebody/else--evil.Tokenizer", None]}}))
+    folder = extract_from_folder(source, [8, 0, 36], tmp_path / "subnet")
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == before
+
+
 def test_crash_while_saving_leaves_no_folder(source, tmp_path, monkeypatch):
     def crash(self, folder, **kwargs):
         (folder / "config.json").write_text("{}")

@@ -14,13 +14,14 @@ import pytest
 from conftest import SPECIAL_TOKENS, WORDS, randomize, tiny_config
 from datasets import load_dataset
 from forking import fork
-from hub_server import HubServer
-from huggingface_hub import HfApi, ModelCard
+from hub_server import SPACE_CARD, HubServer
+from huggingface_hub import HfApi, ModelCard, SpaceCard
 from publishing import IGNORE_UPLOADS, contents, files, point_client_at, titles
 from search_folders import write_search
 from transformers import AutoModelForMaskedLM, BertTokenizer
 
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, extract_from_folder, save_for_hub
+from supershaper_hf.report.explorer import explorer_page
 from supershaper_hf.report.findings import Findings
 from supershaper_hf.search.records import read_records
 
@@ -87,7 +88,8 @@ def publish(script, written, folder, *options):
 def names(folder):
     """The repositories of the family in `folder`, as the server calls them."""
     members = [path.name for path in folder.iterdir() if path.is_dir()]
-    return {("datasets/" if name.endswith("-search") else "") + f"user/{name}": name for name in members}
+    prefix = {"net-search": "datasets/", "net-explorer": "spaces/"}
+    return {f"{prefix.get(name, '')}user/{name}": name for name in members}
 
 
 def check_published(server, folder):
@@ -98,16 +100,16 @@ def check_published(server, folder):
         assert files(server, repo_id) == contents(folder / name)
     (collection,) = server.collections.values()
     found = [(item["type"], item["id"]) for item in collection["items"]]
-    assert len(found) == len(set(found)) == len(names(folder)) == 4
+    assert len(found) == len(set(found)) == len(names(folder)) == 5
     assert found[0] == ("model", "user/net")
-    assert found[-1] == ("dataset", "user/net-search")
+    assert found[-2:] == [("dataset", "user/net-search"), ("space", "user/net-explorer")]
 
 
 def check_nothing_half(server, folder):
     """Every repository is complete or empty, and no collection names one that is empty."""
     for repo_id, repo in server.repos.items():
-        published = files(server, repo_id)
-        assert published in ({}, contents(folder / names(folder)[repo_id])), repo_id
+        published, empty = files(server, repo_id), {"README.md": SPACE_CARD} if repo_id.startswith("spaces/") else {}
+        assert published in (empty, contents(folder / names(folder)[repo_id])), repo_id
         assert len(repo.commits) <= 2
     for collection in server.collections.values():
         assert all(len(titles(server, repo_id)) == 2 for repo_id in names(folder))
@@ -138,10 +140,21 @@ def test_family_is_published_and_read_back(script, written, copied, server, tmp_
     card = ModelCard.load("user/net")
     assert card.text.count("| [") >= 4  # rows of the front
     assert "One epoch." in card.text
+    # The page, which begins with the first budget and names the published supernet
+    page = files(server, "spaces/user/net-explorer")
+    assert page.keys() == {"index.html", "README.md"}
+    budget = float(written.budgets[0])
+    assert page["index.html"].decode() == explorer_page(findings, "parameters", [budget], "user/net")
+    space = SpaceCard(page["README.md"].decode()).data
+    assert (space.sdk, space.datasets) == ("static", ["user/net-search"])
+    assert space.models == ["user/net", *(item.item_id for item in collection.items[1:3])]
     # The data set
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.endpoint)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    card = files(server, "datasets/user/net-search")["README.md"].decode()
+    assert 'load_dataset("user/net-search", split="train")' in card
+    assert "\nbase_model: user/net\n" in card
     records = read_records(written.folder / "net" / "search" / "records.jsonl")
     assert load_dataset("user/net-search", split="train")["shape"] == [record["shape"] for record in records]
 
@@ -169,6 +182,7 @@ REQUESTS = [
     ("POST", "/net/commit/"),
     ("PUT", "/lfs/user/net-"),
     ("POST", "/datasets/user/net-search/commit/"),
+    ("POST", "/spaces/user/net-explorer/commit/"),
     ("POST", "/api/collections"),
     ("POST", "/items"),
 ]
@@ -234,7 +248,7 @@ def test_run_that_is_interrupted_while_it_writes_continues(script, written, fami
 def test_other_options_are_refused_in_the_same_folder(script, written, copied):
     with pytest.raises(ValueError, match=r"holds another family: options differ from those in family\.json"):
         publish(script, written, copied, "--dry_run", "--license", "apache-2.0")
-    with pytest.raises(ValueError, match=r"holds another family: members differ"):
+    with pytest.raises(ValueError, match=r"holds another family: members, budgets differ"):
         publish(script, written, copied, "--dry_run", "--max_cost", "1e9")
 
 
@@ -243,6 +257,7 @@ def test_other_options_are_refused_in_the_same_folder(script, written, copied):
     [
         ([], "--model is missing"),
         (["--model", "a", "--name", "net", "--output_dir", "b", "--max_cost", "9"], "--name net must be user/name"),
+        (["--model", "a", "--name", "user/..", "--output_dir", "b", "--max_cost", "9"], "Repo id must"),
         (["--model", "a", "--name", "u/n", "--output_dir", "b", "--max_cost", "0"], "--max_cost"),
     ],
 )

@@ -38,6 +38,9 @@ def test_supernet_then_subnet(run, supernet, tmp_path):  # noqa: F811
     folder = tmp_path / "out" / "model"
     model = AutoModelForQuestionAnswering.from_pretrained(folder)
     assert (model.config.hidden_sizes, model.config.num_labels) == ([36, 20, 48], 2)
+    card = (folder / "README.md").read_text()
+    assert re.search(r"Fine-tuned on the task qa \(\d+ windows\) .* batches of \d+ windows on each process", card)
+    assert "pipeline(" not in card  # transformers has none for questions any more
 
     run(f"--model={folder}", f"--output_dir={tmp_path / 'second'}", "--num_train_epochs=1")
     second = json.loads((tmp_path / "second" / "results.json").read_text())

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..files import check_output_folder, parse_json, write_folder
+from ..files import check_output_folder, parse_json, to_json, write_file, write_folder
 from ..model import modeling_supershaper
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.modeling_supershaper import empty_model
@@ -89,8 +89,16 @@ def extract_from_folder(source: str | Path, shape: Sequence[int], target: str | 
             if (source / file).exists():
                 (folder / file).parent.mkdir(exist_ok=True)
                 shutil.copy(source / file, folder / file)
+        remove_auto_map(folder / "tokenizer_config.json")
 
     return write_folder(target, write)
+
+
+def remove_auto_map(file: Path) -> None:
+    """Remove `auto_map` from the configuration of a tokenizer: the code that it names is elsewhere."""
+    content = parse_json(file.read_bytes(), str(file)) if file.exists() else {}
+    if isinstance(content, dict) and content.pop("auto_map", None) is not None:
+        write_file(file, to_json(content, indent=2) + "\n")
 
 
 def _tensor_loader(

@@ -227,8 +227,8 @@ class SuperShaperConfig(PreTrainedConfig):
         model saves its code before its configuration. A configuration that is saved alone names only its own class.
         """
         code = {file.stem for file in Path(json_file_path).parent.glob("*.py")}
-        names = {**AUTO_MAP, **getattr(self, "auto_map", {})}
-        self.auto_map = {auto_class: name for auto_class, name in names.items() if name.split(".")[0] in code}
+        names = [*AUTO_MAP.items(), *getattr(self, "auto_map", {}).items()]  # of a loaded model, or of a user's class
+        self.auto_map = {auto_class: name for auto_class, name in names if name.split(".")[0] in code}
         super().to_json_file(json_file_path, *args, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def make_card(args: argparse.Namespace) -> str:
         found += Results() if findings is None else front_results(findings)
     for file in args.results:
         found += tuning_results(file, source.model, model_task(source.model))
-    options: dict[str, Any] = source.metadata | {"pooling": source.encoder.get("pooling")}
+    encoder = {name: source.encoder[name] for name in ("pooling", "normalize") if name in source.encoder}
+    options: dict[str, Any] = source.metadata | encoder
     if source.tokenizer is not None and source.tokenizer.mask_token:
         options["mask_token"] = source.tokenizer.mask_token
     card = model_card(

@@ -5,6 +5,7 @@ A shape is drawn with characters: such a plot needs no file of its own, cannot b
 its numbers can be searched, copied and read aloud.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ def model_card(
     with_tokenizer: bool = True,
     mask_token: str = "[MASK]",
     pooling: str | None = None,
+    normalize: bool = False,
     supernet: str | None = None,
     shape: Sequence[int] | None = None,
     weight_bytes: int | None = None,
@@ -61,6 +63,7 @@ def model_card(
         with_tokenizer: Whether the repository has a tokenizer that the examples can load.
         mask_token: The tokenizer's mask, for the example of a masked language model.
         pooling: The pooling of a sentence encoder, "mean" or "cls". Its card shows how sentence-transformers loads it.
+        normalize: Whether the sentence encoder divides every embedding by its length.
         supernet: The supernet that the model was cut out of: a Hub id, or the name of a folder.
         shape: The shape at which it was cut, with a 0 for each dropped layer. By default its hidden sizes.
         weight_bytes: Size of the weight files.
@@ -119,7 +122,8 @@ def model_card(
         pooling=pooling,
         pipeline=pipeline_example(task, mask_token) if with_tokenizer else None,
         export_table=markdown_table(export_rows(exports)) if exports else None,
-        onnx_file=onnx_file(exports) if with_tokenizer and architecture != "SuperShaperForMultipleChoice" else None,
+        onnx=onnx_example(exports, repo_id, task, mask_token, pooling) if with_tokenizer else None,
+        normalize=normalize,
         **{name: whole(sections.get(name)) for name in SECTIONS},
     )
 
@@ -198,10 +202,30 @@ def pipeline_example(task: str | None, mask_token: str) -> dict[str, str] | None
     return {"task": quoted(task), "text": quoted(text)}
 
 
-def onnx_file(exports: Sequence[Any]) -> str | None:
-    """Return the ONNX file for the example, as a Python literal: that of 32-bit floats if there is one."""
-    files = [each.path for each in exports if each.format in ("onnx", "int8")]
-    return quoted(min(files, key=len)) if files else None
+def onnx_example(
+    exports: Sequence[Any], repo_id: str, task: str | None, mask_token: str, pooling: str | None
+) -> dict[str, Any] | None:
+    """Return the literals of the examples for ONNX Runtime and transformers.js; `None` if there is nothing for them.
+
+    They run the file of 32-bit floats if there is one. Multiple choice has inputs with one axis more, and no example.
+    """
+    files = {each.format: each.path for each in exports if each.format in ("onnx", "int8")}
+    if not files or task is None:
+        return None
+    features = task in ("sentence-similarity", "feature-extraction")
+    texts = {
+        "fill-mask": [f"The cat sat on the {mask_token}."],
+        "question-answering": ["Where did the cat sit?", "The cat sat on the mat."],
+    }
+    return {
+        "file": quoted(files.get("onnx") or files["int8"]),
+        "dtype": "fp32" if "onnx" in files else "q8",
+        "repo_id": json.dumps(repo_id),
+        "task": "feature-extraction" if features else task,
+        "as_bert": not features,
+        "texts": ", ".join(json.dumps(text) for text in texts.get(task, ["The cat sat on the mat."])),
+        "pooling": pooling,
+    }
 
 
 def export_rows(exports: Sequence[Any]) -> list[Mapping[str, str]]:
@@ -212,7 +236,7 @@ def export_rows(exports: Sequence[Any]) -> list[Mapping[str, str]]:
             "format": each.format,
             "size": megabytes(each.size),
             "largest difference from PyTorch": f"{each.difference:.1e}",
-            "cosine of the outputs": "" if each.cosine is None else f"{each.cosine:.4f}",
+            "mean cosine of token vectors": "" if each.cosine is None else f"{each.cosine:.4f}",
         }
         for each in exports
     ]

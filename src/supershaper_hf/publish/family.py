@@ -1,4 +1,4 @@
-"""Publish a family: a supernet, a subnet for each of some budgets, the search as a data set, and a collection of all.
+"""Publish a family: a supernet, a subnet for each budget, the search as a data set, a page, and a collection of all.
 
 `plan_family` says which repositories there will be, `write_family` writes a folder for each of them, and `push_family`
 uploads the folders. All three can be interrupted at any moment, and the same calls continue:
@@ -14,12 +14,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_folder, write_json
+from huggingface_hub import SpaceCardData
+from huggingface_hub.utils import validate_repo_id
+
+from ..files import read_json, write_file, write_folder, write_json
+from ..latency.insensitivity import save_comparisons
 from ..report.data_card import write_data_card
-from ..report.findings import RECORDS_FILE, Findings
+from ..report.explorer import explorer_page
+from ..report.findings import (
+    INSENSITIVITY_FILE,
+    LATENCY_FILE,
+    PREDICTOR_FILE,
+    RECORDS_FILE,
+    Findings,
+    write_config,
+)
+from ..report.page import write_report
 from ..search.records import parse
 from .card import inline_code
-from .hub import check_token, explain_failure, files_to_publish, hub_client, push_folder, save_for_hub
+from .hub import explain_failure, hub_client, push_folder, save_for_hub
 from .results import front_results
 from .subnet import SEARCH, Source, shape_within, write_subnet
 
@@ -49,26 +62,57 @@ class Member:
         return self.repo_id.split("/")[-1]
 
 
-def plan_family(source: Source, findings: Findings, name: str, cost: str, budgets: Sequence[float]) -> list[Member]:
-    """Return the repositories of a family, in the order in which they are published.
+@dataclass(frozen=True)
+class Family:
+    """What a family is made of.
+
+    Attributes:
+        members: Its repositories, in the order in which they are published.
+        source: The supernet.
+        findings: The search of the supernet.
+        search: The folder of the search.
+        cost: The unit of the budgets.
+        budgets: The budgets.
+    """
+
+    members: list[Member]
+    source: Source
+    findings: Findings
+    search: Path
+    cost: str
+    budgets: list[float]
+
+    @property
+    def supernet(self) -> str:
+        """Hub id of the supernet."""
+        return self.members[0].repo_id
+
+
+def plan_family(
+    source: Source, findings: Findings, search: Path, name: str, cost: str, budgets: Sequence[float]
+) -> Family:
+    """Say which repositories a family will have.
 
     Args:
         source: The supernet.
         findings: Its search.
+        search: The folder of the search.
         name: Repository of the supernet, `"user/name"`. The names of the others begin with it.
         cost: The unit of the budgets: see `shape_within`.
         budgets: One for each subnet. Budgets with the same best shape share one.
 
     Raises:
-        ValueError: If `source` is a subnet, there is no budget, or no shape is as cheap as one of them.
+        ValueError: If `source` is a subnet, `name` is no name of a repository, there is no budget, or no shape is as
+            cheap as one of them.
     """
     if not source.is_supernet:
         raise ValueError(f"{source.name} is a subnet. A family is cut out of a supernet.")
+    validate_repo_id(name)
     if not budgets:
         raise ValueError("budgets is empty. Give one for each subnet.")
     shapes = {tuple(shape_within(findings, cost, budget)): budget for budget in sorted(budgets, reverse=True)}
     sizes = [findings.space.num_parameters(shape) for shape in shapes]
-    return [
+    members = [
         Member(name, "model", f"The supernet, of which the others are cut: {findings.space.size:,} shapes."),
         *(
             Member(
@@ -77,7 +121,9 @@ def plan_family(source: Source, findings: Findings, name: str, cost: str, budget
             for shape, size, label in zip(shapes, sizes, size_labels(sizes))
         ),
         Member(f"{name}-{SEARCH}", "dataset", f"{len(findings.records):,} measured shapes of the supernet."),
+        Member(f"{name}-explorer", "space", "A page on which you choose a shape by looking."),
     ]
+    return Family(members, source, findings, search, cost, list(budgets))
 
 
 def size_labels(sizes: Sequence[int]) -> list[str]:
@@ -100,24 +146,24 @@ def size_labels(sizes: Sequence[int]) -> list[str]:
 # Folders
 
 
-def write_family(
-    folder: Path, members: Sequence[Member], source: Source, findings: Findings, search: Path, **options: Any
-) -> None:
+def write_family(folder: Path, family: Family, **options: Any) -> None:
     """Write a folder for each member that has none yet, into `folder`.
 
     Args:
         folder: The folder of the family. `family.json` in it says what it holds.
-        members: What `plan_family` returned.
-        source: The supernet.
-        findings: Its search.
-        search: The folder of the search.
+        family: What `plan_family` returned.
         **options: Options of `write_subnet` for all subnets. They may not change in a folder.
 
     Raises:
         ValueError: If `folder` holds another family, or the same one with other options.
     """
-    model = parse(search / RECORDS_FILE).header["model"]
-    plan = {"members": [asdict(member) for member in members], "model": model, "options": options}
+    plan = {
+        "members": [asdict(member) for member in family.members],
+        "model": parse(family.search / RECORDS_FILE).header["model"],
+        "cost": family.cost,
+        "budgets": family.budgets,
+        "options": options,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / FAMILY_FILE
     if not file.exists():
@@ -129,26 +175,20 @@ def write_family(
             f"{folder} holds another family: {', '.join(changed)} differ from those in {FAMILY_FILE}. Choose another "
             "folder, or remove this one."
         )
-    for member in members:
+    for member in family.members:
         if not (folder / member.folder).exists():
-            _write_member(folder / member.folder, member, members, source, findings, search, options)
+            _write_member(folder / member.folder, member, family, options)
 
 
-def _write_member(
-    folder: Path,
-    member: Member,
-    members: Sequence[Member],
-    source: Source,
-    findings: Findings,
-    search: Path,
-    options: dict[str, Any],
-) -> None:
-    supernet, related = members[0].repo_id, _related(member, members)
+def _write_member(folder: Path, member: Member, family: Family, options: dict[str, Any]) -> None:
+    source, findings, related = family.source, family.findings, _related(member, family.members)
     if member.shape is not None:
-        named: dict[str, Any] = {"repo_id": member.repo_id, "supernet": supernet, "findings": findings}
+        named: dict[str, Any] = {"repo_id": member.repo_id, "supernet": family.supernet, "findings": findings}
         write_subnet(source, member.shape, folder, **named, related=related, **options)
     elif member.repo_type == "dataset":
-        write_folder(folder, lambda partial: _write_search(partial, search, member.repo_id, supernet))
+        write_folder(folder, lambda partial: _write_search(partial, member, family))
+    elif member.repo_type == "space":
+        write_folder(folder, lambda partial: _write_page(partial, member, family))
     else:
         card = source.metadata | {key: options[key] for key in ("license", "limits") if key in options}
         save_for_hub(
@@ -164,13 +204,39 @@ def _write_member(
         )
 
 
-def _write_search(folder: Path, search: Path, repo_id: str, supernet: str) -> None:
-    """Copy the folder of a search, without what would not be published, and name its new place in its card."""
-    for path in files_to_publish(search):
-        target = folder / path.relative_to(search)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-    write_data_card(folder, repo_id, supernet)
+def _write_page(folder: Path, member: Member, family: Family) -> None:
+    """Write a static Space: the page, and the card that says what kind of Space it is."""
+    page = explorer_page(family.findings, family.cost, family.budgets, family.supernet)
+    write_file(folder / "index.html", page)
+    ids = {
+        kind: [other.repo_id for other in family.members if other.repo_type == kind] for kind in ("model", "dataset")
+    }
+    data = SpaceCardData(
+        title=member.folder,
+        sdk="static",
+        models=ids["model"],
+        datasets=ids["dataset"],
+        short_description="Choose a small BERT by looking",
+        tags=["supershaper"],
+    )
+    text = f"---\n{data.to_yaml()}\n---\n\n{member.note}\n\n{_related(member, family.members)}\n"
+    write_file(folder / "README.md", text)
+
+
+def _write_search(folder: Path, member: Member, family: Family) -> None:
+    """Write the folder of a search anew, from what was read and checked: no other file can slip in."""
+    findings = family.findings
+    shutil.copyfile(family.search / RECORDS_FILE, folder / RECORDS_FILE)
+    write_config(folder, findings.space)
+    findings.predictor.save(folder / PREDICTOR_FILE)
+    if findings.table is not None:
+        findings.table.save(folder / LATENCY_FILE)
+    if findings.comparisons:
+        save_comparisons(folder / INSENSITIVITY_FILE, findings.comparisons)
+    write_report(
+        folder, family.cost, sequence_length=findings.sequence_length, supernet=family.supernet, max_cost=family.budgets
+    )
+    write_data_card(folder, member.repo_id, family.supernet)
 
 
 def _related(member: Member, members: Sequence[Member]) -> str:
@@ -196,7 +262,7 @@ def push_family(
 
     Args:
         folder: The folder of the family, which `write_family` has filled.
-        members: What `plan_family` returned.
+        members: The repositories of the family.
         private: Whether new repositories and the collection are private.
         token: Access token; by default the one that `hf auth login` has stored.
         report: Called with the address of each commit.
@@ -208,13 +274,13 @@ def push_family(
         PermissionError: If there is no token, or the token may not write there.
         ConnectionError: If the Hub cannot be reached or fails. The same call continues.
     """
-    api = hub_client(check_token(token))
+    api = hub_client(token)
     for member in members:
         pushed = push_folder(
             folder / member.folder,
             member.repo_id,
             repo_type=member.repo_type,
-            private=private,
+            private=private or None,  # None leaves it to the settings of an organisation
             token=token,
             overwrite_card=member.repo_type == "space",  # the Hub gives every new Space a card
         )
@@ -224,7 +290,7 @@ def push_family(
         collection = api.create_collection(
             name,
             namespace=namespace,
-            description="A supernet, its subnets for some budgets, and its measured shapes.",
+            description="A supernet, its subnets for some budgets, its measured shapes, and a page to choose one.",
             private=private,
             exists_ok=True,
         )

@@ -90,12 +90,13 @@ def save_for_hub(
     """
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
-        tokenizer = without_truncation(tokenizer)
+        tokenizer = tokenizer_to_publish(tokenizer)
         # A tokenizer without a limit would let texts pass that the model cannot read. fastembed refuses to load it.
         tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     sentence_files = sentence_encoder_files(model.config, tokenizer, pooling, normalize, max_seq_length, prompts)
     name = repo_id or Path(folder).name
-    described: dict[str, Any] = {"with_tokenizer": tokenizer is not None, "pooling": pooling, **card}
+    described: dict[str, Any] = {"with_tokenizer": tokenizer is not None, "pooling": pooling, "normalize": normalize}
+    described |= card
     if tokenizer is not None and tokenizer.mask_token:
         described["mask_token"] = tokenizer.mask_token
     model_card(model, name, **described)  # refuses a wrong option before anything is written
@@ -125,9 +126,15 @@ def export(folder: Path, formats: Sequence[str]) -> Sequence[Any]:
     return add_exports(folder, formats=tuple(formats))
 
 
-def without_truncation(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a copy of `tokenizer` without the truncation and padding that its last call has left in it."""
+def tokenizer_to_publish(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy of `tokenizer` without what should not be published.
+
+    That is the truncation and padding that its last call has left in it, and `auto_map`, which a tokenizer brings along
+    from where it was loaded. It can name code in somebody else's repository. A class that is registered for
+    AutoTokenizer writes it anew when it is saved, with its code.
+    """
     tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.init_kwargs.pop("auto_map", None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()

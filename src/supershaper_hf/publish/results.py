@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from ..files import parse_json, read_json
 from ..model.modeling_supershaper import SuperShaperPreTrainedModel
@@ -203,7 +204,7 @@ def result_files(results: Sequence[EvalResult]) -> dict[str, str]:
     """
     files: dict[str, str] = {}
     for score in results:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", score.dataset_type):
+        if not is_hub_id(score.dataset_type):
             continue
         task = score.dataset_config or "default"
         notes = ", ".join(filter(None, [score.metric_type, score.dataset_split]))
@@ -211,3 +212,17 @@ def result_files(results: Sequence[EvalResult]) -> dict[str, str]:
         name = re.sub(r"[^\w-]+", "_", f"{score.dataset_type}_{task}")
         files.setdefault(f"{RESULTS_FOLDER}/{name}.yaml", yaml_dump(eval_result_entries_to_yaml([entry])))
     return files
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether `name` can be that of a data set of a user on the Hub.
+
+    Example:
+        >>> is_hub_id("nyu-mll/glue"), is_hub_id("sst2"), is_hub_id("../glue")
+        (True, False, False)
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name

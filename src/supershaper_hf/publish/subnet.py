@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from ..devices import device_name
 from ..latency.timing import time_models
@@ -30,6 +31,7 @@ from .sentences import read_sentence_encoder
 
 
 SEARCH = "search"  # the folder of a search inside that of a supernet, here and on the Hub
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 SEARCH_FILES = (CONFIG_FILE, RECORDS_FILE, PREDICTOR_FILE, LATENCY_FILE)
 METADATA = ("license", "language", "datasets", "base_model")  # of a supernet's card, which hold for its subnets too
 
@@ -72,15 +74,11 @@ class Source:
             allowed = ", ".join(modeling_supershaper.__all__)
             raise ValueError(f"{path} holds a {name}. Allowed: {allowed}. make_supernet.py makes one of a BERT.")
         model = getattr(modeling_supershaper, name).from_pretrained(path)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError):
-            tokenizer = None
         card = read_card(path)
         return cls(
             path=path,
             model=model,
-            tokenizer=tokenizer,
+            tokenizer=load_tokenizer(path),
             encoder=read_sentence_encoder(path),
             metadata={} if card is None else {key: card.data.get(key) for key in METADATA if card.data.get(key)},
             training=None if card is None else section(card.text, "Training"),
@@ -98,6 +96,20 @@ class Source:
     @property
     def is_supernet(self) -> bool:
         return not self.model.config.merged_bottlenecks
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a model in a folder or on the Hub; `None` if it has none. No code is run."""
+    if not any(has_file(path, name) for name in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def has_file(path: str, name: str) -> bool:
+    """Return whether a folder, or a model on the Hub, has a file."""
+    if Path(path).is_dir():
+        return (Path(path) / name).is_file()
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def read_card(path: str) -> ModelCard | None:
