@@ -23,10 +23,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 import supershaper_hf
-from supershaper_hf import SuperShaperConfig, read_sentence_encoder, save_for_hub, text_table
+from supershaper_hf import SuperShaperConfig, add_exports, read_sentence_encoder, save_for_hub, text_table
 from supershaper_hf.checks import check_count
 from supershaper_hf.publish.comparison import Arrays, Run, input_axes, random_inputs, run_model
-from supershaper_hf.publish.export import add_exports, check_packages, model_to_export, openvino_session
+from supershaper_hf.publish.export import check_packages, model_to_export, openvino_session
 from supershaper_hf.publish.quantization import onnx_session
 from supershaper_hf.training.arguments import HelpFormatter, option
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # the names of `LAZY` again, for type checkers and editors; a
     from .latency.table import LatencyTable as LatencyTable
     from .model.shapes import SHAPE_NAMES as SHAPE_NAMES
     from .model.shapes import SearchSpace as SearchSpace
+    from .publish.export import add_exports as add_exports
     from .publish.hub import push_folder as push_folder
     from .publish.hub import push_to_hub as push_to_hub
     from .publish.hub import save_for_hub as save_for_hub
@@ -74,6 +75,7 @@ LAZY = {  # public name -> the module that it is imported from
     "SearchSpace": "model.shapes",
     "ShapePredictor": "search.predictor",
     "SuperPretrainingArguments": "training.arguments",
+    "add_exports": "publish.export",
     "best_measured": "search.rounds",
     "calibrate": "convert.calibration",
     "calibration_batches": "data.batches",

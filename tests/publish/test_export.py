@@ -22,6 +22,7 @@ from supershaper_hf import (
     SuperShaperForMaskedLM,
     SuperShaperForMultipleChoice,
     SuperShaperForQuestionAnswering,
+    SuperShaperForSequenceClassification,
     SuperShaperForTokenClassification,
     SuperShaperModel,
     save_for_hub,
@@ -209,8 +210,8 @@ def test_every_setting_does_what_it_says(settings, exported, tmp_path):
 
 
 def test_sentence_encoder_exports_token_states(tokenizer, tmp_path):
-    """Also a masked LM that is saved with a pooling. The exported file is pooled as sentence-transformers pools."""
-    model = tiny_model(SuperShaperForMaskedLM, vocab_size=len(tokenizer)).extract_subnet([0, 20, 0])
+    """Whatever head and pooler the model has. The exported file is pooled as sentence-transformers pools."""
+    model = tiny_model(SuperShaperForSequenceClassification, vocab_size=len(tokenizer)).extract_subnet([0, 20, 0])
     folder = save_for_hub(model, tmp_path / "encoder", tokenizer=tokenizer, pooling="mean")
     texts = ["the big cat sat on the mat .", "a dog", " ".join(WORDS)]
     before = SentenceTransformer(str(folder), device="cpu").encode(texts)
