@@ -45,7 +45,7 @@ from supershaper_hf.report.tables import markdown_table
 FORMATS = ("pytorch", "onnx", "int8")
 FILE_FORMAT = "supershaper-hf inference 1"
 WARMUP = 1
-PAUSE = 0.02  # seconds before a run: the threads of ONNX Runtime look for more work for a while after the last one
+PAUSE = 0.1  # seconds before a run: the threads of the library that ran last look for more work for up to so long
 
 BASE = {"vocab_size": 28_996, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 MINILM = {**BASE, "vocab_size": 30_522, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}

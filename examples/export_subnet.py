@@ -34,6 +34,9 @@ from supershaper_hf.training.arguments import HelpFormatter, option
 WEIGHTS = "*.safetensors"
 
 
+PAUSE = 0.1  # seconds before a run: the threads of the library that ran last look for more work for up to so long
+
+
 @dataclass
 class ExportArguments:
     """The options of this script."""
@@ -89,6 +92,7 @@ def median_milliseconds(runs: Mapping[str, Run], inputs: Arrays, repeats: int) -
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):  # the first one warms up
         for name, run in runs.items():
+            time.sleep(PAUSE)
             started = time.perf_counter()
             run(inputs)
             if repeat:
