@@ -244,7 +244,7 @@ def export_rows(exports: Sequence[Any]) -> list[Mapping[str, str]]:
 
 def middle_budget(model: SuperShaperPreTrainedModel) -> int:
     """Return a number of parameters in the middle of a supernet's range, rounded up, for the example in its card."""
-    space = SearchSpace.from_config(model.config)
+    space = SearchSpace.from_model(model)
     middle = (space.num_parameters(space.smallest) + space.num_parameters(space.largest)) // 2
     digit = 10 ** (len(str(middle)) - 2)
     return -(-middle // digit) * digit
