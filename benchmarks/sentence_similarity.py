@@ -7,7 +7,8 @@ The file of pairs has the columns of GLUE's STS-B: sentence1, sentence2, and lab
 here called STS, is the rank correlation (Spearman's) between the labels and the cosines of the embeddings.
 
 The first row is the model itself, for a supernet its largest shape. The other rows are the shapes that were asked for,
-by default every smaller rectangle, in which all layers have the same width.
+by default every smaller rectangle, in which all layers have the same width. If the folder of a subnet holds files of
+`add_exports`, such as `onnx/model_quantized.onnx`, they are scored too.
 """
 
 import argparse
@@ -20,9 +21,12 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
 from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperModel, markdown_table, read_pooling
 from supershaper_hf.checks import check_choice
+from supershaper_hf.publish.export import ONNX_FILE, QUANTIZED_FILE
+from supershaper_hf.publish.quantization import onnx_session
 from supershaper_hf.publish.sentences import POOLINGS
 from supershaper_hf.search.evaluation import evaluation_mode
 from supershaper_hf.training.losses import pool
@@ -104,6 +108,20 @@ def similarity_score(
     return float(spearmanr((embeddings[0::2] * embeddings[1::2]).sum(1), labels).statistic)
 
 
+class ExportedEncoder(torch.nn.Module):
+    """An ONNX file that `add_exports` has made of `model`, called as `embed` calls the model itself."""
+
+    def __init__(self, file: Path, model: PreTrainedModel):
+        super().__init__()
+        self.config, self.device, self.run = model.config, torch.device("cpu"), onnx_session(file)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> BaseModelOutput:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs["token_type_ids"] = torch.zeros_like(input_ids)
+        outputs = self.run({name: tensor.numpy() for name, tensor in inputs.items()})
+        return BaseModelOutput(torch.from_numpy(outputs["last_hidden_state"]))
+
+
 def read_shape(text: str, config: SuperShaperConfig) -> list[int]:
     """Return the shape that `text` means: one width for all layers, or one for each, with commas between them."""
     widths = [int(width) for width in text.split(",")]
@@ -117,11 +135,12 @@ def measure(
     labels: np.ndarray,
     pooling: str,
     shapes: Sequence[Sequence[int]],
+    folder: Path,
 ) -> list[dict[str, str]]:
-    """Return the rows of the table: the model itself, then each of `shapes`."""
+    """Return the rows of the table: the model itself, each of `shapes`, then the exported files in `folder`."""
     original = similarity_score(model, tokenizer, pairs, labels, pooling)
     rows = [{"shape": "the model itself", "parameters": f"{model.num_parameters():,}", "STS": f"{original:.4f}"}]
-    rows[0]["share"] = "100.0 %"
+    rows[0]["share"] = share(original, original)
     for shape in shapes:
         score = similarity_score(model, tokenizer, pairs, labels, pooling, shape)
         row = {
@@ -129,8 +148,17 @@ def measure(
             "parameters": f"{SearchSpace.from_model(model).num_parameters(shape):,}",
             "STS": f"{score:.4f}",
         }
-        rows.append(row | {"share": f"{score / original:.1%}".replace("%", " %")})
+        rows.append(row | {"share": share(score, original)})
+    for name in (ONNX_FILE, QUANTIZED_FILE):
+        if (folder / name).is_file():
+            score = similarity_score(ExportedEncoder(folder / name, model), tokenizer, pairs, labels, pooling)
+            size = f"{(folder / name).stat().st_size / 1e6:.1f} MB"
+            rows.append({"shape": name, "parameters": size, "STS": f"{score:.4f}", "share": share(score, original)})
     return rows
+
+
+def share(score: float, original: float) -> str:
+    return f"{100 * score / original:.1f} %"
 
 
 def main() -> None:
@@ -159,7 +187,7 @@ def main() -> None:
     elif args.shapes:
         parser.error(f"--shapes are for a supernet, but {args.model} has one shape only. Leave them out.")
     pooling = args.pooling or read_pooling(args.model) or "mean"
-    rows = measure(model, tokenizer, pairs, labels, pooling, shapes)
+    rows = measure(model, tokenizer, pairs, labels, pooling, shapes, Path(args.model))
     print(f"{len(pairs)} pairs, {pooling} pooling\n")
     print(markdown_table(rows))
 

@@ -112,3 +112,14 @@ def test_the_table_compares_shapes_with_the_model_itself(script, tokenizer, tmp_
     assert asked[1] == rows[2]
     assert table("--pooling", "cls") == rows  # as the model says of itself
     assert table("--pooling", "mean") != rows
+
+
+def test_exported_files_of_a_subnet_are_scored(script, model, tokenizer, tmp_path):
+    subnet, pairs = model.extract_subnet([20, 0, 36]), list(zip(SENTENCES[0::2], SENTENCES[1::2], strict=False))
+    save_for_hub(subnet, tmp_path / "subnet", tokenizer=tokenizer, pooling="mean", exports=("onnx", "int8"))
+    rows = script.measure(subnet, tokenizer, pairs, np.arange(len(pairs)), "mean", [], tmp_path / "subnet")
+    itself, exported, quantized = (float(row["STS"]) for row in rows)
+    assert [row["shape"] for row in rows[1:]] == ["onnx/model.onnx", "onnx/model_quantized.onnx"]
+    assert exported == pytest.approx(itself, abs=1e-3)
+    assert quantized == pytest.approx(itself, abs=0.1)
+    assert rows[0]["share"] == "100.0 %"
