@@ -28,6 +28,7 @@ from supershaper_hf import text_table
 from supershaper_hf.checks import check_choice, check_count, check_number, load_pretrained
 from supershaper_hf.devices import parse_device
 from supershaper_hf.files import lock
+from supershaper_hf.publish.export import check_packages
 from supershaper_hf.publish.family import plan_family, push_family, write_family
 from supershaper_hf.publish.subnet import Source, find_search, read_search
 from supershaper_hf.training.arguments import HelpFormatter, option
@@ -83,6 +84,7 @@ class FamilyArguments:
         if self.latency is not None:
             parse_device(self.latency)
         self.exports = [each for each in self.exports if each != "none"]
+        check_packages(self.exports)
 
     def subnet_options(self) -> dict[str, Any]:
         """Return the options that all subnets are written with."""
@@ -117,11 +119,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [{"repository": each.repo_id, "type": each.repo_type, "": each.note} for each in family.members]
         print(text_table(rows))
         write_family(folder, family, **args.subnet_options())
-        if not args.dry_run:
+        if args.dry_run:
+            print(f"The folders are in {folder}. Nothing was published (--dry_run).")
+        else:
             address = push_family(folder, family.members, private=args.private, token=args.token)
             print(f"Collection: {address}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command continues.")

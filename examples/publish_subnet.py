@@ -26,6 +26,8 @@ from supershaper_hf import push_folder, text_table
 from supershaper_hf.checks import check_choice, check_count, check_number, load_pretrained
 from supershaper_hf.devices import parse_device
 from supershaper_hf.files import check_output_folder
+from supershaper_hf.publish.card import quoted
+from supershaper_hf.publish.export import check_packages
 from supershaper_hf.publish.hub import files_to_publish
 from supershaper_hf.publish.subnet import Source, find_search, read_search, shape_within, write_subnet
 from supershaper_hf.training.arguments import HelpFormatter, option
@@ -82,6 +84,8 @@ class PublishArguments:
             raise ValueError("--model is missing. Without it, --output_dir is uploaded to --repo_id.")
         if self.shape is not None and self.max_cost is not None:
             raise ValueError("Give --shape or --max_cost, not both.")
+        if self.repo_id is not None and (self.repo_id.count("/") != 1 or not all(self.repo_id.split("/"))):
+            raise ValueError(f"--repo_id {self.repo_id} must be user/name.")
         check_choice("--cost", self.cost, COSTS)
         if self.max_cost is not None:
             check_number("--max_cost", self.max_cost, above=0)
@@ -90,6 +94,7 @@ class PublishArguments:
         if self.latency is not None:
             parse_device(self.latency)
         self.exports = [each for each in self.exports if each != "none"]
+        check_packages(self.exports)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> PublishArguments:
@@ -134,6 +139,16 @@ def describe(folder: Path) -> str:
     return text_table([*rows, {"file": "all", "bytes": sum(row["bytes"] for row in rows)}])
 
 
+def check_name(folder: Path, repo_id: str) -> None:
+    """Raise a ValueError if the examples in the card of `folder` name the folder instead of the repository."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if quoted(folder.name) in text and quoted(repo_id) not in text:
+        raise ValueError(
+            f"The examples in {card} load {folder.name!r}, not {repo_id}. Write the folder again with that --repo_id."
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     with ExitStack() as stack:
@@ -147,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.dry_run:
             print(f"\n{(folder / 'README.md').read_text(encoding='utf-8')}")
         elif args.repo_id is not None:
+            check_name(folder, args.repo_id)
             pushed = push_folder(
                 folder,
                 args.repo_id,

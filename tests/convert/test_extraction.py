@@ -105,7 +105,7 @@ def test_occupied_target_is_refused_before_anything_is_read(source):
 
 
 def test_wrong_shape_is_refused_before_anything_is_written(source, tmp_path):
-    with pytest.raises(ValueError, match="width 40 of layer 2 is not one of the width choices"):
+    with pytest.raises(ValueError, match="width 40 of layer 3 is not one of the width choices"):
         extract_from_folder(source, [8, 20, 40], tmp_path / "subnet")
     assert list(tmp_path.iterdir()) == [source]
 

@@ -243,6 +243,6 @@ def test_subnet_stays_if_there_is_an_error(supernet):
         broken.encoder.layer[2].output.LayerNorm.bias[0] = torch.nan
     subnet = supernet.extract_subnet([20, 36, 8])
     plain = weights(subnet)
-    with pytest.raises(ValueError, match="The output of layer 2 is not finite"):
+    with pytest.raises(ValueError, match="The output of layer 3 is not finite"):
         polish(subnet, broken, [20, 36, 8], texts())
     assert_same(subnet.state_dict(), plain, atol=0)

@@ -245,6 +245,13 @@ def test_run_that_is_interrupted_while_it_writes_continues(script, written, fami
     assert contents(folder) == contents(family)
 
 
+def test_folder_with_other_files_is_refused(script, written, tmp_path):
+    (tmp_path / "mine").touch()
+    with pytest.raises(FileExistsError, match="holds other files, and no family"):
+        publish(script, written, tmp_path, "--dry_run")
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["mine"]
+
+
 def test_other_options_are_refused_in_the_same_folder(script, written, copied):
     with pytest.raises(ValueError, match=r"holds another family: options differ from those in family\.json"):
         publish(script, written, copied, "--dry_run", "--license", "apache-2.0")

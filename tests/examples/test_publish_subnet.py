@@ -292,6 +292,8 @@ def test_dry_run_writes_the_folder_and_asks_nothing_of_the_network(script, super
         (["--output_dir", "a", "--repo_id", "b", "--dry_run"], "--model is missing"),
         (["--model", "a", "--output_dir", "b", "--shape", "8", "--max_cost", "9"], "--shape or --max_cost, not both"),
         (["--model", "a", "--output_dir", "b", "--cost", "bytes"], "--cost='bytes' is unknown"),
+        (["--model", "a", "--repo_id", "b"], "--repo_id b must be user/name"),
+        (["--model", "a", "--output_dir", "b", "--exports", "onx"], "formats='onx' is unknown. Allowed: 'onnx'"),
         (["--model", "a", "--output_dir", "b", "--latency", "abacus"], "device='abacus' is not available"),
     ],
 )
@@ -299,6 +301,19 @@ def test_wrong_options_are_refused(options, message, script, capsys):
     with pytest.raises(SystemExit):
         script.main(options)
     assert message in capsys.readouterr().err
+
+
+def test_card_that_names_the_folder_is_not_published(script, supernet, server, tmp_path):
+    publish(script, "--model", tmp_path / "supernet", "--shape", *SHAPE, "--output_dir", tmp_path / "small")
+    with pytest.raises(ValueError, match=r"load 'small', not user/small\. Write the folder again with that"):
+        publish(script, "--output_dir", tmp_path / "small", "--repo_id", "user/small")
+
+
+def test_search_that_is_nowhere_is_named(script, supernet, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = ["--model", tmp_path / "supernet", "--max_cost", 1e6, "--output_dir", tmp_path / "small"]
+    with pytest.raises(FileNotFoundError, match=r"^user/search is neither a folder nor a data set on the Hub"):
+        publish(script, *options, "--search", "user/search")
 
 
 def test_what_cannot_be_cut_is_refused(script, supernet, tokenizer, tmp_path):

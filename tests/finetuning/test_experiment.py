@@ -208,7 +208,7 @@ def test_subnet_and_bert_are_fine_tuned_as_they_are(supernet, files, tokenizer, 
     ("changes", "message"),
     [
         ({"shape": [36, 20]}, r"shape=\[36, 20\] has 2 widths, but the supernet has 3 layers.*Allowed: \[8, 20, "),
-        ({"shape": [36, 20, 47]}, r"width 47 of layer 2 is not divisible.*Allowed: \[8, 20, 36, 48\]"),
+        ({"shape": [36, 20, 47]}, r"width 47 of layer 3 is not divisible.*Allowed: \[8, 20, 36, 48\]"),
         ({"max_cost": 10}, "max_cost=10 parameters cannot be met: the smallest shape has 10,786"),
         ({"max_cost": 10, "sandwich": True}, "max_cost=10 parameters cannot be met: the smallest shape has 10,786"),
         (

@@ -306,9 +306,9 @@ def test_subnet_takes_no_shape(model_class):
 
 def test_wrong_shape_is_refused_by_every_head(model_class):
     supernet = tiny_model(model_class)
-    with pytest.raises(ValueError, match="width 40 of layer 2 is not one of the width choices"):
+    with pytest.raises(ValueError, match="width 40 of layer 3 is not one of the width choices"):
         supernet(**tiny_batch(model_class), shape=[8, 20, 40])
-    with pytest.raises(ValueError, match="width 40 of layer 2 is not one of the width choices"):
+    with pytest.raises(ValueError, match="width 40 of layer 3 is not one of the width choices"):
         supernet.extract_subnet([8, 20, 40])
 
 

@@ -80,7 +80,7 @@ def test_small_integer_types_do_not_overflow():
             "or an integer array (n, layers)), got an array of the NumPy type float64 and the size (1, 3)",
         ),
         ([[True, True, True]], "or an integer array (n, layers)), got an array of the NumPy type bool"),
-        ([[8, 20, 36], [8, 20, 40]], "width 40 of layer 2 is not one of the width choices"),
+        ([[8, 20, 36], [8, 20, 40]], "width 40 of layer 3 is not one of the width choices"),
         ([[8, 20, 36], [0, 0, 0]], "drops every layer"),
     ],
 )
@@ -92,7 +92,7 @@ def test_wrong_arrays_of_shapes_are_refused(shapes, message):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ([8, 20, 40], "width 40 of layer 2 is not one of the width choices"),
+        ([8, 20, 40], "width 40 of layer 3 is not one of the width choices"),
         ([8, 20.0, 36], "shapes must be one shape (a list of integers) or many"),
         ([[8, 20, 36], [8, 20]], "got lists of different lengths"),
         (8, "or an integer array (n, layers)), got an array of the NumPy type int64 and the size ()"),

@@ -163,7 +163,8 @@ def test_no_name_breaks_the_card(name):
             cards = []
             for text in ("name", name):
                 model.config.id2label = {0: text, 1: "good"}
-                named = {"base_model": text, "license": text, "datasets": [text], "tags": [text], "supernet": text}
+                named = {"base_model": text, "license": text, "datasets": [text], "tags": [text]}
+                named["supernet"] = f"supernet of {text}"
                 cards.append(model_card(model, text, mask_token=text, **named))
             usual, card = cards
             data = ModelCard(str(card)).data

@@ -174,7 +174,7 @@ def states_by_layer(encoder: Any, text: Sequence[Text]) -> Iterator[list[States]
             states.append(States(inputs, attended, outputs, batch.mask, batch.real))
             flow[position] = encoder.output_bottleneck[index](outputs)
             if not flow[position][batch.real].isfinite().all():
-                raise ValueError(f"The output of layer {index} is not finite. Check the weights of the supernet.")
+                raise ValueError(f"The output of layer {index + 1} is not finite. Check the weights of the supernet.")
         yield states
         states.clear()
 

@@ -336,8 +336,8 @@ class SuperShaperConfig(PreTrainedConfig):
                 f"shape={_as_list(shape)} has {len(shape)} widths, but the supernet has {self.num_hidden_layers} "
                 f"layers: give one width for each. {allowed}"
             )
-        widths = [_as_width(width, layer, allowed) for layer, width in enumerate(shape)]
-        for layer, width in enumerate(widths):
+        widths = [_as_width(width, layer, allowed) for layer, width in enumerate(shape, start=1)]
+        for layer, width in enumerate(widths, start=1):
             if width != 0 and width not in self.width_choices:
                 reason = self._why_not(width)
                 raise ValueError(f"shape={widths}: width {width} of layer {layer} {reason}. {allowed}")

@@ -150,7 +150,7 @@ def facts(
         "longest input": f"{config.max_position_embeddings} tokens",
         "labels": labels(model),
         "cut out of": None if supernet is None else inline_code(supernet),
-        "started from": None if base_model is None else inline_code(base_model),
+        "started from": None if base_model in (None, supernet) else inline_code(str(base_model)),
         "made with": ", ".join(f"{library} {number}" for library, number in library_versions().items()),
     }
     return "\n".join(f"| {name} | {markdown_cell(cell)} |" for name, cell in cells.items() if cell is not None)

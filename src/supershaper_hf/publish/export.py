@@ -100,8 +100,6 @@ def add_exports(folder: str | Path, formats: Sequence[str] = ("onnx", "int8")) -
         ...     [file.path for file in add_exports(folder)]
         ['onnx/model.onnx', 'onnx/model_quantized.onnx']
     """
-    for name in formats:
-        check_choice("formats", name, PACKAGES)
     check_packages(formats)
     folder = Path(folder)
     model = model_to_export(folder)
@@ -123,7 +121,9 @@ def add_exports(folder: str | Path, formats: Sequence[str] = ("onnx", "int8")) -
 
 
 def check_packages(formats: Sequence[str]) -> None:
-    """Raise an ImportError that names the packages which `formats` need and which are not installed."""
+    """Raise an ImportError that names the packages which `formats` need, or a ValueError if a format is unknown."""
+    for name in formats:
+        check_choice("formats", name, PACKAGES)
     needed = dict.fromkeys(package for name in formats for package in PACKAGES[name])
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:

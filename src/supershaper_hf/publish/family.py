@@ -155,6 +155,7 @@ def write_family(folder: Path, family: Family, **options: Any) -> None:
         **options: Options of `write_subnet` for all subnets. They may not change in a folder.
 
     Raises:
+        FileExistsError: If `folder` holds other files.
         ValueError: If `folder` holds another family, or the same one with other options.
     """
     plan = {
@@ -167,13 +168,17 @@ def write_family(folder: Path, family: Family, **options: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / FAMILY_FILE
     if not file.exists():
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise FileExistsError(
+                f"{folder} holds other files, and no family. Choose another folder or remove this one."
+            )
         write_json(file, FORMAT, plan)
     before = read_json(file, FORMAT)
     changed = [key for key, value in plan.items() if before[key] != value]
     if changed:
         raise ValueError(
-            f"{folder} holds another family: {', '.join(changed)} differ from those in {FAMILY_FILE}. Choose another "
-            "folder, or remove this one."
+            f"{folder} holds another family: {', '.join(changed)} differ from those in {FAMILY_FILE}. Its "
+            "budgets and options are fixed. Choose another folder, or remove this one."
         )
     for member in family.members:
         if not (folder / member.folder).exists():

@@ -71,11 +71,16 @@ def search_results(findings: Findings, shape: Sequence[int], task_type: str) -> 
     shapes = {"this subnet": list(shape)} | ({"largest shape": largest} if list(shape) != largest else {})
     found = findings.rows(np.array(list(shapes.values())))
     rows = [{"": name, **_values(row, findings)} for name, row in zip(shapes, found)]
+    row, remarks = found[0], []
+    if row[f"measured_{measure.shown}"] is None:
+        remarks.append("This subnet was not measured. One that is chosen by its prediction is often worse than that.")
+    if measure.name == "distance":
+        remarks.append("The distance is 0 for the states of the original, and 1 for the same guess for every token.")
     text = (
         f"As cut out of the supernet, on held-out {measure.text} ({len(findings.records):,} shapes were measured; the "
-        f"others are predicted from them):\n\n{markdown_table(rows)}"
+        f"others are predicted from them). {' '.join(remarks)}\n\n{markdown_table(rows)}"
     )
-    value = found[0][f"measured_{measure.shown}"]
+    value = row[f"measured_{measure.shown}"]
     scores = []
     if value is not None and np.isfinite(value):
         name = f"Held-out {measure.text} of the search"

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -173,7 +178,7 @@ def _download(repo_id: str, repo_type: str, prefix: str = "") -> Path | None:
     try:
         patterns = [f"{prefix}{name}" for name in SEARCH_FILES]
         return Path(snapshot_download(repo_id, repo_type=repo_type, allow_patterns=patterns))
-    except (RepositoryNotFoundError, HFValidationError):
+    except (RepositoryNotFoundError, HFValidationError, LocalEntryNotFoundError):  # the last one: no network
         return None
 
 
