@@ -195,7 +195,7 @@ def test_text_without_labels_is_refused(batches):
 
 @pytest.mark.parametrize("shapes", [[[8, 40, 36]], [8, 40, 36]], ids=["many", "one"])
 def test_wrong_shape_is_refused(batches, shapes):
-    with pytest.raises(ValueError, match="width 40 of layer 1 is not one of the width choices"):
+    with pytest.raises(ValueError, match="width 40 of layer 2 is not one of the width choices"):
         evaluate_shapes(tiny_model(), batches, shapes)
 
 
