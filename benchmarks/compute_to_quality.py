@@ -106,7 +106,7 @@ FROM_ORIGINAL = {
 }
 # The recipe of examples/make_supernet.py, without its grouping of sequences by length, so that all recipes read the
 # same batches.
-OURS = FROM_ORIGINAL | {"learning_rate": 5e-4, "shared_learning_rate_scale": 0.6, "first_token_weight": 0.5}
+OURS = FROM_ORIGINAL | {"learning_rate": 5e-4, "shared_learning_rate_scale": 0.6}
 RECIPES = {
     "paper": Recipe("the paper", "paper", PAPER),
     "original_teaches": Recipe("the paper's start, the original teaches", "identity", FROM_ORIGINAL),

@@ -58,7 +58,6 @@ RECIPE: dict[str, Any] = {
     "mlm_probability": 0.0,  # unmasked text, no labels
     "state_weight": 1.0,
     "pooled_weight": 1.0,
-    "first_token_weight": 0.5,
     "sampling": "random",
     "random_shapes": 3,
     "distribution": "budget",
@@ -100,6 +99,9 @@ class SupernetArguments:
         RECIPE["shared_learning_rate_scale"],
         "Factor of the learning rate of weights that all widths share. With 0 the largest shape stays the BERT itself.",
     )
+    first_token_weight: float = option(
+        0.0, "Weight of the state of [CLS], which classifiers read, once more. Its effect was not measured yet."
+    )
     mixed_precision: str | None = option(
         None, "Precision: no, bf16 or fp16. By default the one that was given to `accelerate launch`."
     )
@@ -117,9 +119,8 @@ class SupernetArguments:
     def training(self, max_steps: int, output_dir: str | None = None) -> SuperPretrainingArguments:
         """Return the options of `super_pretrain`."""
         chosen = ("max_length", "per_device_train_batch_size", "learning_rate", "shared_learning_rate_scale")
-        options = RECIPE | {
-            name: getattr(self, name) for name in (*chosen, "mixed_precision", "pooling", "save_steps", "seed")
-        }
+        chosen += ("first_token_weight", "mixed_precision", "pooling", "save_steps", "seed")
+        options = RECIPE | {name: getattr(self, name) for name in chosen}
         options |= {"max_steps": max_steps, "eval_steps": max(1, math.ceil(max_steps / 10)), "output_dir": output_dir}
         return SuperPretrainingArguments(**options)
 

@@ -131,3 +131,10 @@ def test_head_of_the_bert_stays(run, tokenizer, tmp_path):
     trained = SuperShaperForMaskedLM.from_pretrained(output / "last")
     for name, tensor in original.cls.predictions.transform.state_dict().items():
         assert torch.equal(trained.cls["predictions"].transform.state_dict()[name], tensor)
+
+
+def test_weights_of_the_losses_reach_the_training(script):
+    required = ["--bert=b", "--text=t", "--output_dir=o"]
+    assert script.parse_arguments(required).training(1).first_token_weight == 0
+    chosen = script.parse_arguments([*required, "--first_token_weight=0.5"]).training(1)
+    assert (chosen.state_weight, chosen.pooled_weight, chosen.first_token_weight) == (1.0, 1.0, 0.5)

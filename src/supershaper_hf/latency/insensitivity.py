@@ -94,7 +94,7 @@ def compare_equal_sizes(
 
     Args:
         space: The search space.
-        parameters: Numbers of parameters of the masked-LM subnets, tied weights counted once.
+        parameters: Numbers of parameters of the subnets, tied weights counted once.
         num_shapes: Number of shapes to measure for each of these. If fewer are found, there is a warning.
         tolerance: Largest difference between a shape's number of parameters and the one asked for, as a share of it.
         device: `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`.
@@ -176,7 +176,7 @@ def shapes_near(
 
     Args:
         space: The search space.
-        parameters: Number of parameters of the masked-LM subnets, tied weights counted once.
+        parameters: Number of parameters of the subnets, tied weights counted once.
         num_shapes: Number of shapes to find.
         tolerance: Largest difference from `parameters`, as a share of it.
         seed: Random seed of the draws.
