@@ -1,0 +1,44 @@
+"""The shapes that are compared at equal size: the searched one and the hand-crafted ones."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from supershaper_hf import SearchSpace
+from supershaper_hf.report.findings import Findings
+
+from .study import encoder_parameters
+
+
+SHARES = (0.75, 0.60, 0.45, 0.30)  # of the parameters in the layers of the original
+SEARCHED, FIRST_LAYERS, RECTANGLE = "searched", "first_layers", "rectangle"
+
+
+def budget(original: Any, share: float, bare_parameters: int) -> int:
+    """Return the number of parameters that a subnet without a head may have.
+
+    Args:
+        original: The configuration of the BERT.
+        share: How much of the parameters of its layers stays.
+        bare_parameters: The parameters of the BERT without a head.
+    """
+    layers = encoder_parameters(original)
+    return int(bare_parameters - layers + share * layers)
+
+
+def first_layers(space: SearchSpace, max_parameters: int) -> list[int]:
+    """Return the first layers of the supernet at full width, and of the next one what the budget leaves.
+
+    Whole layers alone would leave up to a sixth of the encoder unused, and the comparison would not be at equal size.
+    """
+    full, best = space.config.hidden_size, [0] * space.num_layers
+    for kept in range(space.num_layers):
+        for width in (0, *space.width_choices):
+            shape = [full] * kept + [width] + [0] * (space.num_layers - kept - 1)
+            if any(shape) and space.num_parameters(shape) <= max_parameters:
+                best = shape
+    if not any(best):
+        raise ValueError(f"max_parameters={max_parameters:,} is too small for one narrow layer.")
+    return best
