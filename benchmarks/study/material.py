@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoTokenizer, BertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,6 +42,7 @@ class Material(NamedTuple):
     """What all runs are made of and measured with."""
 
     folder: Path  # of the original with its masked-LM head
+    accelerator: Accelerator  # its device and precision, for training and measuring
     original: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sequences: Dataset  # to train on
@@ -57,15 +59,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration_tokens", type=int, default=20_000, help="tokens that a start is calibrated on")
     parser.add_argument("--max_length", type=int, default=128, help="tokens of the longest sequence")
     parser.add_argument("--batch_size", type=int, default=32, help="sequences in a step")
-    parser.add_argument("--mixed_precision", default="bf16", choices=("no", "bf16"), help="precision of the training")
+    parser.add_argument(
+        "--mixed_precision", default="bf16", choices=("no", "bf16"), help="precision in training and measuring"
+    )
     parser.add_argument(
         "--width_choices", type=int, nargs="+", default=[96, 144, 240, 288, 336, 384], help="widths of a layer"
     )
-    parser.add_argument("--clean_tokens", type=int, default=1500, help="held-out tokens for distance and cosine")
-    parser.add_argument("--masked_tokens", type=int, default=3000, help="held-out tokens for the masked-LM loss")
+    parser.add_argument("--clean_tokens", type=int, default=1000, help="held-out tokens for distance and cosine")
+    parser.add_argument("--masked_tokens", type=int, default=2000, help="held-out tokens for the masked-LM loss")
     parser.add_argument("--num_random", type=int, default=20, help="random shapes that are measured")
     parser.add_argument("--num_sts", type=int, default=6, help="random shapes that have STS")
-    parser.add_argument("--num_pairs", type=int, default=750, help="pairs of sentences for STS")
+    parser.add_argument("--num_pairs", type=int, default=250, help="pairs of sentences for STS")
     parser.add_argument(
         "--chosen",
         nargs="+",
@@ -84,13 +88,15 @@ def take(sequences: Dataset, tokens: int) -> Dataset:
 
 def load_material(args: argparse.Namespace, folder: Path) -> Material:
     """Load the original with its masked-LM head from `folder`, the text and the pairs."""
+    accelerator = start_accelerator(mixed_precision=args.mixed_precision)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     held_out = tokenize(load_text([held_out_text(args.data)]), tokenizer, args.max_length)
     pairs, labels = load_pairs(task_file(args.data, "stsb", "validation"))
     chosen = np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), args.num_pairs)).astype(int))  # of all genres
     return Material(
         folder,
-        BertForMaskedLM.from_pretrained(folder).eval().to(start_accelerator().device),  # type: ignore[arg-type]
+        accelerator,
+        BertForMaskedLM.from_pretrained(folder).eval().to(accelerator.device),
         tokenizer,
         tokenize(load_text(training_text(args.data)), tokenizer, args.max_length),
         fixed_masks(take(held_out, args.clean_tokens), tokenizer, args.batch_size, mlm_probability=0),
@@ -131,17 +137,23 @@ def measure(
         groups: The shapes, by group.
         with_sts: How many shapes of a group have STS. Groups that are not named have none.
     """
-    model.to(material.original.device)  # type: ignore[arg-type]
+    model.to(material.accelerator.device)
     shapes = [shape for group in groups.values() for shape in group]
-    distances = iter(evaluate_shapes(model, material.clean, shapes, measure="distance", original=material.original))
-    losses = iter(evaluate_shapes(model, material.masked, shapes, measure="loss"))
+    options: dict[str, Any] = {"accelerator": material.accelerator, "measure": "distance"}
+    distances = iter(evaluate_shapes(model, material.clean, shapes, original=material.original, **options))
+    losses = iter(evaluate_shapes(model, material.masked, shapes, **options | {"measure": "loss"}))
     encoder: Any = model.base_model
     given = (material.tokenizer, material.pairs, material.labels, material.pooling)
+
+    def score(shape: Shape | None) -> float:
+        with material.accelerator.autocast():
+            return round(similarity_score(encoder, *given, shape=shape), DIGITS)
+
     found = {}
     for name, group in groups.items():
         records = [{**next(distances), **next(losses)} for _ in group]
         figures = {key: [round(record[key], DIGITS) for record in records] for key in ("distance", "cosine", "loss")}
         scored = group[: with_sts.get(name, 0)]
-        figures["sts"] = [round(similarity_score(encoder, *given, shape=shape), DIGITS) for shape in scored]
+        figures["sts"] = [score(shape) for shape in scored]
         found[name] = figures
     return found

@@ -127,7 +127,7 @@ class Runs:
 
     @cached_property
     def material(self) -> Material:
-        start_accelerator(mixed_precision=self.args.mixed_precision)  # the first one decides
+        start_accelerator(mixed_precision=self.args.mixed_precision)  # the first one of a process decides
         return load_material(self.args, bert_with_head(self.args))
 
     def run(self, recipe: Recipe, seed: int) -> None:
@@ -167,7 +167,7 @@ class Runs:
 
     def load(self, folder: Path) -> Any:
         """Return a supernet to train. On CPUs, torch's fused attention is slow in bfloat16."""
-        slow = self.material.original.device.type == "cpu" and self.args.mixed_precision == "bf16"
+        slow = self.material.accelerator.device.type == "cpu" and self.args.mixed_precision == "bf16"
         return SuperShaperForMaskedLM.from_pretrained(folder, attn_implementation="eager" if slow else "sdpa")
 
     def add(self, identity: Row, model: Any, start: Path, progress: Progress, flops: Mapping[str, float]) -> None:
@@ -204,7 +204,7 @@ def make_start(args: argparse.Namespace, material: Material, name: str, seed: in
     model = SuperShaperForMaskedLM.from_bert(
         material.folder, width_choices=args.width_choices, hidden_dropout_prob=0.0, **STARTS[name]
     )
-    model.to(material.original.device)
+    model.to(material.accelerator.device)
     if name != "identity":
         given = (material.tokenizer, args.calibration_tokens, args.batch_size, seed)
         batches = calibration_batches(material.sequences, *given)

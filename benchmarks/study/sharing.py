@@ -95,7 +95,7 @@ def verdict(found: Found) -> str:
 def draw(file: Path, found: Found) -> None:
     """Draw the distance of each shape at the start, inherited, and trained alone."""
     figure, axes = new_figure(7, 4)
-    names = []
+    names: list[str] = []
     for shape, text in enumerate(found.settings["chosen"]):
         recipe = best_alone(found, shape)
         if recipe is None:
