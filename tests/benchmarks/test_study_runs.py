@@ -99,6 +99,7 @@ def test_runs_are_trained_measured_and_found_again(study, args, monkeypatch):
         assert rows[0]["rectangles"]["distance"][0] < 1e-5  # the largest, before training
         assert rows[0]["rectangles"]["cosine"][0] == pytest.approx(1)
         assert rows[0]["rectangles"]["distance"][2] > 0.1
+        assert rows[-1]["rectangles"]["distance"][0] > 1e-4  # from the original, not from what it has become
         assert len({row["random"]["distance"][0] for row in rows}) == 4
     [start], [ends], [single], [paper] = found.of(ours, 0), found.of(ours), found.of(alone), found.of(paper)
     assert start["flops"] == start["flops_of"]["start"] > 0  # the calibration
