@@ -65,6 +65,7 @@ def test_hand_crafted_shapes_keep_their_form(shapes, space):
             for name in shapes.HAND_CRAFTED
         }
         assert made["rectangle"] == sorted(made["rectangle"])
+        assert WIDTHS.index(made["rectangle"][-1]) - WIDTHS.index(made["rectangle"][0]) <= 2
         assert made["lower_triangle"] == sorted(made["lower_triangle"])
         assert made["upper_triangle"] == sorted(made["upper_triangle"], reverse=True)
         assert max(made["diamond"]) in made["diamond"][2:4]
