@@ -22,7 +22,15 @@ from supershaper_hf.files import parse_json, read_json, to_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 FORMAT = "supershaper-hf study 1"
-CORPORA = ("sotu", "sqlite", "apache", "python", "postgresql", "wordnet", "wiki")  # what the released model was trained on
+CORPORA = (
+    "sotu",
+    "sqlite",
+    "apache",
+    "python",
+    "postgresql",
+    "wordnet",
+    "wiki",
+)  # what the released model was trained on
 SUPERNET = "checkpoints/supershaper-minilm-l6"
 
 Row = dict[str, Any]
@@ -115,7 +123,7 @@ def read_rows(folder: Path, question: str) -> list[Row]:
 
 
 def encoder_parameters(config: Any) -> int:
-    """Return the number of parameters in the layers of a BERT: 10,646,400 in those of all-MiniLM-L6-v2."""
+    """Return the number of parameters in the layers of a BERT: 10,646,784 in those of all-MiniLM-L6-v2."""
     hidden, inner = config.hidden_size, config.intermediate_size
     layer = 4 * hidden * (hidden + 1) + 2 * hidden * inner + inner + hidden + 4 * hidden
     return int(config.num_hidden_layers * layer)
