@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", nargs="*", default=[], help="results.json of fine-tunings of this very model")
     parser.add_argument("--repo_id", help="name of the model in the card (default: FOLDER)")
     parser.add_argument("--note", help="what the card says first")
+    parser.add_argument("--evaluation", type=Path, help="file of Markdown that the section on evaluation begins with")
+    parser.add_argument("--limits", type=Path, help="file of Markdown with the limits of the model")
     parser.add_argument("--output", type=Path, help="file to write (default: print the card)")
     args = parser.parse_args(arguments)
     try:
@@ -41,7 +43,8 @@ def make_card(args: argparse.Namespace) -> str:
     """Return the text of the card."""
     if not args.folder.is_dir():
         raise FileNotFoundError(f"{args.folder} is not a folder. Write a model with save_for_hub first.")
-    source, found = Source.load(str(args.folder)), Results()
+    source = Source.load(str(args.folder))
+    found = Results("" if args.evaluation is None else args.evaluation.read_text(encoding="utf-8").strip())
     if source.is_supernet:
         findings = read_search(source, find_search(str(args.folder), args.search))
         found += Results() if findings is None else front_results(findings)
@@ -51,6 +54,8 @@ def make_card(args: argparse.Namespace) -> str:
     options: dict[str, Any] = source.metadata | encoder
     if source.tokenizer is not None and source.tokenizer.mask_token:
         options["mask_token"] = source.tokenizer.mask_token
+    if args.limits is not None:
+        options["limits"] = args.limits.read_text(encoding="utf-8").strip()
     card = model_card(
         source.model,
         args.repo_id or args.folder.as_posix(),
