@@ -2,7 +2,7 @@
 
     python -m supershaper_hf.publish outputs/supernet/last --search outputs/search --output MODEL_CARD.md
 
-What the card says of training, licence, language and data is taken over from the README.md of the folder. Sizes are
+What the card says of training, limits, licence, language and data is taken over from the README.md of the folder. Sizes are
 those of its files, and measurements those of the search.
 """
 
@@ -26,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repo_id", help="name of the model in the card (default: FOLDER)")
     parser.add_argument("--note", help="what the card says first")
     parser.add_argument("--evaluation", type=Path, help="file of Markdown that the section on evaluation begins with")
-    parser.add_argument("--limits", type=Path, help="file of Markdown with the limits of the model")
     parser.add_argument("--output", type=Path, help="file to write (default: print the card)")
     args = parser.parse_args(arguments)
     try:
@@ -54,8 +53,6 @@ def make_card(args: argparse.Namespace) -> str:
     options: dict[str, Any] = source.metadata | encoder
     if source.tokenizer is not None and source.tokenizer.mask_token:
         options["mask_token"] = source.tokenizer.mask_token
-    if args.limits is not None:
-        options["limits"] = args.limits.read_text(encoding="utf-8").strip()
     card = model_card(
         source.model,
         args.repo_id or args.folder.as_posix(),
@@ -63,6 +60,7 @@ def make_card(args: argparse.Namespace) -> str:
         weight_bytes=sum(file.stat().st_size for file in args.folder.glob("*.safetensors")),
         note=args.note,
         training=source.training,
+        limits=source.limits,
         evaluation=found.text or None,
         results=found.scores,
         **options,
