@@ -8,8 +8,8 @@
 4. `examples/search_shapes.py` measures shapes on held-out text: records, front, explorer.html and report.
 5. The card is written out of these files and of the results of the study.
 
-`outputs/family/last` is what `examples/make_supernet.py` has made; docs/results.md has the commands. What is done is not
-done again. After new results of the study, the same command writes the card again.
+`outputs/family/last` is what `examples/make_supernet.py` has made; docs/results.md has the commands. What is done is
+not done again. After new results of the study, the same command writes the card again.
 """
 
 import argparse
@@ -48,7 +48,7 @@ Made of all-MiniLM-L6-v2 by `examples/make_supernet.py`: calibrated in closed fo
 three random shapes in each step, which learn the last hidden states of the original. The text, without labels, are US
 presidential addresses, documentation of SQLite, Apache, Python and PostgreSQL, WordNet's glosses, and the first
 paragraphs of Wikipedia articles. A masked-LM head was trained on the frozen encoder of the original, then head and
-encoder together for {together:,} steps ([docs/results.md](../../docs/results.md) has the commands, tokens and figures)."""
+encoder together for {together:,} steps. [docs/results.md](../../docs/results.md) has the commands and the figures."""
 LIMITS = """\
 The original was made to embed English sentences: it was distilled, then tuned by contrast on pairs of sentences. So its
 token states say little about single words, and the masked-LM head that this supernet has is weak: it makes the
