@@ -2,8 +2,8 @@
 
     python -m supershaper_hf.publish outputs/supernet/last --search outputs/search --output MODEL_CARD.md
 
-What the card says of training, limits, licence, language and data is taken over from the README.md of the folder. Sizes are
-those of its files, and measurements those of the search.
+What the card says of training, limits, licence, language and data is taken over from the README.md of the folder. Sizes
+are those of its files, and measurements those of the search.
 """
 
 import argparse
