@@ -191,11 +191,12 @@ def verdict_on_predictor(found: Found) -> str:
 def task_scores(folder: Path) -> dict[str, dict[Key, float]]:
     """Return the score of each shape by task, and their mean over the tasks for shapes that have all: from question 6.
 
-    All shapes of a task were fine-tuned at once. The mean over seeds is taken.
+    They are the random shapes of a super fine-tuning: all shapes of a task were fine-tuned at once. The mean over seeds
+    is taken.
     """
     found: dict[str, dict[Key, list[float]]] = {}
     for row in read_rows(folder, "tasks"):
-        if row["kind"] == "super":
+        if (row["way"], row["kind"]) == ("super", "random"):
             found.setdefault(row["task"], {}).setdefault(tuple(row["shape"]), []).append(row["score"])
     scores = {task: {shape: sum(each) / len(each) for shape, each in of.items()} for task, of in found.items()}
     complete = set.intersection(*map(set, scores.values())) if scores else set()

@@ -224,7 +224,7 @@ def made_up_rows(answers, front=0.30, hand=0.35, heuristic=0.31, deviations=(-0.
             if name == answers.EVOLUTIONARY:
                 continue
             for seed, deviation in enumerate(deviations):
-                after = distance / 2 + deviation
+                after = distance / 2 + deviation * (1.2 if name == "diamond" else 1)
                 figures = {"shape": shape, "distance": after, "cosine": 1 - after, "sts": 0.8 - after}
                 rows.append({"kind": "trained", "seed": seed, "tokens": 9, "steps": 1, "seconds": 1.0, **figures})
     return rows
@@ -245,8 +245,8 @@ def test_targets_that_are_met(answers, tmp_path):
     write_rows(tmp_path / "results", "shape_search", [*made_up_rows(answers, heuristic=0.305), *held_out])
     text = answers.answer(tmp_path / "results", tmp_path / "study")
     assert "| searched | [60, 1] | 900 | 0.300 | 0.300 | 0.700 | 0.500 | 0.150 ± 0.010 |" in text
-    assert "| 45 % | distance, trained | 0.150 ± 0.010 | 0.190 ± 0.010 (rectangle) | +0.040 | 0.010 | yes |" in text
-    assert "| 45 % | STS | 0.500 | 0.420 (rectangle) | +0.080 | 0.010 | yes |" in text
+    assert "| 45 % | distance, trained | 0.150 ± 0.010 | 0.190 ± 0.010 (rectangle) | +0.040 | 0.012 | yes |" in text
+    assert "| 45 % | STS | 0.500 | 0.420 (rectangle) | +0.080 | 0.012 | yes |" in text
     assert "by distance after training at 3 of 3 budgets, at 3 of them outside the spread of seeds" in text
     assert "outside the spread of seeds, is met by the distance" in text
     assert "+1.7% at 60 %, +1.7% at 60 % (trained)" in text
@@ -262,8 +262,8 @@ def test_targets_that_are_missed(answers, tmp_path):
     held_out = [{"kind": "held_out", "shape": [n], "distance": n % 3, "cosine": 0.5, "predicted": n} for n in range(9)]
     write_rows(tmp_path / "results", "shape_search", [*rows, *held_out])
     text = answers.answer(tmp_path / "results", tmp_path / "study")
-    assert "| 30 % | distance | 0.364 | 0.380 (rectangle) | +0.016 | 0.010 | yes |" in text
-    assert "| 30 % | distance, trained | 0.182 ± 0.010 | 0.190 ± 0.010 (rectangle) | +0.008 | 0.010 | no |" in text
+    assert "| 30 % | distance | 0.364 | 0.380 (rectangle) | +0.016 | 0.012 | yes |" in text
+    assert "| 30 % | distance, trained | 0.182 ± 0.010 | 0.190 ± 0.010 (rectangle) | +0.008 | 0.012 | no |" in text
     assert "by distance at 3 of 3 budgets, at 3 of them outside" in text
     assert "by distance after training at 3 of 3 budgets, at 0 of them outside" in text
     assert "is missed by the distance" in text
@@ -281,8 +281,12 @@ def test_one_seed_has_no_spread(answers, tmp_path):
 
 
 def task_rows(scores):
-    return [
-        {"kind": "super", "task": task, "shape": [60, number + 1], "score": score}
+    """What question 6 writes of random shapes, and of other ones, which do not count here."""
+    key = {"seed": 0, "shape": [60, 1]}
+    others = [{"way": "super", "kind": "searched", "task": "sst2", "score": 0, **key}]
+    others += [{"way": "fine-tuned", "kind": "random", "task": "sst2", "score": 0, **key}]
+    return others + [
+        {"way": "super", "kind": "random", "task": task, "seed": 0, "shape": [60, number + 1], "score": score}
         for task, values in scores.items()
         for number, score in enumerate(values)
     ]
