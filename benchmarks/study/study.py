@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from supershaper_hf.devices import device_name
 from supershaper_hf.files import parse_json, read_json, to_json, write_json
@@ -22,7 +23,15 @@ from supershaper_hf.files import parse_json, read_json, to_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 FORMAT = "supershaper-hf study 1"
-CORPORA = ("sotu", "sqlite", "apache", "python", "postgresql", "wordnet", "wiki")  # what the released model was trained on
+CORPORA = (
+    "sotu",
+    "sqlite",
+    "apache",
+    "python",
+    "postgresql",
+    "wordnet",
+    "wiki",
+)  # what the released model was trained on
 SUPERNET = "checkpoints/supershaper-minilm-l6"
 
 Row = dict[str, Any]
@@ -114,8 +123,14 @@ def read_rows(folder: Path, question: str) -> list[Row]:
     return read_json(file, FORMAT)["rows"] if file.exists() else []
 
 
+def save_picture(figure: Figure, file: Path) -> None:
+    """Write a PNG that depends on what is drawn alone: it names neither a date nor the version of a library."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120, metadata={"Software": None})
+
+
 def encoder_parameters(config: Any) -> int:
-    """Return the number of parameters in the layers of a BERT: 10,646,400 in those of all-MiniLM-L6-v2."""
+    """Return the number of parameters in the layers of a BERT: 10,646,784 in those of all-MiniLM-L6-v2."""
     hidden, inner = config.hidden_size, config.intermediate_size
     layer = 4 * hidden * (hidden + 1) + 2 * hidden * inner + inner + hidden + 4 * hidden
     return int(config.num_hidden_layers * layer)
