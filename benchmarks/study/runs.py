@@ -354,8 +354,8 @@ def how_measured(found: Found, script: str, recipes: Iterable[Recipe]) -> str:
         f"Command: `python -m benchmarks.study.{script} --data DATA --bert MINILM`. Each run has {steps} steps of "
         f"{get['batch_size']} sequences of at most {get['max_length']} tokens, up to {tokens:,} tokens in all, in "
         f"precision {get['mixed_precision']}. Starts are calibrated on {get['calibration_tokens']:,} tokens. Held out "
-        f"are {get['clean_tokens']:,} tokens for distance and cosine, {get['masked_tokens']:,} tokens for the loss, 15 % "
-        f"of them masked, and {get['num_pairs']} pairs of sentences for STS. Figures of random shapes are means of "
+        f"are {get['clean_tokens']:,} tokens for distance and cosine, {get['masked_tokens']:,} tokens for the loss, 15 "
+        f"% of them masked, and {get['num_pairs']} pairs of sentences for STS. Figures of random shapes are means of "
         f"{get['num_random']}, those of STS of {get['num_sts']} of them. Seeds: {', '.join(map(str, seeds))}. Machine: "
         f"{found.machine['device']}."
     )
