@@ -110,7 +110,7 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
             points = [(place, took) for row, place, took in zip(own, places, times) if row["kind"] == group]
             if points:
                 label = group.replace("_", " ") if kind == PYTORCH else None
-                axes.scatter(*zip(*points), color=f"C{number}", s=18, label=label, zorder=2)
+                axes.plot(*zip(*points), "o", color=f"C{number}", markersize=4, label=label, zorder=2)
         if own:
             axes.annotate(kind, (max(places), max(times)), xytext=(4, 0), textcoords="offset points", fontsize=8)
     axes.set_ylim(bottom=0)

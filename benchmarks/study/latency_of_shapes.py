@@ -91,7 +91,8 @@ def make_runs(models: Sequence[Compared], args: argparse.Namespace, folder: Path
         encoder = load_encoder(model, args.bert, args.supernet)
         files = export_files(encoder, folder / model.name, args.bert)
         runs[model.name, PYTORCH] = functools.partial(run_pytorch, encoder)
-        runs |= {(model.name, kind): onnx_session(files[kind]) for kind in (ONNX, INT8)}
+        for kind in (ONNX, INT8):
+            runs[model.name, kind] = onnx_session(files[kind])  # type: ignore[assignment]
     return runs
 
 

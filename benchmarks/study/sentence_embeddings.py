@@ -12,6 +12,7 @@ import copy
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +75,7 @@ def measure(
 
 def without_pooler(encoder: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of an encoder that has the states of the tokens alone, as sentence encoders are exported."""
-    copied = copy.deepcopy(encoder)
+    copied: Any = copy.deepcopy(encoder)
     copied.pooler = None
     return copied
 

@@ -51,12 +51,18 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
 def recipe_text(recipe: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Return how the models were fine-tuned and scored."""
     seeds = sorted({row["seed"] for row in rows})
+    weight = next((row["weight"] for row in rows if row.get("weight")), None)
+    taught = (
+        f"{weight:.0%} of the loss of supernet and subnets is the distance to the logits of the original of the best "
+        "seed, which is fine-tuned on the same task. "
+        if weight
+        else ""
+    )
     return (
         f"{SCORES} All models are fine-tuned alike: {recipe['epochs']:g} epochs, the last of which is kept, AdamW with "
         f"a learning rate of {recipe['learning_rate']:g}, {recipe['batch_size']} examples of similar length in a step, "
-        f"at most {recipe['max_length']} tokens, bfloat16. {recipe['weight']:.0%} of the loss of supernet and subnets "
-        "is the distance to the logits of the original of the best seed, which is fine-tuned on the same task. Scores "
-        f"are computed in float32. Seeds {', '.join(map(str, seeds))}: mean ± standard deviation."
+        f"at most {recipe['max_length']} tokens, bfloat16. {taught}Scores are computed in float32. Seeds "
+        f"{', '.join(map(str, seeds))}: mean ± standard deviation."
     )
 
 
