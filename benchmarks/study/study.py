@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from supershaper_hf.devices import device_name
 from supershaper_hf.files import parse_json, read_json, to_json, write_json
@@ -120,6 +121,12 @@ def read_rows(folder: Path, question: str) -> list[Row]:
     """Return the rows that answer a question; none if nothing was measured yet."""
     file = folder / f"{question}.json"
     return read_json(file, FORMAT)["rows"] if file.exists() else []
+
+
+def save_picture(figure: Figure, file: Path) -> None:
+    """Write a PNG that depends on what is drawn alone: it names neither a date nor the version of a library."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120, metadata={"Software": None})
 
 
 def encoder_parameters(config: Any) -> int:

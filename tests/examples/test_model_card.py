@@ -78,12 +78,17 @@ def test_command_writes_the_card_of_a_supernet(tokenizer, tmp_path, capsys):
     assert "license: mit\n" in printed
     assert "# net\n\n> Not yet.\n>\n> # Really\n\nA SuperShaper **supernet**" in printed
     assert section(printed, "Training") == "One epoch."
+    assert section(printed, "Limits") == "None."
     assert "| parameters | measured perplexity | predicted perplexity | shape |" in section(printed, "Evaluation")
     size = (tmp_path / "net" / "model.safetensors").stat().st_size
     assert f"| weights on disk | {megabytes(size)}, float32 |" in printed
-    main([str(tmp_path / "net"), "--search", str(search), "--output", str(tmp_path / "CARD.md")])
+    (tmp_path / "scores.md").write_text("| task | score |\n\n", encoding="utf-8")
+    options = ["--search", str(search), "--evaluation", str(tmp_path / "scores.md")]
+    main([str(tmp_path / "net"), *options, "--output", str(tmp_path / "CARD.md")])
     assert capsys.readouterr().out == f"{tmp_path / 'CARD.md'}\n"
-    assert (tmp_path / "CARD.md").read_text().startswith("---\n")
+    card = (tmp_path / "CARD.md").read_text()
+    assert card.startswith("---\n")
+    assert section(card, "Evaluation") == f"| task | score |\n\n{section(printed, 'Evaluation')}"
 
 
 def test_command_says_what_is_wrong(tmp_path, capsys):

@@ -49,7 +49,8 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("supernet")
     tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(SPECIAL_TOKENS + WORDS)})
     model = randomize(SuperShaperForMaskedLM(tiny_config(vocab_size=len(tokenizer))))
-    save_for_hub(model, folder / "net", tokenizer=tokenizer, license="mit", training="One epoch.")
+    card = {"license": "mit", "training": "One epoch.", "limits": "Made-up words only."}
+    save_for_hub(model, folder / "net", tokenizer=tokenizer, **card)
     write_search(folder / "net" / "search", model)
     space = SearchSpace.from_model(model)
     budgets = [space.num_parameters([20, 36, 36]), space.num_parameters([36, 36, 48])]
@@ -73,6 +74,13 @@ def family(script, written, tmp_path_factory):
     folder = tmp_path_factory.mktemp("written") / "family"
     assert script.main([*written.options, "--output_dir", str(folder), "--dry_run"]) == 0
     return folder
+
+
+def test_limits_of_the_supernet_hold_for_every_model_of_the_family(family):
+    models = [path for path in family.iterdir() if (path / "model.safetensors").exists()]
+    assert len(models) == 3
+    for model in models:
+        assert "## Limits\n\nMade-up words only.\n" in (model / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
     python -m supershaper_hf.publish outputs/supernet/last --search outputs/search --output MODEL_CARD.md
 
-What the card says of training, licence, language and data is taken over from the README.md of the folder. Sizes are
-those of its files, and measurements those of the search.
+What the card says of training, limits, licence, language and data is taken over from the README.md of the folder. Sizes
+are those of its files, and measurements those of the search.
 """
 
 import argparse
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", nargs="*", default=[], help="results.json of fine-tunings of this very model")
     parser.add_argument("--repo_id", help="name of the model in the card (default: FOLDER)")
     parser.add_argument("--note", help="what the card says first")
+    parser.add_argument("--evaluation", type=Path, help="file of Markdown that the section on evaluation begins with")
     parser.add_argument("--output", type=Path, help="file to write (default: print the card)")
     args = parser.parse_args(arguments)
     try:
@@ -41,7 +42,8 @@ def make_card(args: argparse.Namespace) -> str:
     """Return the text of the card."""
     if not args.folder.is_dir():
         raise FileNotFoundError(f"{args.folder} is not a folder. Write a model with save_for_hub first.")
-    source, found = Source.load(str(args.folder)), Results()
+    source = Source.load(str(args.folder))
+    found = Results("" if args.evaluation is None else args.evaluation.read_text(encoding="utf-8").strip())
     if source.is_supernet:
         findings = read_search(source, find_search(str(args.folder), args.search))
         found += Results() if findings is None else front_results(findings)
@@ -58,6 +60,7 @@ def make_card(args: argparse.Namespace) -> str:
         weight_bytes=sum(file.stat().st_size for file in args.folder.glob("*.safetensors")),
         note=args.note,
         training=source.training,
+        limits=source.limits,
         evaluation=found.text or None,
         results=found.scores,
         **options,

@@ -195,7 +195,8 @@ def _write_member(folder: Path, member: Member, family: Family, options: dict[st
     elif member.repo_type == "space":
         write_folder(folder, lambda partial: _write_page(partial, member, family))
     else:
-        card = source.metadata | {key: options[key] for key in ("license", "limits") if key in options}
+        own = source.metadata | {"limits": source.limits}
+        card = own | {key: options[key] for key in ("license", "limits") if key in options}
         save_for_hub(
             source.model,
             folder,

@@ -38,6 +38,7 @@ from .sentences import read_sentence_encoder
 SEARCH = "search"  # the folder of a search inside that of a supernet, here and on the Hub
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 SEARCH_FILES = (CONFIG_FILE, RECORDS_FILE, PREDICTOR_FILE, LATENCY_FILE)
+NOT_WRITTEN = ("The author of this model did not", "The author of this model named no other limits")  # by the template
 METADATA = ("license", "language", "datasets", "base_model")  # of a supernet's card, which hold for its subnets too
 
 
@@ -52,6 +53,7 @@ class Source:
         encoder: What makes it a sentence encoder: see `read_sentence_encoder`. Empty if it is none.
         metadata: License, language, data sets and base model, as far as its card names them.
         training: What its card says of its training, in Markdown; `None` if it says nothing.
+        limits: What its author says of its limits, which hold for its subnets too; `None` if that is nothing.
     """
 
     path: str
@@ -60,6 +62,7 @@ class Source:
     encoder: dict[str, Any]
     metadata: dict[str, Any]
     training: str | None
+    limits: str | None
 
     @classmethod
     def load(cls, path: str) -> "Source":
@@ -87,6 +90,7 @@ class Source:
             encoder=read_sentence_encoder(path),
             metadata={} if card is None else {key: card.data.get(key) for key in METADATA if card.data.get(key)},
             training=None if card is None else section(card.text, "Training"),
+            limits=None if card is None else section(card.text, "Limits"),
         )
 
     @property
@@ -137,7 +141,7 @@ def section(text: str, title: str) -> str | None:
     """
     found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     written = found[1].strip() if found else ""
-    return written if written and not written.startswith("The author of this model did not") else None
+    return written if written and not any(words in written for words in NOT_WRITTEN) else None
 
 
 # The search
@@ -277,7 +281,7 @@ def write_subnet(
         found += search_results(findings, shape, task)
     for file in results:
         found += tuning_results(file, subnet, task, dataset)
-    origin: dict[str, Any] = dict(source.metadata)
+    origin: dict[str, Any] = source.metadata | {"limits": source.limits}
     if shape is not None:
         origin |= {"supernet": supernet or source.name, "shape": list(shape), "training": training_text(source, shape)}
         if supernet or not source.is_folder:

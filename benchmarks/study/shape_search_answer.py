@@ -1,0 +1,332 @@
+"""The answer to question 4, out of the rows of `shape_search.py`: tables, whether the targets are met, pictures."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import kendalltau
+
+from supershaper_hf import markdown_table
+from supershaper_hf.files import read_json
+from supershaper_hf.report.plots import new_figure
+from supershaper_hf.search.quality import Quality
+
+from .shapes import HAND_CRAFTED, SEARCHED
+from .study import FORMAT, Row, mean_and_spread, read_rows, save_picture
+
+
+QUESTION = "shape_search"
+SHARES = (0.60, 0.45, 0.30)
+EVOLUTIONARY, HEURISTIC = "evolutionary", "heuristic"
+NAMES = (SEARCHED, EVOLUTIONARY, HEURISTIC, *HAND_CRAFTED)
+TASK_SHAPES: dict[str, Any] = {"seed": 0, "distribution": "budget"}  # how question 6 draws its shapes
+STS, MEAN = "sts", "mean of the tasks"
+FIGURES = {"distance": "distance", "cosine": "cosine", STS: "STS"}
+FEWEST = 3  # shapes that a correlation needs
+PICTURE, TASKS_PICTURE = "shape_search.png", "distance_and_tasks.png"
+WITHIN, KENDALL, TASKS_KENDALL = 0.02, 0.85, 0.7  # targets: the heuristic; the predictor; distance against scores
+
+
+Key = tuple[int, ...]  # a shape
+
+
+class Found:
+    """What the file of results holds, by kind of row."""
+
+    def __init__(self, folder: Path) -> None:
+        content = read_json(folder / f"{QUESTION}.json", FORMAT)
+        self.settings, self.machine, rows = content["settings"], content["machine"], content["rows"]
+        self.shapes = {(row["share"], row["name"]): row for row in rows if row["kind"] == "shape"}
+        self.inherited = {tuple(row["shape"]): row for row in rows if row["kind"] == "inherited"}
+        self.held_out = [row for row in rows if row["kind"] == "held_out"]
+        self.original = next((row for row in rows if row["kind"] == "original"), None)
+        self.trained: dict[Key, list[Row]] = {}
+        for row in rows:
+            if row["kind"] == "trained":
+                self.trained.setdefault(tuple(row["shape"]), []).append(row)
+
+    def values(self, share: float, name: str, figure: str, trained: bool) -> list[float]:
+        """Return a figure of a shape: as it was cut out, or after training with each seed. It may be missing."""
+        row = self.shapes.get((share, name))
+        if row is None:
+            return []
+        key = tuple(row["shape"])
+        rows = self.trained.get(key, []) if trained else [self.inherited[key]] if key in self.inherited else []
+        return [row[figure] for row in rows]
+
+    def spread(self, figure: str) -> float | None:
+        """Return the largest standard deviation of a figure over seeds; `None` if nothing has several seeds."""
+        spreads = [mean_and_spread([row[figure] for row in rows])[1] for rows in self.trained.values()]
+        return max((spread for spread in spreads if spread is not None), default=None)
+
+
+def cell(values: Sequence[float]) -> str:
+    """Return the mean over seeds, with the standard deviation if there are several; "-" without a value.
+
+    Example:
+        >>> cell([0.5, 0.7]), cell([0.5]), cell([])
+        ('0.600 ± 0.141', '0.500', '-')
+    """
+    if not values:
+        return "-"
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %")
+
+
+def shapes_table(found: Found, share: float) -> str:
+    """Return the table of one budget."""
+    rows = []
+    for name in NAMES:
+        row = found.shapes.get((share, name))
+        if row is not None:
+            predicted = row["predicted"]
+            cells = {"shape": name, "widths": str(row["shape"]), "parameters": f"{row['parameters']:,}"}
+            cells["predicted"] = "-" if predicted is None else f"{predicted:.3f}"
+            for trained, words in ((False, ""), (True, ", trained")):
+                for figure, title in FIGURES.items():
+                    cells[title + words] = cell(found.values(share, name, figure, trained))
+            rows.append(cells)
+    return markdown_table(rows)
+
+
+def comparisons(found: Found) -> list[dict[str, Any]]:
+    """Compare the front's shape with the best hand-crafted one, for each budget, figure and stage that is measured.
+
+    `gain` is positive if the front's shape is better.
+    """
+    compared = []
+    for share, figure, trained in itertools.product(SHARES, ("distance", "sts"), (False, True)):
+        sign = -1 if figure == "distance" else 1
+        front = found.values(share, SEARCHED, figure, trained)
+        hands = {name: values for name in HAND_CRAFTED if (values := found.values(share, name, figure, trained))}
+        if front and hands:
+            best = max(hands, key=lambda name: sign * mean_and_spread(hands[name])[0])
+            gain = sign * (mean_and_spread(front)[0] - mean_and_spread(hands[best])[0])
+            own = {"share": share, "figure": figure, "trained": trained, "front": front, "best": best}
+            compared.append({**own, "hand": hands[best], "gain": gain, "spread": found.spread(figure)})
+    return compared
+
+
+def comparison_table(compared: Sequence[dict[str, Any]]) -> str:
+    return markdown_table(
+        [
+            {
+                "share of the encoder": percent(each["share"]),
+                "measured": FIGURES[each["figure"]] + (", trained" if each["trained"] else ""),
+                "front": cell(each["front"]),
+                "best hand-crafted": f"{cell(each['hand'])} ({each['best']})",
+                "the front is better by": f"{each['gain']:+.3f}",
+                "spread of seeds": "not measured" if each["spread"] is None else f"{each['spread']:.3f}",
+                "outside": "-" if each["spread"] is None else "yes" if abs(each["gain"]) > each["spread"] else "no",
+            }
+            for each in compared
+        ]
+    )
+
+
+def verdict_on_search(compared: Sequence[dict[str, Any]]) -> str:
+    """Say where the front's shape is at least as good as every hand-crafted one."""
+    words = []
+    for figure, trained in itertools.product(("distance", "sts"), (False, True)):
+        own = [each for each in compared if (each["figure"], each["trained"]) == (figure, trained)]
+        if own:
+            better = [each for each in own if each["gain"] >= 0]
+            clearly = [each for each in better if each["spread"] is not None and each["gain"] > each["spread"]]
+            words.append(
+                f"by {FIGURES[figure]}{' after training' if trained else ''} at {len(better)} of {len(own)} budgets, "
+                f"at {len(clearly)} of them outside the spread of seeds"
+            )
+    measured = [each for each in compared if each["figure"] == "distance"]
+    met = all(each["spread"] is not None and each["gain"] > each["spread"] for each in measured)
+    return (
+        f"The front's shape is at least as good as every hand-crafted one {'; '.join(words)}. The target, at every "
+        f"budget and outside the spread of seeds, is {'met' if met else 'missed'} by the distance."
+    )
+
+
+def verdict_on_others(found: Found) -> str:
+    """Say how far the heuristic and the evolutionary search are from the front."""
+    gaps = []
+    for share, trained in itertools.product(SHARES, (False, True)):
+        front, own = (found.values(share, name, "distance", trained) for name in (SEARCHED, HEURISTIC))
+        if front and own:
+            gaps.append((share, trained, mean_and_spread(own)[0] / mean_and_spread(front)[0] - 1))
+    words = [f"{gap:+.1%} at {percent(share)}{' (trained)' if trained else ''}" for share, trained, gap in gaps]
+    met = all(gap <= WITHIN for _, _, gap in gaps)
+    pairs = [
+        [found.shapes[share, name]["shape"] for name in (SEARCHED, EVOLUTIONARY)]
+        for share in SHARES
+        if {(share, SEARCHED), (share, EVOLUTIONARY)} <= found.shapes.keys()
+    ]
+    same = sum(exact == evolved for exact, evolved in pairs)
+    return (
+        f"The distance of the heuristic shape, relative to that of the front's: {', '.join(words)}. The target, at "
+        f"most {WITHIN:+.0%} at every budget, is {'met' if met else 'missed'}. The evolutionary search finds the shape "
+        f"of the exact front at {same} of {len(pairs)} budgets."
+    )
+
+
+def verdict_on_predictor(found: Found) -> str:
+    """Say how well the predictor predicts random shapes."""
+    measured, predicted = ([row[name] for row in found.held_out] for name in ("distance", "predicted"))
+    quality = Quality.of(np.array(measured), np.array(predicted), "distance")
+    return (
+        f"The predictor, fitted on {found.settings['fitted_on']} shapes, on {len(measured)} random ones that were "
+        f"not measured in the search: R2 {quality.r2:.3f}, Spearman {quality.spearman:.3f}, Kendall "
+        f"{quality.kendall:.3f}, off by {quality.rmse:.3f}. The target, a Kendall of at least {KENDALL}, is "
+        f"{'met' if quality.kendall >= KENDALL else 'missed'}."
+    )
+
+
+# Distance against the scores of tasks
+
+
+def task_scores(folder: Path) -> dict[str, dict[Key, float]]:
+    """Return the score of each shape by task, and their mean over the tasks for shapes that have all: from question 6.
+
+    They are the random shapes of a super fine-tuning: all shapes of a task were fine-tuned at once. The mean over seeds
+    is taken.
+    """
+    found: dict[str, dict[Key, list[float]]] = {}
+    for row in read_rows(folder, "tasks"):
+        if (row["way"], row["kind"]) == ("super", "random"):
+            found.setdefault(row["task"], {}).setdefault(tuple(row["shape"]), []).append(row["score"])
+    scores = {task: {shape: sum(each) / len(each) for shape, each in of.items()} for task, of in found.items()}
+    complete = set.intersection(*map(set, scores.values())) if scores else set()
+    means = {shape: sum(of[shape] for of in scores.values()) / len(scores) for shape in sorted(complete)}
+    return {MEAN: means, **scores} if means else scores
+
+
+def rank_correlations(found: Found, scores: dict[str, dict[Key, float]]) -> list[dict[str, Any]]:
+    """Return, for each task, how well distance, cosine and size rank shapes as the score does (Kendall).
+
+    Size alone ranks shapes too, because larger ones are better. So the correlation of the distance is also given for
+    equal size: Kendall's partial correlation.
+    """
+    rows = []
+    for task, of in scores.items():
+        shapes = [shape for shape in of if shape in found.inherited]
+        records = [found.inherited[shape] for shape in shapes]
+        if len(shapes) < FEWEST:
+            continue
+        score, near, size = [of[shape] for shape in shapes], [-row["distance"] for row in records], []
+        size = [row["parameters"] for row in records]
+        by_distance, by_size, both = kendall(near, score), kendall(size, score), kendall(near, size)
+        rows.append(
+            {
+                "task": task,
+                "shapes": len(shapes),
+                "distance": by_distance,
+                "cosine": kendall([row["cosine"] for row in records], score),
+                "parameters": by_size,
+                "distance, at equal size": (by_distance - by_size * both)
+                / max(((1 - by_size**2) * (1 - both**2)) ** 0.5, 1e-9),
+            }
+        )
+    return rows
+
+
+def kendall(first: Sequence[float], second: Sequence[float]) -> float:
+    return float(kendalltau(first, second).statistic)
+
+
+def verdict_on_distance(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table of rank correlations, and whether the target is met."""
+    table = [
+        {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
+    ]
+    lines = [
+        "Rank correlations (Kendall) with the scores of question 6, of random shapes that were fine-tuned all at once. "
+        "A correlation is positive if the shape that is nearer to the original, or larger, has the better score. "
+        '"At equal size" is the partial correlation.',
+        markdown_table(table),
+    ]
+    if rows[0]["task"] == MEAN:
+        value = rows[0]["distance"]
+        met = "met" if value >= TASKS_KENDALL else "missed"
+        lines.append(f"Distance against the mean score: {value:.3f}; the target, at least {TASKS_KENDALL}, is {met}.")
+    return "\n\n".join(lines)
+
+
+# Pictures
+
+
+def draw_shapes(file: Path, found: Found) -> None:
+    """Draw the distance of each shape, a panel for each budget: hollow as it was cut out, filled after training."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, share in zip(figure.subplots(1, len(SHARES), sharey=True), SHARES):
+        for place, name in enumerate(reversed(NAMES)):
+            color = "C3" if name == SEARCHED else "C0" if name in HAND_CRAFTED else "C1"
+            for trained in (False, True):
+                values = found.values(share, name, "distance", trained)
+                style = {"color": color, "markerfacecolor": color if trained else "white"}
+                axes.plot(values, [place] * len(values), "o", **style)
+        axes.set_yticks(range(len(NAMES)), [name.replace("_", " ") for name in reversed(NAMES)])
+        axes.set_title(f"{percent(share)} of the encoder", fontsize=10)
+        axes.set_xlabel("distance (hollow: before training)", fontsize=9)
+        axes.grid(alpha=0.3)
+    save_picture(figure, file)
+
+
+def draw_tasks(file: Path, found: Found, means: dict[Key, float]) -> None:
+    """Draw the distance of random shapes against their mean score; the colour is their size."""
+    shapes = [shape for shape in means if shape in found.inherited]
+    rows = [found.inherited[shape] for shape in shapes]
+    figure, axes = new_figure(6, 4)
+    sizes = [row["parameters"] / 1e6 for row in rows]
+    dots = axes.scatter([row["distance"] for row in rows], [means[shape] for shape in shapes], c=sizes)
+    figure.colorbar(dots, label="million parameters")
+    axes.set_xlabel("distance to the original")
+    axes.set_ylabel("mean score of the tasks")
+    save_picture(figure, file)
+
+
+def how_measured(found: Found) -> str:
+    """Return the sentences that say how the numbers came about."""
+    get, machine = found.settings, found.machine
+    seeds = sorted({row["seed"] for rows in found.trained.values() for row in rows})
+    words = [
+        f"`python -m benchmarks.study.{QUESTION} --data DATA --bert MINILM`. Distance and cosine are those to the",
+        f"original, on {get['max_eval_samples']} held-out sequences that the search did not use. STS is that of",
+        f"{get['num_pairs']} pairs of sentences"
+        + ("." if found.original is None else f"; the original has {found.original[STS]:.3f}."),
+        "Each shape has at most the parameters of the budget, and a hand-crafted one is widened until no more fits.",
+    ]
+    if seeds:
+        words.append(
+            f"Trained: cut out, then trained alone for about {get['tokens']:,} tokens, {get['mixed_precision']} "
+            f"precision, seed {seeds[0]}; with ± seeds {', '.join(map(str, seeds))}, mean and standard deviation."
+        )
+    words.append(f"Machine: {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}.")
+    return " ".join(words)
+
+
+def answer(results_folder: Path, pictures_folder: Path) -> str:
+    """Return the section as Markdown, from what was measured so far, and draw its pictures."""
+    if not (results_folder / f"{QUESTION}.json").exists():
+        return ""
+    found, scores = Found(results_folder), task_scores(results_folder)
+    parts = [how_measured(found)]
+    for share in SHARES:
+        if any((share, name) in found.shapes for name in NAMES):
+            parts += [f"{percent(share)} of the encoder:", shapes_table(found, share)]
+    compared, correlations = comparisons(found), rank_correlations(found, scores)
+    if compared:
+        draw_shapes(pictures_folder / PICTURE, found)
+        parts += [f"![Distance of each shape at three budgets]({pictures_folder.name}/{PICTURE})"]
+        parts += [comparison_table(compared), verdict_on_search(compared), verdict_on_others(found)]
+    if len(found.held_out) >= FEWEST:
+        parts.append(verdict_on_predictor(found))
+    if correlations:
+        parts.append(verdict_on_distance(correlations))
+    if correlations and correlations[0]["task"] == MEAN:
+        draw_tasks(pictures_folder / TASKS_PICTURE, found, scores[MEAN])
+        parts.append(f"![Distance against the mean score of the tasks]({pictures_folder.name}/{TASKS_PICTURE})")
+    return "\n\n".join(parts)

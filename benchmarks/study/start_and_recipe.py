@@ -1,0 +1,180 @@
+"""Question 1: what do the start and the recipe give, and what does equal quality cost?
+
+    python -m benchmarks.study.start_and_recipe --data DATA --bert MINILM
+
+The paper trains the largest, the smallest and a random shape from labels and from the largest one, and starts with the
+first channels of the BERT as they are. Ours teaches random shapes the last hidden states of the original, and starts
+from a calibration. Each recipe is run from more than one start.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from supershaper_hf import markdown_table
+
+from .runs import (
+    FOLLOWED,
+    OURS,
+    OURS_BY_WIDTH,
+    OURS_SHARED,
+    PAPER,
+    PAPER_BY_WIDTH,
+    Found,
+    Recipe,
+    cell,
+    figure_columns,
+    how_measured,
+    over_seeds,
+    read_runs,
+    run_script,
+)
+
+
+RECIPES = {
+    "paper: identity": Recipe("paper", "identity", PAPER, FOLLOWED),
+    "paper: calibrated, by width": PAPER_BY_WIDTH,
+    "ours: identity": Recipe("ours_identity", "identity", OURS, FOLLOWED),
+    "ours: calibrated, shared": OURS_SHARED,
+    "ours: calibrated, by width": OURS_BY_WIDTH,
+}
+PAPERS = "paper: identity"
+TARGET = 0.2  # of the paper's operations
+MEASURES = {"distance": "distance to the original", "loss": "masked-LM loss, nats"}
+PICTURE = "study_start_and_recipe.png"
+
+Curve = list[tuple[float, float]]  # operations, and a figure
+
+
+def curve(found: Found, recipe: Recipe, figure: str) -> Curve:
+    """Return operations and the mean of a figure over random shapes and seeds, from the start to the end."""
+    points = []
+    for quarters in (0, *FOLLOWED):
+        rows = found.of(recipe, quarters)
+        if rows:
+            values = over_seeds(rows, "random", figure)
+            points.append((sum(row["flops"] for row in rows) / len(rows), sum(values) / len(values)))
+    return points
+
+
+def flops_to_reach(points: Sequence[tuple[float, float]], value: float) -> float | None:
+    """Return the operations after which a curve is at a value or below for the first time; None if it never is.
+
+    Between two points the curve is taken for a straight line.
+    """
+    before: tuple[float, float] | None = None
+    for flops, reached in points:
+        if reached <= value:
+            if before is None:
+                return flops
+            share = (before[1] - value) / (before[1] - reached)
+            return before[0] + share * (flops - before[0])
+        before = flops, reached
+    return None
+
+
+def costs(found: Found) -> dict[str, dict[str, float | None]]:
+    """Return, for each figure and recipe, the share of the paper's operations that reach the paper's best point."""
+    shares: dict[str, dict[str, float | None]] = {}
+    for figure in MEASURES:
+        papers = curve(found, RECIPES[PAPERS], figure)
+        if len(papers) <= len(FOLLOWED):
+            continue
+        goal, own = min(value for _, value in papers), {}
+        for name, recipe in RECIPES.items():
+            reached = flops_to_reach(curve(found, recipe, figure), goal)
+            own[name] = None if reached is None else reached / papers[-1][0]
+        shares[figure] = own
+    return shares
+
+
+def cost_table(found: Found) -> str:
+    shares, rows = costs(found), []
+    for name, recipe in RECIPES.items():
+        ends = found.of(recipe)
+        if ends:
+            row = {"recipe: start": name, "operations in all, 1e12": cell([end["flops"] / 1e12 for end in ends], 1)}
+            row["of which for the start"] = cell([end["flops_of"]["start"] / 1e12 for end in ends], 1)
+            for figure in shares:
+                share = shares[figure][name]
+                row[f"share to the paper's {figure}"] = "not reached" if share is None else f"{share:.1%}"
+            rows.append(row)
+    return markdown_table(rows)
+
+
+def verdict(found: Found) -> str:
+    """Say whether the target is met by ours, for each figure."""
+    words = []
+    for figure, shares in costs(found).items():
+        share = shares["ours: calibrated, by width"]
+        reached = "never reaches it" if share is None else f"reaches it after {share:.1%} of the operations"
+        met = share is not None and share <= TARGET
+        goal = min(value for _, value in curve(found, RECIPES[PAPERS], figure))
+        words.append(
+            f"By {MEASURES[figure].split(',')[0]}, the best point of the paper's run is {goal:.3f}; ours by width "
+            f"{reached}: the target, {TARGET:.0%}, is {'met' if met else 'missed'}."
+        )
+    return " ".join(words)
+
+
+def points_table(found: Found) -> str:
+    rows = []
+    for name, recipe in RECIPES.items():
+        for quarters in (0, *FOLLOWED):
+            own = found.of(recipe, quarters)
+            if own:
+                tokens = round(sum(row["tokens"] for row in own) / len(own))
+                rows.append({"recipe: start": name, "tokens": tokens, **figure_columns(own)})
+    return markdown_table(rows)
+
+
+def rectangles_table(found: Found) -> str:
+    """Distance, loss and STS of each rectangle at the end."""
+    rows = []
+    for name, recipe in RECIPES.items():
+        ends = found.of(recipe)
+        if ends:
+            row = {"recipe: start": name}
+            for index, width in enumerate(sorted(found.settings["width_choices"], reverse=True)):
+                figures = [over_seeds(ends, "rectangles", figure, index) for figure in ("distance", "loss", "sts")]
+                row[str(width)] = " / ".join(f"{sum(each) / len(each):.3f}" for each in figures)
+            rows.append(row)
+    return markdown_table(rows)
+
+
+def draw(file: Path, found: Found) -> None:
+    """Draw each figure over operations. A start without any is drawn at the left edge, with a hollow mark."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, (measure, label) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items()):
+        curves = {name: points for name, recipe in RECIPES.items() if (points := curve(found, recipe, measure))}
+        edge = min((flops for points in curves.values() for flops, _ in points if flops > 0), default=2) / 2
+        for number, (name, points) in enumerate(curves.items()):
+            places = [(max(flops, edge), value) for flops, value in points]
+            axes.plot(*zip(*places), color=f"C{number}", marker=".", label=name)
+            if points[0][0] == 0:
+                axes.plot(*places[0], "o", color=f"C{number}", markerfacecolor="white")
+        axes.set_xscale("log")
+        axes.set_xlabel("operations of start and training (hollow: a start without any)")
+        axes.set_ylabel(f"{label}, mean of the random shapes")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def answer(results_folder: Path, pictures_folder: Path) -> str:
+    """Return the section as Markdown, from what was measured so far, and draw its picture."""
+    found = read_runs(results_folder)
+    text = ["## Start and recipe", how_measured(found, "start_and_recipe")]
+    if not any(found.of(recipe) for recipe in RECIPES.values()):
+        return "\n\n".join(text)
+    draw(pictures_folder / PICTURE, found)
+    text += ["Random shapes:", points_table(found)]
+    text += ["Rectangles after all tokens, distance / masked-LM loss / STS:", rectangles_table(found)]
+    text += ["Operations:", cost_table(found), verdict(found)]
+    text.append(f"![Operations against distance and masked-LM loss of random shapes]({PICTURE})")
+    return "\n\n".join(part for part in text if part)
+
+
+if __name__ == "__main__":
+    run_script(__doc__, [(recipe, (0,)) for recipe in RECIPES.values()], answer)

@@ -1,0 +1,326 @@
+"""Question 4 of the study, from the first row to the section in docs/results.md, with a tiny supernet."""
+
+import importlib
+import lzma
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import WORDS, randomize, tiny_bert_config
+from texts import random_documents
+from transformers import BertModel
+
+from supershaper_hf import (
+    SearchSpace,
+    ShapePredictor,
+    SuperShaperModel,
+    evaluate_shapes,
+    fixed_masks,
+    load_text,
+    read_records,
+    save_for_hub,
+    tokenize,
+)
+from supershaper_hf.files import read_json, write_json
+
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.usefixtures("no_measured_peak"),
+    pytest.mark.filterwarnings("ignore:Shapes left out"),
+]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("benchmarks.study.shape_search")
+
+
+@pytest.fixture
+def answers(script):
+    return importlib.import_module("benchmarks.study.shape_search_answer")
+
+
+def write_data(folder):
+    """Write the corpora and the pairs of sentences of the study, with a few words each."""
+    (folder / "corpus").mkdir(parents=True)
+    for name, count, seed in (("sotu", 60, 0), ("validation", 24, 1)):
+        text = "\n".join(random_documents(count, words=20, seed=seed)["text"])
+        (folder / "corpus" / f"{name}.txt.xz").write_bytes(lzma.compress(text.encode()))
+    (folder / "tasks" / "stsb").mkdir(parents=True)
+    lines = [f"{' '.join(WORDS[i : i + 4])},{' '.join(WORDS[2 * i : 2 * i + 3])},{i}" for i in range(6)]
+    file = folder / "tasks" / "stsb" / "validation.csv"
+    file.write_text("\n".join(["sentence1,sentence2,label", *lines]), encoding="utf-8")
+
+
+@pytest.fixture
+def options(tmp_path, tokenizer):
+    """The command line for a tiny supernet that was searched on the first 8 held-out sequences."""
+    write_data(tmp_path / "data")
+    bert = randomize(BertModel(tiny_bert_config(vocab_size=len(tokenizer))))
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    supernet = SuperShaperModel.from_bert(bert, width_choices=[8, 20, 36, 48], head_slicing="per_head")
+    save_for_hub(supernet, tmp_path / "supernet", tokenizer=tokenizer)
+    text = tokenize(load_text(str(tmp_path / "data" / "corpus" / "validation.txt.xz")), tokenizer, 12)
+    records = tmp_path / "supernet" / "search" / "records.jsonl"
+    space = SearchSpace.from_model(supernet)
+    shapes = np.unique(np.vstack([space.sample(20, seed=0), [space.smallest], [space.largest]]), axis=0)
+    batches = fixed_masks(text.select(range(8)), tokenizer, 4, mlm_probability=0)
+    evaluate_shapes(supernet, batches, shapes, records_file=records, measure="distance", original=bert)
+    ShapePredictor.fit_records(read_records(records)).save(records.with_name("predictor.json"))
+    small = ["--search_max_length=12", "--search_batch_size=4", "--max_eval_samples=6", "--num_pairs=5"]
+    small += ["--num_held_out=5", "--num_task_shapes=4", "--tokens=300", "--mixed_precision=no"]
+    small += ["--max_length=12", "--batch_size=4"]
+    folders = {"data": "data", "bert": "bert", "supernet": "supernet", "output_dir": "runs", "results": "results"}
+    return [f"--{name}={tmp_path / folder}" for name, folder in folders.items()] + small
+
+
+@pytest.fixture
+def run(script, answers, options, monkeypatch, capsys, tmp_path):
+    for module in (script, answers):
+        monkeypatch.setattr(module, "SHARES", (0.6, 0.5))
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["shape_search", *options, *more])
+        script.main()
+        file = tmp_path / "results" / "shape_search.json"
+        return capsys.readouterr().out, read_json(file, "supershaper-hf study 1")["rows"]
+
+    return run
+
+
+def of_kind(rows, kind):
+    return [row for row in rows if row["kind"] == kind]
+
+
+def test_the_study_is_measured_resumed_and_answered(script, answers, run, monkeypatch, tmp_path):
+    train, trained = script.train_alone, []
+
+    def train_and_stop(study, shape, seed):
+        if len(trained) == 2:
+            trained.append("stopped")
+            raise KeyboardInterrupt
+        trained.append((tuple(shape), seed))
+        train(study, shape, seed)
+
+    monkeypatch.setattr(script, "train_alone", train_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    printed, rows = run()
+
+    shapes = of_kind(rows, "shape")
+    assert [(row["share"], row["name"]) for row in shapes] == [
+        (share, name) for share in answers.SHARES for name in answers.NAMES
+    ]
+    original = of_kind(rows, "original")[0]["parameters"]
+    for row in shapes:
+        assert row["parameters"] <= original - (1 - row["share"]) * 3 * layer_parameters()
+        assert (row["predicted"] is None) == (0 in row["shape"])
+    compared = {tuple(row["shape"]) for row in shapes}
+    inherited = {tuple(row["shape"]): row for row in of_kind(rows, "inherited")}
+    assert len(inherited) == len(of_kind(rows, "inherited"))
+    assert compared <= inherited.keys()
+    assert {shape for shape, row in inherited.items() if "sts" in row} == compared
+
+    # Each shape is trained once with the first seed, though several names may mean it, and two of them with all seeds.
+    done = [(tuple(row["shape"]), row["seed"]) for row in of_kind(rows, "trained")]
+    repeated = {tuple(row["shape"]) for row in shapes if (row["share"], row["name"]) in script.REPEATED}
+    assert set(done) == {(shape, 0) for shape in compared} | {(shape, seed) for shape in repeated for seed in (1, 2)}
+    assert len(done) == len(set(done))
+    assert [each for each in trained if each != "stopped"] == done
+    for row in of_kind(rows, "trained"):
+        assert row["distance"] < inherited[tuple(row["shape"])]["distance"] + 0.05
+    assert len({row["tokens"] for row in of_kind(rows, "trained") if row["seed"] == 0}) == 1
+
+    held_out = of_kind(rows, "held_out")
+    assert len(held_out) == 5
+    searched = {tuple(r["shape"]) for r in read_records(tmp_path / "supernet" / "search" / "records.jsonl")}
+    assert not searched & {tuple(row["shape"]) for row in held_out}
+
+    assert "60 % of the encoder:" in printed
+    assert "The evolutionary search finds the shape" in printed
+    assert printed.count("| first_layers |") == 2
+    again, same = run()
+    assert same == rows
+    assert printed.endswith(again)
+
+
+def layer_parameters():
+    config = tiny_bert_config()
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return 4 * hidden * (hidden + 1) + 2 * hidden * inner + inner + hidden + 4 * hidden
+
+
+def test_inherited_figures_are_those_of_the_shape_that_is_cut_out(script, run, options, monkeypatch):
+    """On text that the search did not use: what is measured in the supernet is what the subnet does."""
+    monkeypatch.setattr(script, "train_all", lambda study: None)
+    _, rows = run()
+    monkeypatch.setattr(sys, "argv", ["shape_search", *options])
+    study = script.Study(script.parse_arguments())
+    row = of_kind(rows, "inherited")[0]
+    subnet = study.supernet.extract_subnet(row["shape"])
+    [record] = evaluate_shapes(subnet, study.other_text, [None], measure="distance", original=study.original)
+    assert record["distance"] == pytest.approx(row["distance"], abs=1e-5)
+    assert study.sts(subnet) == pytest.approx(row["sts"])
+
+    def sentences(batches):
+        return {tuple(ids) for batch in batches for ids in batch["input_ids"].tolist()}
+
+    assert sum(len(batch["input_ids"]) for batch in study.other_text) == 6
+    assert not sentences(study.other_text) & sentences(study.text_of_search)
+
+
+def test_a_search_of_another_text_or_supernet_is_refused(run, options, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="Give the options of the search: --search_max_length, --search_batch_size"):
+        run("--search_batch_size=3", f"--results={tmp_path / 'other'}")
+    other = randomize(SuperShaperModel.from_pretrained(tmp_path / "supernet"), seed=3)
+    save_for_hub(other, tmp_path / "other_supernet", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="Give the search of this supernet"):
+        run(
+            f"--supernet={tmp_path / 'other_supernet'}",
+            f"--search={tmp_path / 'supernet' / 'search'}",
+            f"--results={tmp_path / 'third'}",
+        )
+
+
+def test_the_training_is_that_of_the_example(script, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = importlib.import_module("polish_subnet")
+    sys.modules.pop("polish_subnet")
+    own = dict(script.RECIPE)
+    assert own.pop("group_by_length")
+    defaults = example.PolishingArguments(shape=[8])
+    assert own == example.RECIPE | {"learning_rate": defaults.learning_rate}
+    monkeypatch.setattr(sys, "argv", ["shape_search", "--data=data", "--bert=bert"])
+    args = script.parse_arguments()
+    assert (args.max_length, args.batch_size) == (defaults.max_length, defaults.per_device_train_batch_size)
+
+
+# The answer, out of made-up rows
+
+
+def made_up_rows(answers, front=0.30, hand=0.35, heuristic=0.31, deviations=(-0.01, 0.0, 0.01)):
+    """Rows in which the front's shape has the distance `front` at every budget, and after training half of it."""
+    rows = [{"kind": "original", "parameters": 1000, "sts": 0.73}]
+    for share in answers.SHARES:
+        for number, name in enumerate(answers.NAMES):
+            shape = [round(100 * share), number + 1 if name != answers.EVOLUTIONARY else 1]
+            distance = {"searched": front, "evolutionary": front, "heuristic": heuristic}.get(name, hand + number / 100)
+            rows.append(
+                {
+                    "kind": "shape",
+                    "share": share,
+                    "name": name,
+                    "shape": shape,
+                    "parameters": 900,
+                    "predicted": distance,
+                }
+            )
+            figures = {"shape": shape, "distance": distance, "cosine": 1 - distance, "sts": 0.8 - distance}
+            rows.append({"kind": "inherited", "parameters": 900, **figures})
+            if name == answers.EVOLUTIONARY:
+                continue
+            for seed, deviation in enumerate(deviations):
+                after = distance / 2 + deviation * (1.2 if name == "diamond" else 1)
+                figures = {"shape": shape, "distance": after, "cosine": 1 - after, "sts": 0.8 - after}
+                rows.append({"kind": "trained", "seed": seed, "tokens": 9, "steps": 1, "seconds": 1.0, **figures})
+    return rows
+
+
+def write_rows(folder, question, rows):
+    settings = {"fitted_on": 40, "max_eval_samples": 6, "num_pairs": 5, "tokens": 300, "mixed_precision": "no"}
+    machine = {"device": "a processor", "threads": 1, "torch": "2.13.0"}
+    folder.mkdir(exist_ok=True)
+    content = {"settings": settings, "machine": machine, "rows": rows}
+    write_json(folder / f"{question}.json", "supershaper-hf study 1", content)
+
+
+def test_targets_that_are_met(answers, tmp_path):
+    held_out = [
+        {"kind": "held_out", "shape": [n], "distance": n / 9, "cosine": 0.5, "predicted": n / 8} for n in range(9)
+    ]
+    write_rows(tmp_path / "results", "shape_search", [*made_up_rows(answers, heuristic=0.305), *held_out])
+    text = answers.answer(tmp_path / "results", tmp_path / "study")
+    assert "| searched | [60, 1] | 900 | 0.300 | 0.300 | 0.700 | 0.500 | 0.150 ± 0.010 |" in text
+    assert "| 45 % | distance, trained | 0.150 ± 0.010 | 0.190 ± 0.010 (rectangle) | +0.040 | 0.012 | yes |" in text
+    assert "| 45 % | STS | 0.500 | 0.420 (rectangle) | +0.080 | 0.012 | yes |" in text
+    assert "by distance after training at 3 of 3 budgets, at 3 of them outside the spread of seeds" in text
+    assert "outside the spread of seeds, is met by the distance" in text
+    assert "+1.7% at 60 %, +1.7% at 60 % (trained)" in text
+    assert "The target, at most +2% at every budget, is met" in text
+    assert "finds the shape of the exact front at 3 of 3 budgets" in text
+    assert "Kendall 1.000" in text
+    assert "a Kendall of at least 0.85, is met" in text
+    assert (tmp_path / "study" / "shape_search.png").stat().st_size > 1000
+
+
+def test_targets_that_are_missed(answers, tmp_path):
+    rows = made_up_rows(answers, front=0.364, heuristic=0.40)
+    held_out = [{"kind": "held_out", "shape": [n], "distance": n % 3, "cosine": 0.5, "predicted": n} for n in range(9)]
+    write_rows(tmp_path / "results", "shape_search", [*rows, *held_out])
+    text = answers.answer(tmp_path / "results", tmp_path / "study")
+    assert "| 30 % | distance | 0.364 | 0.380 (rectangle) | +0.016 | 0.012 | yes |" in text
+    assert "| 30 % | distance, trained | 0.182 ± 0.010 | 0.190 ± 0.010 (rectangle) | +0.008 | 0.012 | no |" in text
+    assert "by distance at 3 of 3 budgets, at 3 of them outside" in text
+    assert "by distance after training at 3 of 3 budgets, at 0 of them outside" in text
+    assert "is missed by the distance" in text
+    assert "+9.9% at 60 %" in text
+    assert "at every budget, is missed" in text
+    assert "a Kendall of at least 0.85, is missed" in text
+
+
+def test_one_seed_has_no_spread(answers, tmp_path):
+    write_rows(tmp_path / "results", "shape_search", made_up_rows(answers, deviations=(0.0,)))
+    text = answers.answer(tmp_path / "results", tmp_path / "study")
+    assert "| not measured | - |" in text
+    assert "is missed by the distance" in text
+    assert "±" not in text.partition("\n\n")[2]
+
+
+def task_rows(scores):
+    """What question 6 writes of random shapes, and of other ones, which do not count here."""
+    key = {"seed": 0, "shape": [60, 1]}
+    others = [{"way": "super", "kind": "searched", "task": "sst2", "score": 0, **key}]
+    others += [{"way": "fine-tuned", "kind": "random", "task": "sst2", "score": 0, **key}]
+    return others + [
+        {"way": "super", "kind": "random", "task": task, "seed": 0, "shape": [60, number + 1], "score": score}
+        for task, values in scores.items()
+        for number, score in enumerate(values)
+    ]
+
+
+def test_distance_is_compared_with_the_scores_of_tasks(answers, tmp_path):
+    rows = [
+        {"kind": "inherited", "shape": [60, n + 1], "parameters": size, "distance": near, "cosine": 1 - near}
+        for n, (near, size) in enumerate([(0.1, 90), (0.2, 70), (0.3, 80), (0.4, 60)])
+    ]
+    write_rows(tmp_path / "results", "shape_search", rows)
+    write_rows(tmp_path / "results", "tasks", task_rows({"sst2": [0.9, 0.8, 0.7, 0.6], "rte": [0.5, 0.6, 0.5, 0.4, 0.9]}))
+    scores = answers.task_scores(tmp_path / "results")
+    assert scores[answers.MEAN] == pytest.approx({(60, 1): 0.7, (60, 2): 0.7, (60, 3): 0.6, (60, 4): 0.5})
+    found = {row["task"]: row for row in answers.rank_correlations(answers.Found(tmp_path / "results"), scores)}
+    assert found["sst2"]["distance"] == pytest.approx(1)
+    assert found["sst2"]["cosine"] == pytest.approx(1)
+    assert found["sst2"]["parameters"] == pytest.approx(2 / 3)
+    assert found["sst2"]["distance, at equal size"] == pytest.approx(1)
+    assert found[answers.MEAN]["distance"] == pytest.approx(5 / 30**0.5)
+    text = answers.answer(tmp_path / "results", tmp_path / "study")
+    assert "| mean of the tasks | 4 | 0.913 | 0.913 |" in text
+    assert "at least 0.7, is met" in text
+    assert (tmp_path / "study" / "distance_and_tasks.png").stat().st_size > 1000
+
+
+def test_nothing_is_answered_without_rows(answers, tmp_path):
+    assert answers.answer(tmp_path, tmp_path / "study") == ""
+
+
+def test_pictures_depend_on_the_rows_alone(answers, tmp_path):
+    write_rows(tmp_path / "results", "shape_search", made_up_rows(answers))
+    for name in ("one", "two"):
+        answers.answer(tmp_path / "results", tmp_path / name / "study")
+    one, two = ((tmp_path / name / "study" / "shape_search.png").read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert b"Matplotlib" not in one
