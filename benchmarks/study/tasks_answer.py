@@ -1,0 +1,248 @@
+"""The answer to question 6, out of the rows that `tasks.py` has measured."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from supershaper_hf import markdown_table
+from supershaper_hf.files import read_json
+from supershaper_hf.report.plots import new_figure
+
+from .compared import INT8, KINDS, ORIGINAL, SUPERNET
+from .shapes import FIRST_LAYERS, RECTANGLE, SEARCHED, SHARES
+from .study import FORMAT, Row, mean_and_spread, read_rows
+
+
+QUESTION = "tasks"
+PICTURE = "tasks.png"
+TASKS = ("cola", "sst2", "mrpc", "rte", "stsb")
+TUNED, UNTAUGHT, SUPER = "fine-tuned", "untaught", "super"  # ways to a fine-tuned model
+RANDOM = "random"
+KEPT = {0.60: 0.98, 0.30: 0.94}  # share of the encoder -> share of the original's mean score to keep
+ABOVE_FIRST_LAYERS = {0.60: 1.5}  # share of the encoder -> points above the first layers
+MISSING = "-"
+
+SCORES = (
+    "The scores are those of GLUE, times 100, on the validation examples: Matthews correlation for cola, accuracy for "
+    "sst2 and rte, the mean of accuracy and F1 for mrpc, and the mean of both correlations for stsb."
+)
+
+
+def answer(results_folder: Path, pictures_folder: Path) -> str:
+    """Return the section as Markdown, from what was measured so far, and draw its picture; "" if there is no row."""
+    rows = read_rows(results_folder, QUESTION)
+    if not rows:
+        return ""
+    settings = read_json(results_folder / f"{QUESTION}.json", FORMAT)["settings"]
+    tuned = [row for row in rows if row["way"] == TUNED]
+    text = [recipe_text(settings["recipe"], rows)]
+    if tuned:
+        text += [scores_table(tuned), targets_table(tuned)]
+        text += ["8-bit integers (the same models, exported):", int8_table(tuned)]
+    text += [untaught_text(rows), super_text(rows)]
+    if any(mean_scores(tuned, model) for model in models_of(tuned)):
+        pictures_folder.mkdir(parents=True, exist_ok=True)
+        draw(pictures_folder / PICTURE, tuned)
+        text.append(f"![Mean task score over the parameters of the encoder]({pictures_folder.name}/{PICTURE})")
+    return "\n\n".join(part for part in text if part)
+
+
+def recipe_text(recipe: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Return how the models were fine-tuned and scored."""
+    seeds = sorted({row["seed"] for row in rows})
+    return (
+        f"{SCORES} All models are fine-tuned alike: {recipe['epochs']:g} epochs, the last of which is kept, AdamW with "
+        f"a learning rate of {recipe['learning_rate']:g}, {recipe['batch_size']} examples of similar length in a step, "
+        f"at most {recipe['max_length']} tokens, bfloat16. {recipe['weight']:.0%} of the loss of supernet and subnets "
+        "is the distance to the logits of the original of the best seed, which is fine-tuned on the same task. Scores "
+        f"are computed in float32. Seeds {', '.join(map(str, seeds))}: mean ± standard deviation."
+    )
+
+
+# Rows of one model
+
+
+def models_of(rows: Sequence[Row]) -> list[str]:
+    """Return the names of the models in `rows`, from the largest budget to the smallest, the original first."""
+    first = {row["model"]: row for row in rows}
+    kinds = [ORIGINAL, SUPERNET, *KINDS, RANDOM]
+    return sorted(first, key=lambda name: (-(first[name]["share"] or 2), kinds.index(first[name]["kind"])))
+
+
+def model_named(rows: Sequence[Row], kind: str, share: float) -> str | None:
+    """Return the name of the model of a kind and a budget, if it was measured."""
+    return next((row["model"] for row in rows if (row["kind"], row["share"]) == (kind, share)), None)
+
+
+def scores_of(rows: Sequence[Row], model: str, task: str, figure: str = "score") -> dict[int, float]:
+    """Return the scores of a model on a task by seed."""
+    return {row["seed"]: row[figure] for row in rows if (row["model"], row["task"]) == (model, task)}
+
+
+def mean_scores(rows: Sequence[Row], model: str | None, figure: str = "score") -> list[float]:
+    """Return the mean over all tasks of each seed that was measured on all of them."""
+    if model is None:
+        return []
+    by_task = [scores_of(rows, model, task, figure) for task in TASKS]
+    seeds = sorted(set.intersection(*(set(scores) for scores in by_task)))
+    return [statistics.fmean(scores[seed] for scores in by_task) for seed in seeds]
+
+
+def share_kept(rows: Sequence[Row], model: str | None, figure: str = "score") -> float | None:
+    """Return a model's mean score as a share of that of the original in float32; `None` if one is missing."""
+    own, original = mean_scores(rows, model, figure), mean_scores(rows, ORIGINAL)
+    return statistics.fmean(own) / statistics.fmean(original) if own and original else None
+
+
+def shown(values: Iterable[float]) -> str:
+    """Return mean ± standard deviation."""
+    values = list(values)
+    if not values:
+        return MISSING
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.1f}" if spread is None else f"{mean:.1f} ± {spread:.1f}"
+
+
+def percent(share: float | None) -> str:
+    return MISSING if share is None else f"{share:.1%}"
+
+
+# Tables
+
+
+def scores_table(rows: Sequence[Row]) -> str:
+    """Return a table of the scores of every model."""
+    first = {row["model"]: row for row in rows}
+    return markdown_table(
+        [
+            {
+                "model": name,
+                "shape": MISSING if first[name]["shape"] is None else str(first[name]["shape"]),
+                "encoder": percent(first[name]["encoder"]),
+                **{task: shown(scores_of(rows, name, task).values()) for task in TASKS},
+                "mean": shown(mean_scores(rows, name)),
+                "of the original": percent(share_kept(rows, name)),
+                "int8": shown(mean_scores(rows, name, INT8)),
+                "int8 of the original": percent(share_kept(rows, name, INT8)),
+                "processor seconds": shown_seconds(rows, name),
+            }
+            for name in models_of(rows)
+        ]
+    )
+
+
+def shown_seconds(rows: Sequence[Row], model: str) -> str:
+    """Return the seconds of fine-tuning on all tasks with one seed."""
+    by_task = [
+        [row["seconds"] for row in rows if (row["model"], row["task"]) == (model, task) and row["seconds"] is not None]
+        for task in TASKS
+    ]
+    return f"{sum(map(statistics.fmean, by_task)):,.0f}" if all(by_task) else MISSING
+
+
+def int8_table(rows: Sequence[Row]) -> str:
+    """Return a table of the scores of the 8-bit files, and how far they are from float32."""
+    table = []
+    for name in models_of(rows):
+        own, whole = mean_scores(rows, name, INT8), mean_scores(rows, name)
+        change = f"{statistics.fmean(own) - statistics.fmean(whole):+.1f}" if own and whole else MISSING
+        scores = {task: shown(scores_of(rows, name, task, INT8).values()) for task in TASKS}
+        table.append({"model": name, **scores, "mean": shown(own), "less float32": change})
+    return markdown_table(table)
+
+
+def targets_table(rows: Sequence[Row]) -> str:
+    """Return a table of what was to be reached, and whether it was; "" if nothing of it was measured."""
+    table = []
+    for share, least in KEPT.items():
+        kept = share_kept(rows, model_named(rows, SEARCHED, share))
+        if kept is not None:
+            what = f"searched {share:.0%}: share of the original's mean score"
+            table.append(verdict(what, percent(kept), f"at least {least:.0%}", kept >= least))
+    for share in SHARES:
+        searched = mean_scores(rows, model_named(rows, SEARCHED, share))
+        for kind in (FIRST_LAYERS, RECTANGLE):
+            other = mean_scores(rows, model_named(rows, kind, share))
+            if not searched or not other:
+                continue
+            difference = statistics.fmean(searched) - statistics.fmean(other)
+            least = ABOVE_FIRST_LAYERS.get(share, 0.0) if kind == FIRST_LAYERS else 0.0
+            spread = max(mean_and_spread(values)[1] or 0.0 for values in (searched, other))
+            what = f"searched {share:.0%}: points above {kind} (spread of the seeds: {spread:.1f})"
+            met = difference >= max(least, spread)
+            table.append(verdict(what, f"{difference:+.1f}", f"at least {least:.1f}, and the spread", met))
+    return markdown_table(table) if table else ""
+
+
+def verdict(what: str, measured: str, target: str, met: bool) -> dict[str, str]:
+    return {"target": what, "measured": measured, "to reach": target, "met": "yes" if met else "no"}
+
+
+def untaught_text(rows: Sequence[Row]) -> str:
+    """Return what the teacher brings: the same seed with and without it."""
+    table = []
+    for name in models_of([row for row in rows if row["way"] == UNTAUGHT]):
+        cells, with_teacher, without = {}, [], []
+        for task in TASKS:
+            alone = scores_of([row for row in rows if row["way"] == UNTAUGHT], name, task)
+            taught = scores_of([row for row in rows if row["way"] == TUNED], name, task)
+            pairs = [(taught[seed], alone[seed]) for seed in alone.keys() & taught.keys()]
+            with_teacher += [pair[0] for pair in pairs]
+            without += [pair[1] for pair in pairs]
+            cells[task] = " / ".join(f"{value:.1f}" for value in pairs[0]) if pairs else MISSING
+        mean = f"{statistics.fmean(with_teacher):.1f} / {statistics.fmean(without):.1f}" if without else MISSING
+        table.append({"model": name, **cells, "mean": mean})
+    if not table:
+        return ""
+    return f"With / without the teacher, one seed:\n\n{markdown_table(table)}"
+
+
+def super_text(rows: Sequence[Row]) -> str:
+    """Return what super fine-tuning reaches: the same shapes, fine-tuned at once and each on its own."""
+    at_once = [row for row in rows if row["way"] == SUPER]
+    each = [row for row in rows if row["way"] == TUNED]
+    table = []
+    for name in models_of([row for row in at_once if row["kind"] != RANDOM]):
+        cells = {}
+        for task in TASKS:
+            own = scores_of(at_once, name, task)
+            others = scores_of(each, name, task)
+            alone = f"{statistics.fmean(others.values()):.1f}" if others else MISSING
+            cells[task] = f"{statistics.fmean(own.values()):.1f} / {alone}" if own else MISSING
+        mean = " / ".join(shown(mean_scores(group, name)).split(" ±")[0] for group in (at_once, each))
+        table.append({"model": name, **cells, "mean": mean})
+    if not table:
+        return ""
+    text = "Super fine-tuning (all shapes at once, one seed) / fine-tuning each (mean of the seeds):"
+    random = [mean_scores(at_once, name) for name in models_of(at_once) if name.startswith(RANDOM)]
+    means = [values[0] for values in random if values]
+    summary = (
+        f"{len(means)} random shapes after super fine-tuning have mean scores from {min(means):.1f} to "
+        f"{max(means):.1f}, {statistics.fmean(means):.1f} on average."
+        if means
+        else ""
+    )
+    return "\n\n".join(part for part in (text, markdown_table(table), summary) if part)
+
+
+def draw(file: Path, rows: Sequence[Row]) -> None:
+    """Draw the mean score of every model over the parameters of its encoder, with the spread of the seeds."""
+    figure, axes = new_figure(6.5, 4)
+    first = {row["model"]: row for row in rows}
+    for number, kind in enumerate(KINDS):
+        names = [name for name in models_of(rows) if first[name]["kind"] == kind and mean_scores(rows, name)]
+        if names:
+            means, spreads = zip(*(mean_and_spread(mean_scores(rows, name)) for name in names))
+            places = [first[name]["encoder"] for name in names]
+            errors = [spread or 0.0 for spread in spreads]
+            axes.errorbar(places, means, errors, fmt="o-", capsize=3, color=f"C{number}", label=kind.replace("_", " "))
+    for name, style in ((ORIGINAL, "-"), (SUPERNET, ":")):
+        scores = mean_scores(rows, name)
+        if scores:
+            axes.axhline(statistics.fmean(scores), color="0.4", linestyle=style, label=name)
+    axes.set_xlabel("encoder, share of the original's parameters")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_ylabel("mean score of five tasks")
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=130)
