@@ -347,8 +347,6 @@ def figure_columns(rows: Sequence[Row], group: str = "random", index: int | None
 
 def how_measured(found: Found, script: str) -> str:
     """Return the sentences under a table that say how its numbers came about."""
-    if not found.rows:
-        return "Nothing was measured yet."
     get, seeds = found.settings, sorted({row["seed"] for row in found.rows})
     return (
         f"`python -m benchmarks.study.{script} --data DATA --bert MINILM`: about {get['tokens']:,} tokens for each "

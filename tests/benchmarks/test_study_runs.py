@@ -289,10 +289,10 @@ def test_an_inherited_shape_is_compared_with_the_better_training_alone(study, wr
 def test_answers_say_what_is_there(study, write_rows, tmp_path, name):
     """Nothing at first, then one row, then its picture."""
     script = getattr(study, name)
-    assert "Nothing was measured yet." in script.answer(tmp_path, tmp_path)
+    assert script.answer(tmp_path, tmp_path) == ""
     recipe = study.sharing.alone(0, 3e-4) if name == "sharing" else study.runs.OURS_BY_WIDTH
     text = script.answer(*write_rows([start_row(study, "by_width_per_head"), row(recipe)]))
-    assert text.startswith("## ")
+    assert "#" not in text  # the report writes the heading
     assert f"benchmarks.study.{name} " in text
     assert (tmp_path / script.PICTURE).stat().st_size > 1000
-    assert f"]({script.PICTURE})" in text
+    assert f"]({tmp_path.name}/{script.PICTURE})" in text

@@ -298,7 +298,9 @@ def test_distance_is_compared_with_the_scores_of_tasks(answers, tmp_path):
         for n, (near, size) in enumerate([(0.1, 90), (0.2, 70), (0.3, 80), (0.4, 60)])
     ]
     write_rows(tmp_path / "results", "shape_search", rows)
-    write_rows(tmp_path / "results", "tasks", task_rows({"sst2": [0.9, 0.8, 0.7, 0.6], "rte": [0.5, 0.6, 0.5, 0.4, 0.9]}))
+    write_rows(
+        tmp_path / "results", "tasks", task_rows({"sst2": [0.9, 0.8, 0.7, 0.6], "rte": [0.5, 0.6, 0.5, 0.4, 0.9]})
+    )
     scores = answers.task_scores(tmp_path / "results")
     assert scores[answers.MEAN] == pytest.approx({(60, 1): 0.7, (60, 2): 0.7, (60, 3): 0.6, (60, 4): 0.5})
     found = {row["task"]: row for row in answers.rank_correlations(answers.Found(tmp_path / "results"), scores)}
