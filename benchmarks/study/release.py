@@ -54,7 +54,7 @@ The original was made to embed English sentences: it was distilled, then tuned b
 token states say little about single words, and the masked-LM head that this supernet has is weak: it makes the
 training of the paper possible, not a good `fill-mask`. Texts of more than 128 tokens had no part in the training. A
 language model repeats the statistics of its training text, including its biases."""
-STEPS = 600
+STEPS = 400
 TOGETHER: dict[str, Any] = {
     # The masked-LM loss is several nats, the error of the states below one: so the encoder stays near the original.
     "mlm_probability": 0.15,
@@ -140,16 +140,16 @@ def assemble(args: argparse.Namespace, trained: Path, folder: Path) -> None:
         language="en",
         base_model=BASE_MODEL,
         training=TRAINING.format(together=args.steps),
+        limits=LIMITS,
         **read_sentence_encoder(args.bert),
     )
 
 
 def write_release_card(args: argparse.Namespace, folder: Path, work: Path) -> None:
     """Write the card of the released folder, with the results of the study."""
-    (work / "evaluation.md").write_text(card_table(args.results), encoding="utf-8")
-    (work / "limits.md").write_text(LIMITS, encoding="utf-8")
-    files = {"evaluation": work / "evaluation.md", "limits": work / "limits.md", "output": folder / "README.md"}
-    write_card([str(folder), *(f"--{name}={file}" for name, file in files.items())])
+    file = work / "evaluation.md"
+    file.write_text(card_table(args.results), encoding="utf-8")
+    write_card([str(folder), f"--evaluation={file}", f"--output={folder / 'README.md'}"])
 
 
 def main() -> None:
