@@ -187,7 +187,10 @@ def test_fine_tuning_goes_on_where_it_was_stopped(modules, tokenizer, tmp_path):
     assert isinstance(model, SuperShaperForSequenceClassification)
     assert model.config.hidden_sizes == [20, 36]  # a dropped layer is gone
     assert seconds > 0
-    assert model(**tokens(["the cat"], return_tensors="pt")).logits.dtype == torch.float32
+    inputs, fresh = tokens(["the cat"], return_tensors="pt"), type(model)(model.config).eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():  # without autocast, in which it was trained
+        torch.testing.assert_close(model(**inputs).logits, fresh(**inputs).logits, atol=1e-6, rtol=0)
     (checkpoint,) = (tmp_path / "run" / "seed-0").glob("checkpoint-*")
     again = tuning.fine_tune(supernet, task, tokens, recipe, 0, tmp_path / "run", [20, 0, 36])
     assert checkpoint.exists()
