@@ -177,6 +177,13 @@ def test_a_teacher_remembers_its_logits(modules, tokenizer):
     assert calls == [2, 1]  # only what is new
 
 
+class NeverAsked(torch.nn.Module):
+    """A teacher that fails the test if a single step is trained."""
+
+    def forward(self, **inputs):
+        raise AssertionError("trained again")
+
+
 def test_fine_tuning_goes_on_where_it_was_stopped(modules, tokenizer, tmp_path):
     options = write_study(tmp_path, tokenizer, ("sst2",))
     tuning, supernet = modules["tuning"], options[options.index("--supernet") + 1]
@@ -192,7 +199,7 @@ def test_fine_tuning_goes_on_where_it_was_stopped(modules, tokenizer, tmp_path):
     with torch.no_grad():  # without autocast, in which it was trained
         torch.testing.assert_close(model(**inputs).logits, fresh(**inputs).logits, atol=1e-6, rtol=0)
     (checkpoint,) = (tmp_path / "run" / "seed-0").glob("checkpoint-*")
-    again = tuning.fine_tune(supernet, task, tokens, recipe, 0, tmp_path / "run", [20, 0, 36])
+    again = tuning.fine_tune(supernet, task, tokens, recipe, 0, tmp_path / "run", [20, 0, 36], NeverAsked())
     assert checkpoint.exists()
     assert again.seconds is None
     for name, tensor in model.state_dict().items():
