@@ -41,7 +41,7 @@ SEEDS = (0, 1, 2)
 WITHOUT_TEACHER = ((SEARCHED, 0.60), (SEARCHED, 0.30))  # subnets that are fine-tuned once without the teacher
 AFTER_SUPER = (SEARCHED, RECTANGLE), (0.60, 0.30)  # kinds and shares that are scored after super fine-tuning
 NUM_RANDOM, RANDOM_SEED = 30, 0
-OF_TAUGHT = ("weight", "sandwich_epochs")  # fields of the recipe that are nothing to the original
+OF_TAUGHT = ("weight", "sandwich_steps")  # fields of the recipe that are nothing to the original
 COPIED = ("score", INT8, "seconds", "weight")  # to the row of another model with the same shape
 WAYS = (ORIGINAL, *KINDS, SUPERNET, UNTAUGHT, SUPER)
 
@@ -110,7 +110,7 @@ def start(args: argparse.Namespace) -> tuple[Study, list[Compared]]:
 
 
 def check_taught(rows: Sequence[Row], recipe: Recipe) -> None:
-    """Raise a ValueError if supernet and subnets were fine-tuned with another weight of the teacher, or other epochs.
+    """Raise a ValueError if supernet and subnets were fine-tuned with another weight of the teacher, or other steps.
 
     These do not stand in the settings of the file, because the rows of the original do not depend on them.
     """

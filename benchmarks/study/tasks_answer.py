@@ -57,9 +57,9 @@ def recipe_text(recipe: Mapping[str, Any], rows: Sequence[Row]) -> str:
         else ""
     )
     return (
-        f"{SCORES} All models are fine-tuned alike: {recipe['epochs']:g} epochs, the last of which is kept, AdamW with "
-        f"a learning rate of {recipe['learning_rate']:g}, {recipe['batch_size']} examples of similar length in a step, "
-        f"at most {recipe['max_length']} tokens, bfloat16. {taught}Scores are computed in float32. Seeds "
+        f"{SCORES} All models are fine-tuned alike: as many epochs as come nearest to {recipe['steps']:,} steps, with "
+        f"AdamW, a learning rate of {recipe['learning_rate']:g}, {recipe['batch_size']} examples of similar length in "
+        f"a step, at most {recipe['max_length']} tokens, bfloat16. {taught}Scores are computed in float32. Seeds "
         f"{', '.join(map(str, seeds))}: mean ± standard deviation."
     )
 

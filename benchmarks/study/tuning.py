@@ -43,20 +43,21 @@ class Recipe:
 
     Attributes:
         learning_rate: The highest one of AdamW, which warms up over 6 % of the steps and falls linearly to 0.
-        epochs: How often the examples are read.
+        steps: A task is read as many times as come nearest to this number of steps, so a small one more often than a
+            large one.
         batch_size: Examples in a step, of similar length.
         max_length: Tokens of the longest example; longer ones are cut.
         weight: Share of the loss that is the distance to the logits of the original, fine-tuned on the task. The
             original itself has no teacher.
-        sandwich_epochs: How often a super fine-tuning reads the examples. Each of its steps trains four shapes.
+        sandwich_steps: Those of a super fine-tuning, each of which trains four shapes.
     """
 
     learning_rate: float = 1e-4
-    epochs: float = 3
+    steps: int = 400
     batch_size: int = 32
     max_length: int = 128
     weight: float = 0.5
-    sandwich_epochs: float = 3
+    sandwich_steps: int = 400
 
 
 class Tuned(NamedTuple):
@@ -99,7 +100,7 @@ def fine_tune(
     teacher: Any = None,
     sandwich: bool = False,
 ) -> Tuned:
-    """Fine-tune a model with one seed. A call that was stopped goes on at its last epoch.
+    """Fine-tune a model with one seed. A call that was stopped goes on at the end of its last epoch.
 
     Args:
         model: Folder of the original, or of the supernet.
@@ -113,14 +114,16 @@ def fine_tune(
         sandwich: Whether all shapes of the supernet are trained at once.
 
     Returns:
-        The model after the last epoch, in float32.
+        The model after the last step, in float32.
     """
     values = asdict(recipe)
     args = FineTuningArguments(
         output_dir=str(folder),
         model=model,
         learning_rate=values["learning_rate"],
-        num_train_epochs=values["sandwich_epochs" if sandwich else "epochs"],
+        num_train_epochs=epochs_of(
+            len(task.train), recipe.batch_size, recipe.sandwich_steps if sandwich else recipe.steps
+        ),
         per_device_train_batch_size=values["batch_size"],
         distillation_weight=values["weight"],
         sandwich=sandwich,
@@ -139,6 +142,16 @@ def fine_tune(
     trainer.train(resume_from_checkpoint=checkpoint)
     trained: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # without autocast
     return Tuned(trained.eval(), round(time.process_time() - start, 1) if checkpoint is None else None)
+
+
+def epochs_of(examples: int, batch_size: int, steps: int) -> int:
+    """Return how often so many examples are read in about `steps` steps; at least once.
+
+    Example:
+        >>> [epochs_of(examples, 32, 400) for examples in (8551, 2489)]
+        [1, 5]
+    """
+    return max(1, round(steps / -(-examples // batch_size)))
 
 
 class RememberingTeacher(nn.Module):

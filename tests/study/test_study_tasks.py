@@ -15,7 +15,7 @@ from supershaper_hf import SearchSpace, SuperShaperForSequenceClassification, Su
 
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ["--epochs", "1", "--sandwich_epochs", "1", "--batch_size", "8", "--max_length", "16"]
+RECIPE = ["--steps", "3", "--sandwich_steps", "2", "--batch_size", "8", "--max_length", "16"]
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ class NeverAsked(torch.nn.Module):
 def test_fine_tuning_goes_on_where_it_was_stopped(modules, tokenizer, tmp_path):
     options = write_study(tmp_path, tokenizer, ("sst2",))
     tuning, supernet = modules["tuning"], options[options.index("--supernet") + 1]
-    recipe = tuning.Recipe(epochs=2, batch_size=8, max_length=16, learning_rate=1e-3)
+    recipe = tuning.Recipe(steps=7, batch_size=8, max_length=16, learning_rate=1e-3)
     tokens = AutoTokenizer.from_pretrained(supernet)
     task = tuning.load_task("sst2", tmp_path / "data", tokens, recipe)
     model, seconds = tuning.fine_tune(supernet, task, tokens, recipe, 0, tmp_path / "run", [20, 0, 36])
@@ -230,7 +230,7 @@ def made_up_rows(modules, scores, **changes):
 
 
 def write_rows(modules, folder, rows):
-    settings = {"recipe": {"epochs": 3, "learning_rate": 1e-4, "batch_size": 16, "max_length": 128}}
+    settings = {"recipe": {"steps": 400, "learning_rate": 1e-4, "batch_size": 16, "max_length": 128}}
     results = modules["study"].Results(folder, "tasks", settings)
     for row in rows:
         results.add(row)
