@@ -36,7 +36,7 @@ RECIPES = {
 SEEDS = {"by width, per head": (0, 1, 2), "shared, per head": (0, 1, 2)}  # the deciding pair; one seed for the others
 BETTER = {"distance": -1, "cosine": 1, "loss": -1, "sts": 1}  # the sign of what is better
 NAMES = {"distance": "distance", "cosine": "cosine", "loss": "masked-LM loss", "sts": "STS"}
-PICTURE = "study_bottlenecks.png"
+PICTURE = "bottlenecks.png"
 
 
 def table(found: Found, quarters: int) -> str:
@@ -86,12 +86,12 @@ def draw(file: Path, found: Found) -> None:
 def answer(results_folder: Path, pictures_folder: Path) -> str:
     """Return the section as Markdown, from what was measured so far, and draw its picture."""
     found = read_runs(results_folder)
-    text = ["## Bottlenecks", how_measured(found, "bottlenecks")]
     if not any(found.of(recipe) for recipe in RECIPES.values()):
-        return "\n\n".join(text)
+        return ""
     draw(pictures_folder / PICTURE, found)
+    text = [how_measured(found, "bottlenecks", RECIPES.values())]
     text += ["Random shapes before training:", table(found, 0), "After all tokens:", table(found, 4), verdict(found)]
-    text.append(f"![Distance of rectangles before and after training]({PICTURE})")
+    text.append(f"![Distance of rectangles before and after training]({pictures_folder.name}/{PICTURE})")
     return "\n\n".join(part for part in text if part)
 
 

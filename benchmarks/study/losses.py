@@ -64,7 +64,7 @@ SAMPLINGS = {
     "3 random, by parameters": by_width("ours_parameters", {**OURS, "distribution": "parameters"}),
     "3 random, by budget (ours)": OURS_BY_WIDTH,
 }
-PICTURE = "study_losses.png"
+PICTURE = "losses.png"
 
 
 def table(found: Found, title: str, recipes: Mapping[str, Recipe]) -> str:
@@ -126,15 +126,17 @@ def draw(file: Path, found: Found) -> None:
 def answer(results_folder: Path, pictures_folder: Path) -> str:
     """Return the section as Markdown, from what was measured so far, and draw its picture."""
     found = read_runs(results_folder)
-    text = ["## Losses and sampling", how_measured(found, "losses")]
     if not any(found.of(recipe) for recipe in {**LOSSES, **SAMPLINGS}.values()):
-        return "\n\n".join(text)
+        return ""
     draw(pictures_folder / PICTURE, found)
+    text = [how_measured(found, "losses", {**LOSSES, **SAMPLINGS}.values())]
     text.append(
         "Losses. Without labels, the masked-LM head is that of the original, frozen, on the states of each shape:"
     )
     text += [table(found, "loss", LOSSES), verdict(found), "Sampling:", table(found, "shapes of a step", SAMPLINGS)]
-    text.append(f"![Masked-LM loss of the largest shape and of random shapes, by recipe]({PICTURE})")
+    text.append(
+        f"![Masked-LM loss of the largest shape and of random shapes, by recipe]({pictures_folder.name}/{PICTURE})"
+    )
     return "\n\n".join(part for part in text if part)
 
 

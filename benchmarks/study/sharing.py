@@ -30,7 +30,7 @@ from .runs import (
 NUM_SHAPES = 3
 RATES = (3e-4, 5e-4)
 TARGET = 0.05
-PICTURE = "study_sharing.png"
+PICTURE = "sharing.png"
 
 
 def alone(shape: int, rate: float) -> Recipe:
@@ -116,11 +116,16 @@ def draw(file: Path, found: Found) -> None:
 def answer(results_folder: Path, pictures_folder: Path) -> str:
     """Return the section as Markdown, from what was measured so far, and draw its picture."""
     found = read_runs(results_folder)
-    text = ["## Sharing", how_measured(found, "sharing")]
-    if not any(best_alone(found, shape) for shape in range(NUM_SHAPES)):
-        return "\n\n".join(text)
+    trained = [best_alone(found, shape) for shape in range(NUM_SHAPES)]
+    if not any(trained):
+        return ""
     draw(pictures_folder / PICTURE, found)
-    text += [table(found), verdict(found), f"![Distance at the start, inherited, and trained alone]({PICTURE})"]
+    text = [how_measured(found, "sharing", [recipe for recipe in trained if recipe is not None])]
+    text += [
+        table(found),
+        verdict(found),
+        f"![Distance at the start, inherited, and trained alone]({pictures_folder.name}/{PICTURE})",
+    ]
     return "\n\n".join(part for part in text if part)
 
 

@@ -42,7 +42,7 @@ RECIPES = {
 PAPERS = "paper: identity"
 TARGET = 0.2  # of the paper's operations
 MEASURES = {"distance": "distance to the original", "loss": "masked-LM loss, nats"}
-PICTURE = "study_start_and_recipe.png"
+PICTURE = "start_and_recipe.png"
 
 Curve = list[tuple[float, float]]  # operations, and a figure
 
@@ -165,14 +165,14 @@ def draw(file: Path, found: Found) -> None:
 def answer(results_folder: Path, pictures_folder: Path) -> str:
     """Return the section as Markdown, from what was measured so far, and draw its picture."""
     found = read_runs(results_folder)
-    text = ["## Start and recipe", how_measured(found, "start_and_recipe")]
     if not any(found.of(recipe) for recipe in RECIPES.values()):
-        return "\n\n".join(text)
+        return ""
     draw(pictures_folder / PICTURE, found)
+    text = [how_measured(found, "start_and_recipe", RECIPES.values())]
     text += ["Random shapes:", points_table(found)]
     text += ["Rectangles after all tokens, distance / masked-LM loss / STS:", rectangles_table(found)]
     text += ["Operations:", cost_table(found), verdict(found)]
-    text.append(f"![Operations against distance and masked-LM loss of random shapes]({PICTURE})")
+    text.append(f"![Operations against distance and masked-LM loss of random shapes]({pictures_folder.name}/{PICTURE})")
     return "\n\n".join(part for part in text if part)
 
 

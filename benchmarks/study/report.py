@@ -1,0 +1,233 @@
+"""Write what the results of the study say: a section of docs/results.md with its pictures, and a table of README.md.
+
+    python -m benchmarks.study.report
+
+It reads the JSON files in benchmarks/study/results and measures nothing. What it writes stands between two comments of
+these documents; the rest of them stays as it is. A second run changes nothing. The card of the released supernet gets
+the same table from `card_table`.
+"""
+
+import argparse
+import re
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from supershaper_hf import markdown_table
+from supershaper_hf.files import write_file
+
+from .compared import INT8, ORIGINAL
+from .latency_answer import MODELS
+from .latency_answer import QUESTION as LATENCY
+from .sentence_embeddings import PYTORCH
+from .sentence_embeddings import QUESTION as EMBEDDINGS
+from .shapes import SEARCHED, SHARES
+from .study import RESULTS, Row, read_rows
+from .tasks_answer import QUESTION as TASKS
+from .tasks_answer import TUNED, mean_scores, model_named, share_kept
+
+
+ROOT = Path(__file__).parents[2]
+PICTURES = "study"  # the folder of the pictures, beside results.md
+BEGIN = "<!-- Written by `python -m benchmarks.study.report`: change the scripts of benchmarks/study instead. -->"
+END = "<!-- End of what the report has written. -->"
+WIDTH = 120
+
+QUESTIONS = {  # module of benchmarks.study -> title of its section
+    "start_and_recipe": "Start and recipe",
+    "bottlenecks": "Bottlenecks",
+    "losses": "Losses and sampling",
+    "shape_search": "Search",
+    "sharing": "Sharing",
+    "tasks": "Tasks",
+    "sentence_embeddings": "Sentence embeddings of subnets",
+    "latency_of_shapes": "Latency",
+}
+INTRODUCTION = """\
+Eight questions about the method, on real text and real tasks. Each is answered by a script of benchmarks/study, which
+writes what it measures into a JSON file. `python -m benchmarks.study.report` writes this section, its pictures and the
+table of the README out of these files. DATA is a folder with the folders `corpus` and `tasks`, MINILM that of
+all-MiniLM-L6-v2, which is called the original. Its six layers, the encoder, have 10,646,784 parameters; the share of a
+subnet is relative to them."""
+NOT_MEASURED = "This question has not been measured yet."
+NO_TABLE = "Nothing has been measured of the released supernet yet."
+
+
+# docs/results.md
+
+
+def study_section(results: Path, pictures: Path) -> str:
+    """Return the section in Markdown, and write its pictures: each question with its answer, in order.
+
+    Args:
+        results: The folder of the JSON files.
+        pictures: The folder of the pictures. Its name stands in the links.
+    """
+    parts = ["## The study", INTRODUCTION]
+    for number, (name, title) in enumerate(QUESTIONS.items(), start=1):
+        module = import_module(f".{name}", __package__)
+        asked = (module.__doc__ or "").splitlines()[0].removeprefix(f"Question {number}: ")
+        found = module.answer(results, pictures)
+        parts += [f"### {number}. {title}", asked[0].upper() + asked[1:], found or NOT_MEASURED]
+    return wrapped("\n\n".join(parts))
+
+
+def wrapped(text: str) -> str:
+    r"""Break the lines of paragraphs. Headings, tables, pictures, lists and blocks of code stay as they are.
+
+    Example:
+        >>> wrapped("## A title\n\none two " + "three " * 30).splitlines()[2][:13]
+        'one two three'
+    """
+    parts = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)
+    for number in range(0, len(parts), 2):  # every second part is a block of code
+        parts[number] = "\n\n".join(map(broken, parts[number].split("\n\n")))
+    return "".join(parts)
+
+
+def broken(paragraph: str) -> str:
+    """Return a paragraph with lines of at most `WIDTH` characters, none of which begins like a list or a heading."""
+    if not paragraph.strip() or re.match(r"[#|<>]|!\[|[-*+] |\d+[.)] ", paragraph.lstrip()):
+        return paragraph
+    together = re.sub(r"\s+(?=([-*+#>|]|\d+[.)])\s)", "\0", paragraph)
+    lines = textwrap.wrap(together, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ")
+
+
+# The table of README.md and of the card
+
+
+def summary_rows(results: Path) -> list[dict[str, str]]:
+    """Return the original and the searched shape of each budget: what it keeps of the original's quality, and costs.
+
+    A column is there if one of the models has it.
+    """
+    tasks = [row for row in read_rows(results, TASKS) if row["way"] == TUNED]
+    embeddings = read_rows(results, EMBEDDINGS)
+    latency = [row for row in read_rows(results, LATENCY) if row["what"] == MODELS]
+    rows = []
+    for kind, share in [(ORIGINAL, None), *((SEARCHED, share) for share in SHARES)]:
+        model = first([*embeddings, *tasks, *latency], kind=kind, share=share)
+        if model is not None:
+            cells = {
+                "encoder": "the original" if share is None else f"{model['encoder']:.0%}".replace("%", " %"),
+                "parameters": f"{model['parameters']:,}",
+                "shape": "-" if model["shape"] is None else str(model["shape"]),
+            }
+            rows.append(cells | quality_cells(kind, share, embeddings, tasks) | cost_cells(kind, share, latency))
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return [{column: row.get(column, "-") for column in columns} for row in rows]
+
+
+def quality_cells(kind: str, share: float | None, embeddings: Sequence[Row], tasks: Sequence[Row]) -> dict[str, str]:
+    """Return the cells on STS and task scores: those of the original, or the share of them that is kept."""
+    cells = {}
+    own, original = first(embeddings, kind=kind, share=share), first(embeddings, kind=ORIGINAL)
+    if own is not None and original is not None:
+        for name, title in ((PYTORCH, "STS"), (INT8, "STS, int8")):
+            cells[title] = kept(own[name], original[PYTORCH], kind == ORIGINAL and name == PYTORCH)
+    name = ORIGINAL if share is None else model_named(tasks, kind, share)
+    for figure, title in (("score", "task score"), (INT8, "task score, int8")):
+        value = share_kept(tasks, name, figure)
+        if value is not None:
+            score = statistics.fmean(mean_scores(tasks, name, figure))
+            cells[title] = kept(score, score / value, kind == ORIGINAL and figure == "score")
+    return cells
+
+
+def kept(value: float, original: float, is_original: bool) -> str:
+    """Return a score as a share of the original's; the original's own as it is."""
+    return f"{value:.1f}" if is_original else f"{100 * value / original:.1f} %"
+
+
+def cost_cells(kind: str, share: float | None, latency: Sequence[Row]) -> dict[str, str]:
+    """Return the cells on what one sequence takes: milliseconds, and the size of the 8-bit file."""
+    cells = {}
+    for name, title in ((PYTORCH, "ms"), (INT8, "ms, int8")):
+        row = first(latency, kind=kind, share=share, format=name, batch_size=1)
+        if row is not None:
+            cells[title] = f"{1e3 * statistics.median(row['seconds']):.1f}"
+            if row.get("bytes") is not None and name == INT8:
+                cells["MB, int8"] = f"{row['bytes'] / 1e6:.1f}"
+    return cells
+
+
+def first(rows: Sequence[Row], **key: Any) -> Row | None:
+    """Return the first row with these values."""
+    return next((row for row in rows if all(row.get(name) == value for name, value in key.items())), None)
+
+
+def explanation(results: Path) -> str:
+    """Return what the columns of the table mean; only of those that are there."""
+    [columns, *_] = summary_rows(results) or [{}]
+    words = {
+        "encoder": "The encoder are the layers: its share is that of the original's parameters.",
+        "STS": "STS is the rank correlation, times 100, of the cosines of 750 pairs of sentences with human judgement, "
+        "without fine-tuning: that of the original, then shares of it.",
+        "task score": "The task score is the mean of cola, sst2, mrpc, rte and stsb, each fine-tuned: that of the "
+        "original, then shares of it.",
+        "STS, int8": "int8 is the file of 8-bit integers.",
+        "ms": "Milliseconds are those of one sequence of 128 tokens on a CPU, in PyTorch and in the file of 8-bit "
+        "integers.",
+    }
+    return " ".join(text for column, text in words.items() if column in columns)
+
+
+def summary_table(results: Path) -> str:
+    """Return the table with what its columns mean, or a sentence that nothing was measured."""
+    rows = summary_rows(results)
+    return wrapped(f"{markdown_table(rows)}\n\n{explanation(results)}") if rows else NO_TABLE
+
+
+def card_table(results_folder: Path) -> str:
+    """Return the section on evaluation of the card of the released supernet, in Markdown."""
+    if not summary_rows(results_folder):
+        return NO_TABLE
+    title = "Subnets of this supernet, each the best shape of its search for a share of the original's encoder:"
+    return f"{title}\n\n{summary_table(results_folder)}"
+
+
+# Documents
+
+
+def put_between_markers(document: str, text: str, name: str) -> str:
+    """Return a document in which `text` stands between the two markers.
+
+    Raises:
+        ValueError: If the document has not both markers, in this order and once.
+    """
+    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
+        raise ValueError(f"{name} needs the two lines, once each and in this order:\n{BEGIN}\n{END}")
+    before, after = document.split(BEGIN)[0], document.split(END)[1]
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def documents(root: Path, results: Path, pictures: Path) -> Mapping[Path, str]:
+    """Return README.md and docs/results.md as they should be, and write the pictures."""
+    pictures.mkdir(parents=True, exist_ok=True)
+    texts = {
+        root / "docs" / "results.md": study_section(results, pictures),
+        root / "README.md": summary_table(results),
+    }
+    return {
+        file: put_between_markers(file.read_text(encoding="utf-8"), text, file.relative_to(root).as_posix())
+        for file, text in texts.items()
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", default=RESULTS, type=Path, help="folder of the JSON files with the results")
+    parser.add_argument("--root", default=ROOT, type=Path, help="folder with README.md and docs")
+    args = parser.parse_args(arguments)
+    pictures = args.root / "docs" / PICTURES
+    for file, text in documents(args.root, args.results, pictures).items():
+        write_file(file, text)
+        print(file)
+
+
+if __name__ == "__main__":
+    main()
