@@ -303,6 +303,22 @@ def test_model_learns_from_a_teacher(supernet, files, tokenizer, tmp_path):
     assert results["mean"]["validation"]["accuracy"] < 0.3
 
 
+def test_subnet_that_learns_states_starts_with_the_head_of_the_teacher(supernet, files, tokenizer, tmp_path):
+    teacher = write_bert(tmp_path / "bert", tokenizer, hidden_size=48)
+    taught = {"shape": SHAPE, "teacher": teacher, "learning_rate": 1e-9, "num_train_epochs": 1}
+    expected = AutoModelForSequenceClassification.from_pretrained(teacher).classifier.weight
+    for weight, same in ((1.0, True), (0.0, False)):
+        tune(tmp_path / f"out-{weight}", supernet, files, tokenizer, state_weight=weight, **taught)
+        model = SuperShaperForSequenceClassification.from_pretrained(tmp_path / f"out-{weight}" / "model")
+        assert torch.allclose(model.classifier.weight, expected, atol=1e-6) == same
+
+
+def test_states_of_another_width_are_refused(supernet, files, tokenizer, tmp_path):
+    teacher = write_bert(tmp_path / "bert", tokenizer, hidden_size=24)
+    with pytest.raises(ValueError, match=r"state_weight=1.0 compares hidden states, but .* have 24 numbers, .* 48"):
+        tune(tmp_path / "out", supernet, files, tokenizer, teacher=teacher, state_weight=1.0)
+
+
 def test_teacher_of_another_task_or_vocabulary_is_refused(supernet, files, tokenizer, tmp_path):
     other = write_bert(tmp_path / "bert", tokenizer, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
     with pytest.raises(ValueError, match=r"has the labels \['no', 'yes'\], the task has \['negative', 'positive'\]"):
@@ -327,10 +343,11 @@ def test_trainer_has_the_options_of_the_teacher_and_the_first_split(supernet, to
     rows = [{"premise": row["sentence"], "hypothesis": "the cat", "label": row["label"]} for row in examples(24, 0)]
     first, second = write_csv(tmp_path / "a.csv", rows[:12]), write_csv(tmp_path / "b.csv", rows[12:])
     task = glue_task("mnli", tokenizer, first, [first, second], max_length=12)
-    args = arguments(tmp_path / "out", supernet, distillation_weight=0.25, temperature=3.0)
+    weights = {"distillation_weight": 0.25, "state_weight": 2.0}
+    args = arguments(tmp_path / "out", supernet, teacher="name", temperature=3.0, **weights)
     model = load_model(args, task, SHAPE, 5)
     trainer = make_trainer(args, task, tokenizer, model, None, 5)
-    assert (trainer.weight, trainer.temperature, trainer.args.seed) == (0.25, 3.0, 5)
+    assert (trainer.weight, trainer.state_weight, trainer.temperature, trainer.args.seed) == (0.25, 2.0, 3.0, 5)
     assert trainer.eval_dataset is task.evaluation["validation_matched"]
     assert args.seed == 42  # that of other seeds is not changed
 
@@ -492,6 +509,8 @@ def test_shape_of_other_records_is_noticed(supernet, files, tokenizer, tmp_path)
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must be one or more different numbers"),
         ({"distillation_weight": 1.5}, "distillation_weight=1.5 must be"),
         ({"temperature": 0}, "temperature=0 must be"),
+        ({"state_weight": -1, "teacher": "name"}, "state_weight=-1 must be"),
+        ({"state_weight": 1}, "state_weight=1 needs a teacher"),
         ({"early_stopping_patience": 0}, "early_stopping_patience=0 must be"),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ from supershaper_hf import (
     SuperShaperForSequenceClassification,
     SuperShaperForTokenClassification,
 )
+from supershaper_hf.finetuning.models import take_head
 from supershaper_hf.finetuning.trainer import DistillingTrainer, logit_distance
 
 
@@ -46,7 +47,7 @@ def make(kind):
     return student, teacher, Dataset.from_dict(batch)
 
 
-def train(folder, student, teacher, data, size=8, accumulate=1, weight=0.5, temperature=2.0):
+def train(folder, student, teacher, data, size=8, accumulate=1, weight=0.5, temperature=2.0, state_weight=0.0):
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=1,
@@ -62,9 +63,8 @@ def train(folder, student, teacher, data, size=8, accumulate=1, weight=0.5, temp
         dataloader_pin_memory=False,
     )
     model = copy.deepcopy(student)
-    trainer = DistillingTrainer(
-        model=model, args=args, train_dataset=data, teacher=teacher, weight=weight, temperature=temperature
-    )
+    options = {"weight": weight, "temperature": temperature, "state_weight": state_weight}
+    trainer = DistillingTrainer(model=model, args=args, train_dataset=data, teacher=teacher, **options)
     trainer.train()
     return model
 
@@ -109,6 +109,31 @@ def test_update_is_that_of_the_formula_however_the_batch_is_split(kind, size, ac
     for (name, actual), parameter in zip(trained.named_parameters(), by_hand.parameters(), strict=True):
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(actual, parameter - 1e-2 * gradient, atol=2e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["one label", "questions"])
+def test_states_of_the_teacher_are_learnt_too(kind, tmp_path):
+    student, teacher, data = make(kind)
+    trained = train(tmp_path, student, teacher, data, state_weight=3.0)
+    by_hand = copy.deepcopy(student).train()
+    inputs = {name: torch.tensor(data[name]) for name in tiny_batch()}
+    own, other = (model.bert(**{**inputs}).last_hidden_state for model in (by_hand, teacher))
+    mask = inputs["attention_mask"] > 0
+    errors = (own - other.detach())[mask].square().sum(-1) / other.detach()[mask].square().sum(-1)
+    (expected_loss(by_hand, teacher, data, 0.5, 2.0) + 3 * errors.mean()).backward()
+    for (name, actual), parameter in zip(trained.named_parameters(), by_hand.parameters(), strict=True):
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(actual, parameter - 1e-2 * gradient, atol=2e-6, rtol=0, msg=name)
+
+
+def test_head_of_the_teacher_is_taken_over_without_its_encoder():
+    student, _, _ = make("one label")
+    teacher = randomize(BertForSequenceClassification(tiny_bert_config(num_labels=3)), 1)
+    before = copy.deepcopy(student.state_dict())
+    take_head(student, teacher)
+    taken = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert taken == {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert all(torch.equal(student.state_dict()[name], teacher.state_dict()[name]) for name in taken)
 
 
 def test_weight_0_learns_from_labels_alone_and_weight_1_from_the_teacher_alone(tmp_path):

@@ -56,6 +56,11 @@ class FineTuningArguments(TrainingArguments):
         None, "Folder or Hub id of a model of any kind that is fine-tuned on this task and has the same tokenizer."
     )
     distillation_weight: float = option(0.5, "Share of the loss that is the distance to the teacher's logits.")
+    state_weight: float = option(
+        0.0,
+        "Weight of the loss that matches the teacher's last hidden states, which are as wide as the model's. The model "
+        "then starts with the teacher's head.",
+    )
     sandwich: bool = option(
         False,
         "Whether the whole supernet is fine-tuned: each step trains the largest shape, the smallest one and random "
@@ -99,6 +104,9 @@ class FineTuningArguments(TrainingArguments):
         if self.early_stopping_patience is not None:
             check_count("early_stopping_patience", self.early_stopping_patience)
         check_number("distillation_weight", self.distillation_weight, least=0, most=1)
+        check_number("state_weight", self.state_weight, least=0)
+        if self.state_weight > 0 and self.teacher is None:
+            raise ValueError(f"state_weight={self.state_weight} needs a teacher. Name one, or set it to 0.")
         check_number("temperature", self.temperature, above=0)
 
 

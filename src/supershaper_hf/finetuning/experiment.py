@@ -34,7 +34,7 @@ from ..publish.results import FINE_TUNING as RESULTS_FORMAT
 from ..publish.results import library_versions
 from ..report.tables import markdown_table, text_table
 from .arguments import FineTuningArguments
-from .models import choose_shape, load_model, load_teacher
+from .models import choose_shape, load_model, load_teacher, take_head
 from .super_tuning import SEARCH, SUBNET, SandwichTrainer, search_task
 from .task import Task
 from .trainer import DistillingTrainer
@@ -119,6 +119,8 @@ def run_seed(
     processes: Any = args.distributed_state
     folder = seed_folder(args.output_dir, seed)
     model = on_every_process(partial(load_model, args, task, shape, seed), processes)
+    if teacher is not None and args.state_weight > 0:
+        take_head(model, teacher)
     trainer = make_trainer(args, task, tokenizer, model, teacher, seed)
     trainer.train(resume_from_checkpoint=on_main_process(partial(newest_checkpoint, folder), processes))
     scores = {
@@ -177,6 +179,7 @@ def make_trainer(
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
         teacher=teacher,
         weight=args.distillation_weight,
+        state_weight=args.state_weight,
         temperature=args.temperature,
     )
 
@@ -211,8 +214,26 @@ def all_results(folder: Path) -> list[dict[str, Any]]:
 
 
 OPTIONS = (  # that decide the results of a seed
-    *("model", "shape", "max_cost", "cost", "teacher", "distillation_weight", "temperature", "max_length"),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "num_train_epochs", "max_steps", "warmup_steps"),
+    *(
+        "model",
+        "shape",
+        "max_cost",
+        "cost",
+        "teacher",
+        "distillation_weight",
+        "state_weight",
+        "temperature",
+        "max_length",
+    ),
+    *(
+        "temperature",
+        "learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "num_train_epochs",
+        "max_steps",
+        "warmup_steps",
+    ),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "dataloader_drop_last"),
     *("weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "data_seed", "train_sampling_strategy"),
@@ -379,6 +400,8 @@ def save_model(
         training += (
             f" {args.distillation_weight:.0%} of the loss was the distance to the logits of a fine-tuned teacher."
         )
+        if args.state_weight > 0:
+            training += f" The error of its last hidden states was added with the weight {args.state_weight:g}."
     save_for_hub(
         model,
         folder,

@@ -131,8 +131,30 @@ def load_teacher(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTok
         raise ValueError(
             f"The teacher {args.teacher} has another vocabulary than {args.model}. Both read the same ids."
         )
+    config: Any = AutoConfig.from_pretrained(args.model, **trust)
+    if args.state_weight > 0 and teacher.config.hidden_size != config.hidden_size:
+        raise ValueError(
+            f"state_weight={args.state_weight} compares hidden states, but those of the teacher {args.teacher} have "
+            f"{teacher.config.hidden_size} numbers, and those of {args.model} {config.hidden_size}. Set it to 0."
+        )
     copy_mapped_weights(teacher)
     return teacher
+
+
+def take_head(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Replace what stands behind the encoder of `model` by that of the teacher, where both have the same.
+
+    This is the classifier, and the pooler. They were made for the states that the model will learn.
+    """
+    own, others = model.state_dict(), teacher.state_dict()
+    parts = ("encoder.", "embeddings.")
+    base = f"{model.base_model_prefix}."
+    heads = {
+        name: tensor
+        for name, tensor in others.items()
+        if name in own and own[name].shape == tensor.shape and not name.removeprefix(base).startswith(parts)
+    }
+    model.load_state_dict(heads, strict=False)
 
 
 def is_supernet(config: PreTrainedConfig) -> bool:
