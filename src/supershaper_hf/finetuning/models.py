@@ -93,8 +93,9 @@ def start_at_the_mean(model: PreTrainedModel, task: Task) -> None:
     """
     if task.config.get("problem_type") != "regression":
         return
-    *_, head = (module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1)
-    head.bias.fill_(float(np.mean(task.train["labels"])))
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1]
+    if heads and heads[-1].bias is not None:
+        heads[-1].bias.fill_(float(np.mean(task.train["labels"])))
 
 
 def same_labels(first: Any, second: Any) -> bool:
