@@ -132,8 +132,8 @@ def command_and_machine(folder: Path, question: str, script: str) -> str:
     """Return the sentences that say which command has measured the rows of a file, and where."""
     machine = read_json(folder / f"{question}.json", FORMAT)["machine"]
     return (
-        f"`python -m benchmarks.study.{script} --data DATA --bert MINILM` on {machine['device']}, "
-        f"{machine['threads']} thread(s), torch {machine['torch']}."
+        f"`python -m benchmarks.study.{script} --data DATA --bert MINILM`, measured on: {machine['device']}, torch "
+        f"{machine['torch']}."
     )
 
 

@@ -41,8 +41,9 @@ SEEDS = (0, 1, 2)
 WITHOUT_TEACHER = ((SEARCHED, 0.60), (SEARCHED, 0.30))  # subnets that are fine-tuned once without the teacher
 AFTER_SUPER = (SEARCHED, RECTANGLE), (0.60, 0.30)  # kinds and shares that are scored after super fine-tuning
 NUM_RANDOM, RANDOM_SEED = 30, 0
-OF_TAUGHT = ("weight", "sandwich_epochs")  # fields of the recipe that are nothing to the original
-COPIED = ("score", INT8, "seconds", "weight")  # to the row of another model with the same shape
+WEIGHTS = ("weight", "state_weight")  # of the teacher
+OF_TAUGHT = (*WEIGHTS, "sandwich_steps")  # fields of the recipe that are nothing to the original
+COPIED = ("score", INT8, "seconds", *WEIGHTS)  # to the row of another model with the same shape
 WAYS = (ORIGINAL, *KINDS, SUPERNET, UNTAUGHT, SUPER)
 
 __all__ = ["answer", "main"]
@@ -69,8 +70,9 @@ class Study:
     @lru_cache(maxsize=2)  # noqa: B019
     def teacher(self, task: str) -> RememberingTeacher:
         """Return the fine-tuned original of the best seed."""
-        model = self.task(task).auto_class.from_pretrained(self.teacher_folder(task))
-        return RememberingTeacher(model)
+        folder = self.teacher_folder(task)
+        model = self.task(task).auto_class.from_pretrained(folder)
+        return RememberingTeacher(model, str(folder), self.recipe.state_weight > 0)
 
     def teacher_folder(self, task: str) -> Path:
         return self.args.output_dir / "teachers" / task
@@ -110,7 +112,7 @@ def start(args: argparse.Namespace) -> tuple[Study, list[Compared]]:
 
 
 def check_taught(rows: Sequence[Row], recipe: Recipe) -> None:
-    """Raise a ValueError if supernet and subnets were fine-tuned with another weight of the teacher, or other epochs.
+    """Raise a ValueError if supernet and subnets were fine-tuned with another weight of the teacher, or other steps.
 
     These do not stand in the settings of the file, because the rows of the original do not depend on them.
     """
@@ -166,8 +168,8 @@ def measure(study: Study, task: str, model: Compared, seed: int, way: str = TUNE
     if way == TUNED:
         tuned.model.set_attn_implementation("sdpa")  # as everybody exports it
         scores[INT8] = score(onnx_run(export_files(tuned.model, folder / "export", args.bert)[INT8]), found)
-    weight = None if teacher is None else study.recipe.weight
-    study.add(model.row(), **key, **scores, seconds=tuned.seconds, weight=weight)
+    weights = {name: None if teacher is None else getattr(study.recipe, name) for name in WEIGHTS}
+    study.add(model.row(), **key, **scores, seconds=tuned.seconds, **weights)
     shutil.rmtree(folder)
 
 

@@ -50,16 +50,18 @@ def recipe_text(recipe: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Return how the models were fine-tuned and scored."""
     seeds = sorted({row["seed"] for row in rows})
     weight = next((row["weight"] for row in rows if row.get("weight")), None)
+    of_states = next((row["state_weight"] for row in rows if row.get("state_weight")), None)
+    states = f", and the relative error of its last hidden states is added with the weight {of_states}"
     taught = (
         f"{weight:.0%} of the loss of supernet and subnets is the distance to the logits of the original of the best "
-        "seed, which is fine-tuned on the same task. "
+        f"seed, which is fine-tuned on the same task{states if of_states else ''}. "
         if weight
         else ""
     )
     return (
-        f"{SCORES} All models are fine-tuned alike: {recipe['epochs']:g} epochs, the last of which is kept, AdamW with "
-        f"a learning rate of {recipe['learning_rate']:g}, {recipe['batch_size']} examples of similar length in a step, "
-        f"at most {recipe['max_length']} tokens, bfloat16. {taught}Scores are computed in float32. Seeds "
+        f"{SCORES} All models are fine-tuned alike: as many epochs as come nearest to {recipe['steps']:,} steps, with "
+        f"AdamW, a learning rate of {recipe['learning_rate']:g}, {recipe['batch_size']} examples of similar length in "
+        f"a step, at most {recipe['max_length']} tokens, bfloat16. {taught}Scores are computed in float32. Seeds "
         f"{', '.join(map(str, seeds))}: mean ± standard deviation."
     )
 

@@ -267,6 +267,21 @@ def test_model_of_three_labels_starts_a_task_of_numbers(tokenizer, tmp_path):
     assert model.classifier.weight.shape == (1, 48)
 
 
+def test_new_head_for_numbers_starts_at_their_mean(supernet, files, tokenizer, tmp_path):
+    rows = [{"sentence1": row["sentence"], "sentence2": "a", "label": 1.5 + 2 * row["label"]} for row in examples(8, 0)]
+    file = write_csv(tmp_path / "stsb.csv", rows)
+    models = {kind: load("stsb", model, (file, file), tokenizer, tmp_path) for kind, model in (
+        ("BERT", write_bert(tmp_path / "bert", tokenizer)), ("subnet", supernet))}  # fmt: skip
+    for model in models.values():
+        assert model.classifier.bias.tolist() == [2.5]
+    with torch.no_grad():
+        models["BERT"].classifier.bias.fill_(7)
+    models["BERT"].save_pretrained(tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    assert load("stsb", str(tmp_path / "trained"), (file, file), tokenizer, tmp_path).classifier.bias.tolist() == [7]
+    assert load("sst2", supernet, files, tokenizer, tmp_path).classifier.bias.tolist() == [0, 0]
+
+
 def test_half_precision_weights_are_trained_in_float32(supernet, files, tokenizer, tmp_path):
     model = SuperShaperForSequenceClassification.from_pretrained(supernet, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "half")

@@ -1,5 +1,6 @@
 """Question 6: what is fine-tuned, what is measured again, what the scores are, and what is made of the rows."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from supershaper_hf import SearchSpace, SuperShaperForSequenceClassification, Su
 
 
 ROOT = Path(__file__).parents[2]
-RECIPE = ["--epochs", "1", "--sandwich_epochs", "1", "--batch_size", "8", "--max_length", "16"]
+RECIPE = ["--steps", "3", "--sandwich_steps", "2", "--batch_size", "8", "--max_length", "16"]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,8 @@ def test_a_score_is_that_of_the_examples_in_any_order(modules, tokenizer, tmp_pa
 
 def test_a_teacher_remembers_its_logits(modules, tokenizer):
     teacher = randomize(BertForSequenceClassification(tiny_bert_config(vocab_size=len(tokenizer))))
-    remembering = modules["tuning"].RememberingTeacher(teacher)
+    remembering, seen = modules["tuning"].RememberingTeacher(teacher, "source"), []
+    remembering.base_model.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
     calls = []
     read = lambda module, args, kwargs: calls.append(len(kwargs["input_ids"]))  # noqa: E731
     teacher.register_forward_pre_hook(read, with_kwargs=True)
@@ -170,36 +172,62 @@ def test_a_teacher_remembers_its_logits(modules, tokenizer):
     for texts in (sentences[0], sentences[1], sentences[0]):
         batch = tokenizer(texts, padding="max_length", max_length=6 + len(calls), return_tensors="pt")
         found = remembering(**batch).logits
+        states = seen.pop()
+        assert states.shape[:2] == batch["input_ids"].shape
         for row, text in enumerate(texts):
             with torch.no_grad():
-                expected = teacher.base_model(**tokenizer([text], return_tensors="pt")).pooler_output
-                torch.testing.assert_close(found[row], teacher.classifier(expected)[0], atol=1e-5, rtol=1e-5)
+                expected = teacher.base_model(**tokenizer([text], return_tensors="pt"))
+                logits, length = teacher.classifier(expected.pooler_output)[0], expected.last_hidden_state.shape[1]
+            torch.testing.assert_close(found[row], logits, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(states[row, :length], expected.last_hidden_state[0], atol=1e-2, rtol=1e-2)
+            assert (states[row, length:] == 1).all()
     assert calls == [2, 1]  # only what is new
 
 
 def test_fine_tuning_goes_on_where_it_was_stopped(modules, tokenizer, tmp_path):
     options = write_study(tmp_path, tokenizer, ("sst2",))
     tuning, supernet = modules["tuning"], options[options.index("--supernet") + 1]
-    recipe = tuning.Recipe(epochs=2, batch_size=8, max_length=16, learning_rate=1e-3)
+    recipe = tuning.Recipe(steps=7, batch_size=8, max_length=16, learning_rate=1e-3)
     tokens = AutoTokenizer.from_pretrained(supernet)
     task = tuning.load_task("sst2", tmp_path / "data", tokens, recipe)
-    model, seconds = tuning.fine_tune(supernet, task, tokens, recipe, 0, tmp_path / "run", [20, 0, 36])
+    bert = randomize(BertForSequenceClassification(tiny_bert_config(vocab_size=len(tokens))), 9)
+    taught = tuning.RememberingTeacher(bert, "source")
+    model, seconds = tuning.fine_tune(supernet, task, tokens, recipe, 0, tmp_path / "run", [20, 0, 36], taught)
+    assert len(taught.known) > 0
+    taught.known.clear()
     assert isinstance(model, SuperShaperForSequenceClassification)
     assert model.config.hidden_sizes == [20, 36]  # a dropped layer is gone
     assert seconds > 0
-    assert model(**tokens(["the cat"], return_tensors="pt")).logits.dtype == torch.float32
+    inputs, fresh = tokens(["the cat"], return_tensors="pt"), type(model)(model.config).eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():  # without autocast, in which it was trained
+        torch.testing.assert_close(model(**inputs).logits, fresh(**inputs).logits, atol=1e-6, rtol=0)
     (checkpoint,) = (tmp_path / "run" / "seed-0").glob("checkpoint-*")
-    again = tuning.fine_tune(supernet, task, tokens, recipe, 0, tmp_path / "run", [20, 0, 36])
+    again = tuning.fine_tune(supernet, task, tokens, recipe, 0, tmp_path / "run", [20, 0, 36], taught)
+    assert not taught.known  # no step was trained again
     assert checkpoint.exists()
     assert again.seconds is None
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(again.model.state_dict()[name], tensor)
-    taught = tuning.RememberingTeacher(
-        randomize(BertForSequenceClassification(tiny_bert_config(vocab_size=len(tokens))), 9)
-    )
-    other = tuning.fine_tune(supernet, task, tokens, recipe, 0, tmp_path / "other", [20, 0, 36], taught)
-    assert len(taught.known) > 0
-    assert not torch.equal(other.model.classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize("state_weight", [0.0, 2.0])
+def test_a_model_learns_what_its_teacher_knows(modules, tokenizer, tmp_path, state_weight):
+    """Without a learning rate, it has the head that it started with."""
+    options = write_study(tmp_path, tokenizer, ("sst2",))
+    tuning, supernet = modules["tuning"], options[options.index("--supernet") + 1]
+    recipe = tuning.Recipe(steps=3, batch_size=8, max_length=16, learning_rate=1e-9, state_weight=state_weight)
+    tokens = AutoTokenizer.from_pretrained(supernet)
+    task = tuning.load_task("sst2", tmp_path / "data", tokens, recipe)
+    bert = randomize(BertForSequenceClassification(tiny_bert_config(vocab_size=len(tokens))), 9)
+    teacher = tuning.RememberingTeacher(bert, "source", state_weight > 0)
+    shape = [20, 48, 36]
+    model, _ = tuning.fine_tune(supernet, task, tokens, recipe, 0, tmp_path / "run", shape, teacher)
+    assert torch.allclose(model.classifier.weight, bert.classifier.weight, atol=1e-6) == (state_weight > 0)
+    steep = dataclasses.replace(recipe, learning_rate=1e-2)
+    learnt = tuning.fine_tune(supernet, task, tokens, steep, 0, tmp_path / "learnt", shape, teacher).model
+    alone = tuning.fine_tune(supernet, task, tokens, steep, 0, tmp_path / "alone", shape).model
+    assert not torch.allclose(learnt.base_model.pooler.dense.weight, alone.base_model.pooler.dense.weight, atol=1e-3)
 
 
 # The section
@@ -220,7 +248,7 @@ def made_up_rows(modules, scores, **changes):
 
 
 def write_rows(modules, folder, rows):
-    settings = {"recipe": {"epochs": 3, "learning_rate": 1e-4, "batch_size": 16, "max_length": 128}}
+    settings = {"recipe": {"steps": 400, "learning_rate": 1e-4, "batch_size": 16, "max_length": 128}}
     results = modules["study"].Results(folder, "tasks", settings)
     for row in rows:
         results.add(row)

@@ -4,8 +4,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -72,12 +74,28 @@ def load_model(args: FineTuningArguments, task: Task, shape: list[int] | None, s
         missing = model.base_model.load_state_dict(encoder.state_dict(), strict=False).missing_keys
         if missing:
             raise ValueError(f"{args.model} lacks weights that {architecture} needs: {missing[:3]}.")
+        start_at_the_mean(model, task)
     copy_mapped_weights(model)
     if args.sandwich:
         return model
     if is_supernet(model.config):
         return model.extract_subnet(model.config.hidden_sizes if shape is None else shape)
     return model
+
+
+@torch.no_grad()
+def start_at_the_mean(model: PreTrainedModel, task: Task) -> None:
+    """Let a new head that predicts a number begin with the mean label of the task.
+
+    AdamW moves a bias by at most the learning rate in each step, which is far too slow for ratings from 0 to 5. The
+    encoder would learn the mean instead, and end where it says the same of every example: a subnet of MiniLM with 59 %
+    of the encoder did on STS-B.
+    """
+    if task.config.get("problem_type") != "regression":
+        return
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == 1]
+    if heads and heads[-1].bias is not None:
+        heads[-1].bias.fill_(float(np.mean(task.train["labels"])))
 
 
 def same_labels(first: Any, second: Any) -> bool:
