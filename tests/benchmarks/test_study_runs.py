@@ -118,16 +118,9 @@ def test_runs_are_trained_measured_and_found_again(study, args, monkeypatch):
 
 def test_every_recipe_can_be_trained(study, args):
     """`SuperPretrainingArguments` checks the options. No two runs use one folder."""
-    recipes = [
-        *study.start_and_recipe.RECIPES.values(),
-        *study.bottlenecks.RECIPES.values(),
-        *study.losses.LOSSES.values(),
-        *study.losses.SAMPLINGS.values(),
-        *(study.sharing.alone(shape, rate) for shape in range(3) for rate in study.sharing.RATES),
-    ]
     material = study.material.load_material(args, args.output_dir / study.head.FOLDER)
     keys = {}
-    for recipe in recipes:
+    for recipe in all_recipes(study):
         options = study.runs.training_arguments(args, recipe, 3, material, args.output_dir)
         assert (options.seed, options.max_steps) == (3, 4 * options.save_steps)
         assert recipe.start in study.runs.STARTS
@@ -233,10 +226,10 @@ def test_operations_to_equal_quality(study, write_rows):
     given += [row(study.runs.OURS_BY_WIDTH, n, flops=1e12 + 1e12 * n, random=(1.2 - n / 10, 8.0)) for n in (1, 2, 4)]
     text = study.start_and_recipe.answer(*write_rows(given))
     # The paper ends at a distance of 1.1 after 8e12 operations, where ours is after 2e12. Ours never has its loss, 5.0.
-    assert "the best point of the paper's run is 1.100; ours by width reaches it after 25.0%" in text
-    assert (
-        "the best point of the paper's run is 5.000; ours by width never reaches it: the target, 20%, is missed" in text
-    )
+    ours = '"ours: calibrated, by width"'
+    assert f"the best point of the paper's run is 1.100. {ours} reaches it after 25.0%" in text
+    assert f"the best point of the paper's run is 5.000. {ours} never reaches it: the target, 20%, is missed." in text
+    assert "ours and labels" not in text
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert ["ours: calibrated, by width", "400", "0.800", "0.800", "8.000", "0.800"] in lines
     assert ["ours: calibrated, by width", "5.0", "0.1", "25.0%", "not reached"] in lines
@@ -288,13 +281,30 @@ def test_an_inherited_shape_is_compared_with_the_better_training_alone(study, wr
     assert "it is met by 1 of 2 shapes; the largest difference is +10.0%" in text
 
 
+def all_recipes(study):
+    return [
+        *study.start_and_recipe.RECIPES.values(),
+        *study.bottlenecks.RECIPES.values(),
+        *study.losses.LOSSES.values(),
+        *study.losses.SAMPLINGS.values(),
+        *(study.sharing.alone(shape, rate) for shape in range(3) for rate in study.sharing.RATES),
+    ]
+
+
 @pytest.mark.parametrize("name", ["start_and_recipe", "bottlenecks", "losses", "sharing"])
 def test_answers_say_what_is_there(study, write_rows, tmp_path, name):
-    """Nothing at first, then one row, then its picture."""
+    """Nothing at first, then one row, then all, with a picture."""
     script = getattr(study, name)
     assert script.answer(tmp_path, tmp_path) == ""
     recipe = study.sharing.alone(0, 3e-4) if name == "sharing" else study.runs.OURS_BY_WIDTH
-    text = script.answer(*write_rows([start_row(study, "by_width_per_head"), row(recipe)]))
+    few = script.answer(*write_rows([start_row(study, "by_width_per_head"), row(recipe)]))
+    picture = (tmp_path / script.PICTURE).stat().st_size
+    given = [start_row(study, start) for start in study.runs.STARTS]
+    given += [
+        row(recipe, n, random=(0.5 + k / 99, 5)) for k, recipe in enumerate(all_recipes(study)) for n in (1, 2, 4)
+    ]
+    text = script.answer(*write_rows(given))
     assert f"benchmarks.study.{name} " in text
-    assert (tmp_path / script.PICTURE).stat().st_size > 1000
     assert f"]({tmp_path.name}/{script.PICTURE})" in text
+    assert len(few) < len(text)
+    assert 1000 < picture < (tmp_path / script.PICTURE).stat().st_size
