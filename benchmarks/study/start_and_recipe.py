@@ -120,7 +120,10 @@ def verdict(found: Found) -> str:
         for name in CANDIDATES:
             share = shares[name]
             if found.of(RECIPES[name]):
+                start = curve(found, RECIPES[name], figure)[0][1]
                 reached = "never reaches it" if share is None else f"reaches it after {share:.1%} of the operations"
+                if start <= goal:
+                    reached = f"has {start:.3f} before training, whose making took {share:.1%} of the operations"
                 met = "met" if share is not None and share <= TARGET else "missed"
                 words.append(f'"{name}" {reached}: the target, {TARGET:.0%}, is {met}.')
     return " ".join(words)

@@ -237,6 +237,13 @@ def test_operations_to_equal_quality(study, write_rows):
     assert ["paper: identity", "0.100 / 3.000 / 0.100", "0.900 / 9.000 / 0.900"] in lines
     assert "40 steps of 1234 sequences" in text
     assert "Seeds: 0. Machine: an abacus." in text
+    given[-4] = start_row(study, "by_width_per_head", flops=4e12, random=(1.1, 4.9))
+    text = study.start_and_recipe.answer(*write_rows(given))
+    assert (
+        f"{ours} has 1.100 before training, whose making took 50.0% of the operations: the target, 20%, is missed."
+        in text
+    )
+    assert f"{ours} has 4.900 before training, whose making took 50.0% of the operations" in text
 
 
 @pytest.mark.parametrize(
