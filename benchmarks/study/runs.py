@@ -236,7 +236,7 @@ def training_arguments(
     return SuperPretrainingArguments(
         max_steps=4 * quarter,
         save_steps=quarter,
-        save_total_limit=4 if len(recipe.quarters) > 1 else 1,
+        save_total_limit=8,  # those of the quarters, and of interruptions in between; all are removed at the end
         per_device_train_batch_size=args.batch_size,
         max_length=args.max_length,
         mixed_precision=args.mixed_precision,
