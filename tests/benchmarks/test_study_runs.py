@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import lzma
+import signal
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -16,7 +17,9 @@ from transformers import BertForMaskedLM, BertModel
 
 from supershaper_hf import SuperShaperModel
 from supershaper_hf.files import write_json
+from supershaper_hf.training import loop
 from supershaper_hf.training.progress import Progress
+from supershaper_hf.training.sandwich import sandwich_step
 
 
 ROOT = Path(__file__).parents[2]
@@ -66,14 +69,20 @@ def words(option):
 def test_runs_are_trained_measured_and_found_again(study, args, monkeypatch):
     ours, paper = study.runs.OURS_BY_WIDTH, study.start_and_recipe.RECIPES["paper: identity"]
     alone, train, trained = study.sharing.alone(1, 3e-4), study.runs.train, []
+    steps = []
 
-    def train_and_stop(*arguments):
-        train(*arguments)
+    def train_and_record(*arguments):
         trained.append(arguments[-1])
-        if len(trained) == 1:
-            raise SystemExit("Interrupted")
+        train(*arguments)
 
-    monkeypatch.setattr(study.runs, "train", train_and_stop)
+    def step_and_stop(*arguments):
+        steps.append(arguments)
+        if len(steps) == 3:  # after a quarter: this checkpoint comes to those of the quarters
+            signal.raise_signal(signal.SIGTERM)
+        return sandwich_step(*arguments)
+
+    monkeypatch.setattr(study.runs, "train", train_and_record)
+    monkeypatch.setattr(loop, "sandwich_step", step_and_stop)
     with pytest.raises(SystemExit, match="Interrupted"):
         study.runs.Runs(args).run(ours, 0)
     for _ in range(2):  # the second time all is there
@@ -85,8 +94,7 @@ def test_runs_are_trained_measured_and_found_again(study, args, monkeypatch):
     assert len(found.rows) == 2 + 3 + 3 + 1
     for recipe, taught in ((ours, True), (paper, False)):
         rows = [row for quarters in (0, 1, 2, 4) for row in found.of(recipe, quarters)]
-        steps = [row["steps"] for row in rows]
-        assert steps == [quarters * steps[1] for quarters in (0, 1, 2, 4)]
+        assert [row["steps"] for row in rows] == [quarters * rows[1]["steps"] for quarters in (0, 1, 2, 4)]
         for row in rows:
             assert row["flops"] == sum(row["flops_of"].values())
             assert (row["flops_of"].get("teacher", 0) > 0) == (taught and row["steps"] > 0)
