@@ -10,6 +10,7 @@ In the authors' older runs in-place distillation helped the largest net and hurt
 with labels alone.
 """
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .runs import (
     LABELS,
     OURS,
     OURS_BY_WIDTH,
+    OURS_WITH_LABELS,
     PAPER,
     PAPER_BY_WIDTH,
     SANDWICH,
@@ -54,6 +56,7 @@ LOSSES = {
         "layers", {**BY_LABELS, "hidden_weight": 1.0, "attention_weight": 1.0}
     ),
     "labels and attention relations of the original": by_width("relations", {**BY_LABELS, "teacher_weight": 1.0}),
+    "labels, last hidden state and its pooled form, 3 random by budget": OURS_WITH_LABELS,
     "last hidden state of the original": by_width("states", BY_STATES),
     "and its pooled form (ours)": by_width("states_pooled", {**BY_STATES, "pooled_weight": 1.0}),
     "and its first token, .5": by_width("states_first", {**BY_STATES, "pooled_weight": 1.0, "first_token_weight": 0.5}),
@@ -112,11 +115,12 @@ def verdict(found: Found) -> str:
 def draw(file: Path, found: Found) -> None:
     """Draw for each recipe the masked-LM loss of the largest shape against the mean of the random ones."""
     figure, axes = new_figure(9, 5)
-    for number, (name, recipe) in enumerate({**LOSSES, **SAMPLINGS}.items()):
+    once = {recipe.name: (name, recipe) for name, recipe in {**SAMPLINGS, **LOSSES}.items()}
+    for number, (marker, (name, recipe)) in enumerate(zip(itertools.cycle("osv^DPX*<>ph"), once.values())):
         own = found.of(recipe)
         if own:
             places = [over_seeds(own, "rectangles", "loss", 0), over_seeds(own, "random", "loss")]
-            axes.plot(*places, "osv^DPX*<>ph"[number], color=f"C{number % 10}", linestyle="", label=name)
+            axes.plot(*places, marker, color=f"C{number % 10}", linestyle="", label=name)
     axes.set_xlabel("masked-LM loss of the largest shape, nats")
     axes.set_ylabel("masked-LM loss, mean of the random shapes, nats")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))

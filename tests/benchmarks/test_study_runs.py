@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import lzma
+import signal
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -16,7 +17,9 @@ from transformers import BertForMaskedLM, BertModel
 
 from supershaper_hf import SuperShaperModel
 from supershaper_hf.files import write_json
+from supershaper_hf.training import loop
 from supershaper_hf.training.progress import Progress
+from supershaper_hf.training.sandwich import sandwich_step
 
 
 ROOT = Path(__file__).parents[2]
@@ -66,14 +69,20 @@ def words(option):
 def test_runs_are_trained_measured_and_found_again(study, args, monkeypatch):
     ours, paper = study.runs.OURS_BY_WIDTH, study.start_and_recipe.RECIPES["paper: identity"]
     alone, train, trained = study.sharing.alone(1, 3e-4), study.runs.train, []
+    steps = []
 
-    def train_and_stop(*arguments):
-        train(*arguments)
+    def train_and_record(*arguments):
         trained.append(arguments[-1])
-        if len(trained) == 1:
-            raise SystemExit("Interrupted")
+        train(*arguments)
 
-    monkeypatch.setattr(study.runs, "train", train_and_stop)
+    def step_and_stop(*arguments):
+        steps.append(arguments)
+        if len(steps) == 3:  # after a quarter: this checkpoint comes to those of the quarters
+            signal.raise_signal(signal.SIGTERM)
+        return sandwich_step(*arguments)
+
+    monkeypatch.setattr(study.runs, "train", train_and_record)
+    monkeypatch.setattr(loop, "sandwich_step", step_and_stop)
     with pytest.raises(SystemExit, match="Interrupted"):
         study.runs.Runs(args).run(ours, 0)
     for _ in range(2):  # the second time all is there
@@ -85,8 +94,7 @@ def test_runs_are_trained_measured_and_found_again(study, args, monkeypatch):
     assert len(found.rows) == 2 + 3 + 3 + 1
     for recipe, taught in ((ours, True), (paper, False)):
         rows = [row for quarters in (0, 1, 2, 4) for row in found.of(recipe, quarters)]
-        steps = [row["steps"] for row in rows]
-        assert steps == [quarters * steps[1] for quarters in (0, 1, 2, 4)]
+        assert [row["steps"] for row in rows] == [quarters * rows[1]["steps"] for quarters in (0, 1, 2, 4)]
         for row in rows:
             assert row["flops"] == sum(row["flops_of"].values())
             assert (row["flops_of"].get("teacher", 0) > 0) == (taught and row["steps"] > 0)
@@ -118,16 +126,9 @@ def test_runs_are_trained_measured_and_found_again(study, args, monkeypatch):
 
 def test_every_recipe_can_be_trained(study, args):
     """`SuperPretrainingArguments` checks the options. No two runs use one folder."""
-    recipes = [
-        *study.start_and_recipe.RECIPES.values(),
-        *study.bottlenecks.RECIPES.values(),
-        *study.losses.LOSSES.values(),
-        *study.losses.SAMPLINGS.values(),
-        *(study.sharing.alone(shape, rate) for shape in range(3) for rate in study.sharing.RATES),
-    ]
     material = study.material.load_material(args, args.output_dir / study.head.FOLDER)
     keys = {}
-    for recipe in recipes:
+    for recipe in all_recipes(study):
         options = study.runs.training_arguments(args, recipe, 3, material, args.output_dir)
         assert (options.seed, options.max_steps) == (3, 4 * options.save_steps)
         assert recipe.start in study.runs.STARTS
@@ -233,10 +234,10 @@ def test_operations_to_equal_quality(study, write_rows):
     given += [row(study.runs.OURS_BY_WIDTH, n, flops=1e12 + 1e12 * n, random=(1.2 - n / 10, 8.0)) for n in (1, 2, 4)]
     text = study.start_and_recipe.answer(*write_rows(given))
     # The paper ends at a distance of 1.1 after 8e12 operations, where ours is after 2e12. Ours never has its loss, 5.0.
-    assert "the best point of the paper's run is 1.100; ours by width reaches it after 25.0%" in text
-    assert (
-        "the best point of the paper's run is 5.000; ours by width never reaches it: the target, 20%, is missed" in text
-    )
+    ours = '"ours: calibrated, by width"'
+    assert f"the best point of the paper's run is 1.100. {ours} reaches it after 25.0%" in text
+    assert f"the best point of the paper's run is 5.000. {ours} never reaches it: the target, 20%, is missed." in text
+    assert "ours and labels" not in text
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert ["ours: calibrated, by width", "400", "0.800", "0.800", "8.000", "0.800"] in lines
     assert ["ours: calibrated, by width", "5.0", "0.1", "25.0%", "not reached"] in lines
@@ -244,6 +245,13 @@ def test_operations_to_equal_quality(study, write_rows):
     assert ["paper: identity", "0.100 / 3.000 / 0.100", "0.900 / 9.000 / 0.900"] in lines
     assert "40 steps of 1234 sequences" in text
     assert "Seeds: 0. Machine: an abacus." in text
+    given[-4] = start_row(study, "by_width_per_head", flops=4e12, random=(1.1, 4.9))
+    text = study.start_and_recipe.answer(*write_rows(given))
+    assert (
+        f"{ours} has 1.100 before training, whose making took 50.0% of the operations: the target, 20%, is missed."
+        in text
+    )
+    assert f"{ours} has 4.900 before training, whose making took 50.0% of the operations" in text
 
 
 @pytest.mark.parametrize(
@@ -288,13 +296,30 @@ def test_an_inherited_shape_is_compared_with_the_better_training_alone(study, wr
     assert "it is met by 1 of 2 shapes; the largest difference is +10.0%" in text
 
 
+def all_recipes(study):
+    return [
+        *study.start_and_recipe.RECIPES.values(),
+        *study.bottlenecks.RECIPES.values(),
+        *study.losses.LOSSES.values(),
+        *study.losses.SAMPLINGS.values(),
+        *(study.sharing.alone(shape, rate) for shape in range(3) for rate in study.sharing.RATES),
+    ]
+
+
 @pytest.mark.parametrize("name", ["start_and_recipe", "bottlenecks", "losses", "sharing"])
 def test_answers_say_what_is_there(study, write_rows, tmp_path, name):
-    """Nothing at first, then one row, then its picture."""
+    """Nothing at first, then one row, then all, with a picture."""
     script = getattr(study, name)
     assert script.answer(tmp_path, tmp_path) == ""
     recipe = study.sharing.alone(0, 3e-4) if name == "sharing" else study.runs.OURS_BY_WIDTH
-    text = script.answer(*write_rows([start_row(study, "by_width_per_head"), row(recipe)]))
+    few = script.answer(*write_rows([start_row(study, "by_width_per_head"), row(recipe)]))
+    picture = (tmp_path / script.PICTURE).stat().st_size
+    given = [start_row(study, start) for start in study.runs.STARTS]
+    given += [
+        row(recipe, n, random=(0.5 + k / 99, 5)) for k, recipe in enumerate(all_recipes(study)) for n in (1, 2, 4)
+    ]
+    text = script.answer(*write_rows(given))
     assert f"benchmarks.study.{name} " in text
-    assert (tmp_path / script.PICTURE).stat().st_size > 1000
     assert f"]({tmp_path.name}/{script.PICTURE})" in text
+    assert len(few) < len(text)
+    assert 1000 < picture < (tmp_path / script.PICTURE).stat().st_size
