@@ -4,6 +4,7 @@ import importlib
 import lzma
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def options(tmp_path, tokenizer):
     evaluate_shapes(supernet, batches, shapes, records_file=records, measure="distance", original=bert)
     ShapePredictor.fit_records(read_records(records)).save(records.with_name("predictor.json"))
     small = ["--search_max_length=12", "--search_batch_size=4", "--max_eval_samples=6", "--num_pairs=5"]
-    small += ["--num_held_out=5", "--num_task_shapes=4", "--tokens=300", "--mixed_precision=no"]
+    small += ["--num_held_out=12", "--num_task_shapes=4", "--tokens=300", "--mixed_precision=no"]
     small += ["--max_length=12", "--batch_size=4"]
     folders = {"data": "data", "bert": "bert", "supernet": "supernet", "output_dir": "runs", "results": "results"}
     return [f"--{name}={tmp_path / folder}" for name, folder in folders.items()] + small
@@ -136,7 +137,7 @@ def test_the_study_is_measured_resumed_and_answered(script, answers, run, monkey
     assert len({row["tokens"] for row in of_kind(rows, "trained") if row["seed"] == 0}) == 1
 
     held_out = of_kind(rows, "held_out")
-    assert len(held_out) == 5
+    assert len(held_out) == 12
     searched = {tuple(r["shape"]) for r in read_records(tmp_path / "supernet" / "search" / "records.jsonl")}
     assert not searched & {tuple(row["shape"]) for row in held_out}
 
@@ -165,6 +166,12 @@ def test_inherited_figures_are_those_of_the_shape_that_is_cut_out(script, run, o
     [record] = evaluate_shapes(subnet, study.other_text, [None], measure="distance", original=study.original)
     assert record["distance"] == pytest.approx(row["distance"], abs=1e-5)
     assert study.sts(subnet) == pytest.approx(row["sts"])
+    nothing = SimpleNamespace(status="finished", progress=SimpleNamespace(tokens=0, step=0))
+    monkeypatch.setattr(script, "super_pretrain", lambda *_, **__: nothing)
+    script.train_alone(study, row["shape"], 0)
+    [trained] = study.results.find(kind="trained")
+    for figure in ("distance", "cosine", "sts"):
+        assert trained[figure] == pytest.approx(row[figure], abs=1e-5)
 
     def sentences(batches):
         return {tuple(ids) for batch in batches for ids in batch["input_ids"].tolist()}
