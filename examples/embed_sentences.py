@@ -17,10 +17,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer
+from transformers.utils import logging
 
-from supershaper_hf import text_table
-from supershaper_hf.publish.subnet import Source, find_search, read_search, shape_within, write_subnet
+from supershaper_hf import (
+    SearchSpace,
+    ShapePredictor,
+    SuperShaperModel,
+    pareto_front,
+    read_sentence_encoder,
+    save_for_hub,
+    text_table,
+)
 
 
 SUPERNET = Path(__file__).parents[1] / "checkpoints" / "supershaper-minilm-l6"
@@ -42,13 +52,14 @@ def find_original() -> str:
         return "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def cut_encoder(supernet: str, max_parameters: int, folder: Path) -> list[int]:
-    """Write the best sentence encoder of at most `max_parameters` into `folder`; return its shape."""
-    source = Source.load(supernet)
-    findings = read_search(source, find_search(supernet))
-    shape = shape_within(findings, "parameters", max_parameters)
-    source.model.float()  # the supernet is saved in bfloat16, in which many CPUs are slow
-    write_subnet(source, shape, folder, findings=findings)
+def cut_encoder(folder: str, max_parameters: int, output_dir: Path) -> list[int]:
+    """Write the best sentence encoder of at most `max_parameters` into `output_dir`; return its shape."""
+    # It is saved in bfloat16, in which many CPUs are slow.
+    supernet = SuperShaperModel.from_pretrained(folder, dtype=torch.float32)
+    predictor = ShapePredictor.load(f"{folder}/search/predictor.json")
+    shape = pareto_front(SearchSpace.from_model(supernet), predictor).best(max_parameters)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    save_for_hub(supernet.extract_subnet(shape), output_dir, tokenizer=tokenizer, **read_sentence_encoder(folder))
     return shape
 
 
@@ -61,13 +72,14 @@ def similarities(encoder: SentenceTransformer, sentences: Sequence[str]) -> list
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--supernet", default=str(SUPERNET), help="folder or Hub id of the supernet with its search")
+    parser.add_argument("--supernet", default=str(SUPERNET), help="folder of the supernet with its search")
     parser.add_argument("--max_parameters", type=int, default=18_500_000, help="the budget of the subnet")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/encoder"), help="folder of the subnet")
     parser.add_argument("--original", help="folder or Hub id of the original (default: all-MiniLM-L6-v2)")
     args = parser.parse_args(arguments)
     if args.output_dir.exists():
         sys.exit(f"{args.output_dir} exists. Choose another --output_dir or remove it first.")
+    logging.set_verbosity_error()  # nobody has to read that an encoder needs no masked-LM head
     began = time.perf_counter()
     shape = cut_encoder(args.supernet, args.max_parameters, args.output_dir)
     original, subnet = (

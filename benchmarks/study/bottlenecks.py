@@ -84,13 +84,12 @@ def draw(file: Path, found: Found) -> None:
 
 
 def answer(results_folder: Path, pictures_folder: Path) -> str:
-    """Return the section as Markdown, from what was measured so far, and draw its picture; "" if nothing was."""
+    """Return the section as Markdown, from what was measured so far, and draw its picture."""
     found = read_runs(results_folder)
     if not any(found.of(recipe) for recipe in RECIPES.values()):
         return ""
-    text = [how_measured(found, "bottlenecks")]
-    pictures_folder.mkdir(parents=True, exist_ok=True)
     draw(pictures_folder / PICTURE, found)
+    text = [how_measured(found, "bottlenecks", RECIPES.values())]
     text += ["Random shapes before training:", table(found, 0), "After all tokens:", table(found, 4), verdict(found)]
     text.append(f"![Distance of rectangles before and after training]({pictures_folder.name}/{PICTURE})")
     return "\n\n".join(part for part in text if part)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, PreTrainedModel
 
-from supershaper_hf import SearchSpace, SuperShaperModel
+from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperModel
 from supershaper_hf.publish.export import export_onnx
 from supershaper_hf.publish.quantization import quantize
 from supershaper_hf.report.findings import Findings
@@ -104,7 +104,7 @@ def compared_models(
     if supernet is None or search is None:
         return found
     findings = Findings.read(search)
-    space = SearchSpace.from_config(SuperShaperModel.config_class.from_pretrained(supernet), SuperShaperModel.__name__)
+    space = SearchSpace.from_config(SuperShaperConfig.from_pretrained(supernet), SuperShaperModel.__name__)
     front = pareto_front(space, findings.predictor, "parameters")
 
     def compared(kind: str, share: float | None, shape: list[int]) -> Compared:

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from supershaper_hf import markdown_table
-from supershaper_hf.files import read_json
 from supershaper_hf.latency.insensitivity import Insensitivity, insensitivity_rows
 from supershaper_hf.report.plots import new_figure
 
 from .compared import INT8, KINDS, ONNX, ORIGINAL, by_size
-from .study import FORMAT, Row, read_rows
+from .study import Row, command_and_machine, read_rows, read_settings, save_picture
 
 
 QUESTION = "latency_of_shapes"
@@ -28,13 +27,14 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     rows = read_rows(results_folder, QUESTION)
     if not rows:
         return ""
-    settings = read_json(results_folder / f"{QUESTION}.json", FORMAT)["settings"]
+    settings = read_settings(results_folder, QUESTION)
     sweeps = ", ".join(f"{repeats} for batches of {size}" for size, repeats in settings["repeats"].items())
     text = [
-        f"{settings['processor']}, threads: {settings['threads']}. Sequences of {settings['sequence_length']} tokens, "
+        command_and_machine(results_folder, QUESTION, QUESTION),
+        f"Sequences of {settings['sequence_length']} tokens, "
         "no head. Milliseconds are medians of interleaved sweeps "
         f"({sweeps}); in brackets is the distance between the quartiles in percent of the median. Of the original is "
-        "the median over the sweeps of the time divided by that of the original in PyTorch."
+        "the median over the sweeps of the time divided by that of the original in PyTorch.",
     ]
     timed = [row for row in rows if row["what"] == MODELS]
     for batch_size in sorted({row["batch_size"] for row in timed}):
@@ -47,7 +47,6 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
             markdown_table(equal_rows(compared)),
         ]
     if timed:
-        pictures_folder.mkdir(parents=True, exist_ok=True)
         draw(pictures_folder / PICTURE, timed)
         text.append(f"![Milliseconds over the parameters of the encoder]({pictures_folder.name}/{PICTURE})")
     return "\n\n".join(text)
@@ -66,6 +65,7 @@ def table_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
         }
         for kind in FORMATS:
             found = next((row for row in rows if (row["model"], row["format"]) == (name, kind)), None)
+            line[f"{kind}, MB"] = MISSING if found is None else f"{found['bytes'] / 1e6:.1f}"
             line[f"{kind}, ms"] = MISSING if found is None else milliseconds(found["seconds"])
             line[f"{kind} of the original"] = MISSING if found is None or base is None else f"{ratio(found, base):.2f}"
         table.append(line)
@@ -110,7 +110,7 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
             points = [(place, took) for row, place, took in zip(own, places, times) if row["kind"] == group]
             if points:
                 label = group.replace("_", " ") if kind == PYTORCH else None
-                axes.scatter(*zip(*points), color=f"C{number}", s=18, label=label, zorder=2)
+                axes.plot(*zip(*points), "o", color=f"C{number}", markersize=4, label=label, zorder=2)
         if own:
             axes.annotate(kind, (max(places), max(times)), xytext=(4, 0), textcoords="offset points", fontsize=8)
     axes.set_ylim(bottom=0)
@@ -118,4 +118,4 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_ylabel(f"milliseconds of a sequence, batches of {size}")
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=130)
+    save_picture(figure, file)

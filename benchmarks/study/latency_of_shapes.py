@@ -20,14 +20,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from supershaper_hf import SearchSpace, compare_equal_sizes
-from supershaper_hf.devices import device_name
 from supershaper_hf.publish.quantization import onnx_session
 from supershaper_hf.search.fingerprints import fingerprint_encoder
 
@@ -84,15 +83,24 @@ def run_pytorch(model: PreTrainedModel, batch: Batch) -> Any:
     return model(**{name: torch.from_numpy(array) for name, array in batch.items()})
 
 
-def make_runs(models: Sequence[Compared], args: argparse.Namespace, folder: Path) -> dict[Key, Callable[[Batch], Any]]:
-    """Return a function for each model in every format."""
-    runs: dict[Key, Callable[[Batch], Any]] = {}
+class Contender(NamedTuple):
+    """A model in one format: the bytes of its weights or its file, and a function that runs it on a batch."""
+
+    size: int
+    run: Callable[[Any], Any]
+
+
+def make_contenders(models: Sequence[Compared], args: argparse.Namespace, folder: Path) -> dict[Key, Contender]:
+    """Return each model in every format."""
+    found: dict[Key, Contender] = {}
     for model in models:
         encoder = load_encoder(model, args.bert, args.supernet)
         files = export_files(encoder, folder / model.name, args.bert)
-        runs[model.name, PYTORCH] = functools.partial(run_pytorch, encoder)
-        runs |= {(model.name, kind): onnx_session(files[kind]) for kind in (ONNX, INT8)}
-    return runs
+        size = sum(parameter.nbytes for parameter in encoder.parameters())
+        found[model.name, PYTORCH] = Contender(size, functools.partial(run_pytorch, encoder))
+        for kind in (ONNX, INT8):
+            found[model.name, kind] = Contender(files[kind].stat().st_size, onnx_session(files[kind]))
+    return found
 
 
 def make_batch(batch_size: int, length: int, vocab_size: int) -> dict[str, np.ndarray]:
@@ -100,17 +108,17 @@ def make_batch(batch_size: int, length: int, vocab_size: int) -> dict[str, np.nd
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
 
-def time_runs(
-    runs: Mapping[Key, Callable[[Batch], Any]], batch: Batch, repeats: int, seed: int
+def time_contenders(
+    contenders: Mapping[Key, Contender], batch: Batch, repeats: int, seed: int
 ) -> dict[Key, list[float]]:
     """Return the seconds of every model and format in each of `repeats` sweeps."""
-    random, keys = np.random.default_rng(seed), list(runs)
+    random, keys = np.random.default_rng(seed), list(contenders)
     seconds: dict[Key, list[float]] = {key: [] for key in keys}
     for sweep in range(WARMUP + repeats):
         for index in random.permutation(len(keys)):
             time.sleep(PAUSE)
             start = time.perf_counter()
-            runs[keys[index]](batch)
+            contenders[keys[index]].run(batch)
             if sweep >= WARMUP:
                 seconds[keys[index]].append(round(time.perf_counter() - start, 6))
     return seconds
@@ -128,15 +136,16 @@ def measure_models(args: argparse.Namespace, results: Results, models: Sequence[
     if not missing:
         return
     with tempfile.TemporaryDirectory() as folder:
-        runs = make_runs(models, args, Path(folder))
+        contenders = make_contenders(models, args, Path(folder))
         vocab_size = load_original(args.bert).config.vocab_size
         for batch_size, repeats in missing:
             batch = make_batch(batch_size, args.sequence_length, vocab_size)
-            seconds = time_runs(runs, batch, repeats, batch_size)
+            seconds = time_contenders(contenders, batch, repeats, batch_size)
             for model in models:
                 for kind in FORMATS:
                     own = {"what": MODELS, "format": kind, "batch_size": batch_size, "supernet": supernet}
-                    results.add({**model.row(), **own, "seconds": seconds[model.name, kind]})
+                    key = model.name, kind
+                    results.add({**model.row(), **own, "bytes": contenders[key].size, "seconds": seconds[key]})
 
 
 # Shapes of equal size
@@ -171,7 +180,6 @@ def main(arguments: list[str] | None = None) -> None:
         "sequence_length": args.sequence_length,
         "repeats": dict(zip(map(str, args.batch_sizes), args.repeats)),
         "equal_repeats": args.equal_repeats,
-        "processor": device_name("cpu"),
         "threads": args.threads,
     }
     results = Results(args.results, QUESTION, settings)

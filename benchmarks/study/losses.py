@@ -124,13 +124,12 @@ def draw(file: Path, found: Found) -> None:
 
 
 def answer(results_folder: Path, pictures_folder: Path) -> str:
-    """Return the section as Markdown, from what was measured so far, and draw its picture; "" if nothing was."""
+    """Return the section as Markdown, from what was measured so far, and draw its picture."""
     found = read_runs(results_folder)
     if not any(found.of(recipe) for recipe in {**LOSSES, **SAMPLINGS}.values()):
         return ""
-    text = [how_measured(found, "losses")]
-    pictures_folder.mkdir(parents=True, exist_ok=True)
     draw(pictures_folder / PICTURE, found)
+    text = [how_measured(found, "losses", {**LOSSES, **SAMPLINGS}.values())]
     text.append(
         "Losses. Without labels, the masked-LM head is that of the original, frozen, on the states of each shape:"
     )

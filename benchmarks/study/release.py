@@ -48,7 +48,7 @@ Made of all-MiniLM-L6-v2 by `examples/make_supernet.py`: calibrated in closed fo
 three random shapes in each step, which learn the last hidden states of the original. The text, without labels, are US
 presidential addresses, documentation of SQLite, Apache, Python and PostgreSQL, WordNet's glosses, and the first
 paragraphs of Wikipedia articles. A masked-LM head was trained on the frozen encoder of the original, then head and
-encoder together for {together:,} steps. [docs/results.md](../../docs/results.md) has the commands and the figures."""
+encoder together for {together:,} steps. docs/results.md of the project has the commands and the figures."""
 LIMITS = """\
 The original was made to embed English sentences: it was distilled, then tuned by contrast on pairs of sentences. So its
 token states say little about single words, and the masked-LM head that this supernet has is weak: it makes the
@@ -124,11 +124,17 @@ def search(args: argparse.Namespace, folder: Path) -> None:
 
 
 def assemble(args: argparse.Namespace, trained: Path, folder: Path) -> None:
-    """Write the released folder: weights, tokenizer, code, and the files of a sentence encoder."""
-    supernet = keep_widths(SuperShaperForMaskedLM.from_pretrained(trained), WIDTHS)
+    """Write the released folder: weights, tokenizer, code, and the files of a sentence encoder.
+
+    A masked LM has no pooler. The file holds that of the original all the same, as the files of Google's BERTs do:
+    other heads start with it.
+    """
+    supernet = keep_widths(SuperShaperForMaskedLM.from_pretrained(trained), WIDTHS).to(torch.bfloat16)
+    pooler = AutoModel.from_pretrained(args.bert, dtype=torch.bfloat16).pooler.state_dict()
     save_for_hub(
-        supernet.to(torch.bfloat16),
+        supernet,
         folder,
+        state_dict={**supernet.state_dict(), **{f"bert.pooler.{name}": tensor for name, tensor in pooler.items()}},
         tokenizer=AutoTokenizer.from_pretrained(args.bert),
         license="apache-2.0",
         language="en",

@@ -15,7 +15,7 @@ import argparse
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -345,18 +345,19 @@ def figure_columns(rows: Sequence[Row], group: str = "random", index: int | None
     return {title: cell(over_seeds(rows, group, figure, index)) for figure, title in titles.items()}
 
 
-def how_measured(found: Found, script: str) -> str:
-    """Return the sentences under a table that say how its numbers came about."""
-    get, seeds = found.settings, sorted({row["seed"] for row in found.rows})
+def how_measured(found: Found, script: str, recipes: Iterable[Recipe]) -> str:
+    """Return the sentences that say how the numbers of some recipes came about."""
+    ends = [row for recipe in recipes for row in found.of(recipe)]
+    get, seeds = found.settings, sorted({row["seed"] for row in ends})
+    tokens, steps = (max(row[name] for row in ends) for name in ("tokens", "steps"))
     return (
-        f"`python -m benchmarks.study.{script} --data DATA --bert MINILM`: about {get['tokens']:,} tokens for each "
-        f"run, in batches of {get['batch_size']} sequences of at most {get['max_length']} tokens; precision "
-        f"{get['mixed_precision']}; calibration on {get['calibration_tokens']:,} tokens; seeds among "
-        f"{', '.join(map(str, seeds))}. Held out: {get['clean_tokens']:,} tokens for distance and cosine, "
-        f"{get['masked_tokens']:,} tokens, of which 15 % are masked, for the loss, {get['num_pairs']} pairs of "
-        f'sentences for STS. "Random" is the mean of {get["num_random"]} random shapes, its STS of {get["num_sts"]} of '
-        "them. "
-        f"Machine: {found.machine['device']}, {found.machine['threads']} thread(s)."
+        f"Command: `python -m benchmarks.study.{script} --data DATA --bert MINILM`. Each run has {steps} steps of "
+        f"{get['batch_size']} sequences of at most {get['max_length']} tokens, up to {tokens:,} tokens in all, in "
+        f"precision {get['mixed_precision']}. Starts are calibrated on {get['calibration_tokens']:,} tokens. Held out "
+        f"are {get['clean_tokens']:,} tokens for distance and cosine, {get['masked_tokens']:,} tokens for the loss, 15 "
+        f"% of them masked, and {get['num_pairs']} pairs of sentences for STS. Figures of random shapes are means of "
+        f"{get['num_random']}, those of STS of {get['num_sts']} of them. Seeds: {', '.join(map(str, seeds))}. Machine: "
+        f"{found.machine['device']}."
     )
 
 

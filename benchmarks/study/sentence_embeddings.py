@@ -12,6 +12,7 @@ import copy
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ from .compared import (
     search_folder,
 )
 from .shapes import SEARCHED
-from .study import Results, Row, make_parser, read_rows, task_file
+from .study import Results, Row, command_and_machine, make_parser, read_rows, save_picture, task_file
 
 
 QUESTION = "sentence_embeddings"
@@ -74,7 +75,7 @@ def measure(
 
 def without_pooler(encoder: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of an encoder that has the states of the tokens alone, as sentence encoders are exported."""
-    copied = copy.deepcopy(encoder)
+    copied: Any = copy.deepcopy(encoder)
     copied.pooler = None
     return copied
 
@@ -98,12 +99,12 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
         for row in rows
     ]
     text = [
+        command_and_machine(results_folder, QUESTION, QUESTION),
         f"STS is Spearman's correlation, times 100, on {rows[0]['pairs']} pairs of the validation examples of stsb. "
         "Nothing was fine-tuned. Shares are of the original in float32.",
         markdown_table(table),
         target_text(rows, original),
     ]
-    pictures_folder.mkdir(parents=True, exist_ok=True)
     draw(pictures_folder / PICTURE, rows, original)
     text.append(f"![STS over the parameters of the encoder]({pictures_folder.name}/{PICTURE})")
     return "\n\n".join(part for part in text if part)
@@ -142,7 +143,7 @@ def draw(file: Path, rows: Sequence[Row], original: Row | None) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_ylabel("STS")
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(file, dpi=130)
+    save_picture(figure, file)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -114,13 +114,13 @@ def draw(file: Path, found: Found) -> None:
 
 
 def answer(results_folder: Path, pictures_folder: Path) -> str:
-    """Return the section as Markdown, from what was measured so far, and draw its picture; "" if nothing was."""
+    """Return the section as Markdown, from what was measured so far, and draw its picture."""
     found = read_runs(results_folder)
-    if not any(best_alone(found, shape) for shape in range(NUM_SHAPES)):
+    trained = [best_alone(found, shape) for shape in range(NUM_SHAPES)]
+    if not any(trained):
         return ""
-    text = [how_measured(found, "sharing")]
-    pictures_folder.mkdir(parents=True, exist_ok=True)
     draw(pictures_folder / PICTURE, found)
+    text = [how_measured(found, "sharing", [recipe for recipe in trained if recipe is not None])]
     text += [
         table(found),
         verdict(found),

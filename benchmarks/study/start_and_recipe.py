@@ -163,13 +163,12 @@ def draw(file: Path, found: Found) -> None:
 
 
 def answer(results_folder: Path, pictures_folder: Path) -> str:
-    """Return the section as Markdown, from what was measured so far, and draw its picture; "" if nothing was."""
+    """Return the section as Markdown, from what was measured so far, and draw its picture."""
     found = read_runs(results_folder)
     if not any(found.of(recipe) for recipe in RECIPES.values()):
         return ""
-    text = [how_measured(found, "start_and_recipe")]
-    pictures_folder.mkdir(parents=True, exist_ok=True)
     draw(pictures_folder / PICTURE, found)
+    text = [how_measured(found, "start_and_recipe", RECIPES.values())]
     text += ["Random shapes:", points_table(found)]
     text += ["Rectangles after all tokens, distance / masked-LM loss / STS:", rectangles_table(found)]
     text += ["Operations:", cost_table(found), verdict(found)]

@@ -123,6 +123,20 @@ def read_rows(folder: Path, question: str) -> list[Row]:
     return read_json(file, FORMAT)["rows"] if file.exists() else []
 
 
+def read_settings(folder: Path, question: str) -> dict[str, Any]:
+    """Return what all rows of a file depend on."""
+    return dict(read_json(folder / f"{question}.json", FORMAT)["settings"])
+
+
+def command_and_machine(folder: Path, question: str, script: str) -> str:
+    """Return the sentences that say which command has measured the rows of a file, and where."""
+    machine = read_json(folder / f"{question}.json", FORMAT)["machine"]
+    return (
+        f"`python -m benchmarks.study.{script} --data DATA --bert MINILM` on {machine['device']}, "
+        f"{machine['threads']} thread(s), torch {machine['torch']}."
+    )
+
+
 def save_picture(figure: Figure, file: Path) -> None:
     """Write a PNG that depends on what is drawn alone: it names neither a date nor the version of a library."""
     file.parent.mkdir(parents=True, exist_ok=True)

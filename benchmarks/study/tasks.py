@@ -16,9 +16,9 @@ Every score is a row of `tasks.json` as soon as it is there. The same command go
 
 import argparse
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ SEEDS = (0, 1, 2)
 WITHOUT_TEACHER = ((SEARCHED, 0.60), (SEARCHED, 0.30))  # subnets that are fine-tuned once without the teacher
 AFTER_SUPER = (SEARCHED, RECTANGLE), (0.60, 0.30)  # kinds and shares that are scored after super fine-tuning
 NUM_RANDOM, RANDOM_SEED = 30, 0
+OF_TAUGHT = ("weight", "sandwich_epochs")  # fields of the recipe that are nothing to the original
+COPIED = ("score", INT8, "seconds", "weight")  # to the row of another model with the same shape
 WAYS = (ORIGINAL, *KINDS, SUPERNET, UNTAUGHT, SUPER)
 
 __all__ = ["answer", "main"]
@@ -98,11 +100,28 @@ def start(args: argparse.Namespace) -> tuple[Study, list[Compared]]:
         args.bert, None if alone else args.supernet, None if alone else compared.search_folder(args), args.shares
     )
     recipe = read_recipe(args)
-    settings = {"recipe": asdict(recipe), "original": fingerprint_encoder(compared.load_original(args.bert))[:12]}
-    results = Results(args.results, QUESTION, settings)
+    common = {name: value for name, value in asdict(recipe).items() if name not in OF_TAUGHT}
+    original = fingerprint_encoder(compared.load_original(args.bert))[:12]
+    results = Results(args.results, QUESTION, {"recipe": common, "original": original})
+    check_taught(results.rows, recipe)
     fingerprint = None if alone else check_supernet(results.rows, args.supernet)
     tokenizer = AutoTokenizer.from_pretrained(args.bert)
     return Study(args, recipe, results, tokenizer, fingerprint), models
+
+
+def check_taught(rows: Sequence[Row], recipe: Recipe) -> None:
+    """Raise a ValueError if supernet and subnets were fine-tuned with another weight of the teacher, or other epochs.
+
+    These do not stand in the settings of the file, because the rows of the original do not depend on them.
+    """
+    for name in OF_TAUGHT:
+        value = getattr(recipe, name)
+        others = {row[name] for row in rows if row.get(name) is not None} - {value}
+        if others:
+            raise ValueError(
+                f"There are rows with {name}={sorted(others)}, not {value}. Give --{name} the same value, remove them "
+                "from the file of results, or choose another folder with --results."
+            )
 
 
 def plan(study: Study, models: list[Compared]) -> Iterator[Callable[[], object]]:
@@ -112,15 +131,15 @@ def plan(study: Study, models: list[Compared]) -> Iterator[Callable[[], object]]
         if model.kind in args.only:
             for task in args.tasks:
                 for seed in study.seeds:
-                    yield lambda model=model, task=task, seed=seed: measure(study, task, model, seed)
+                    yield partial(measure, study, task, model, seed)
     for task in args.tasks:
         if UNTAUGHT in args.only:
             for model in models:
                 if (model.kind, model.share) in WITHOUT_TEACHER:
-                    yield lambda model=model, task=task: measure(study, task, model, study.seeds[0], UNTAUGHT)
+                    yield partial(measure, study, task, model, study.seeds[0], UNTAUGHT)
     for task in args.tasks:
         if SUPER in args.only:
-            yield lambda task=task: measure_super(study, task, models, study.seeds[0])
+            yield partial(measure_super, study, task, models, study.seeds[0])
 
 
 def measure(study: Study, task: str, model: Compared, seed: int, way: str = TUNED) -> None:
@@ -133,7 +152,7 @@ def measure(study: Study, task: str, model: Compared, seed: int, way: str = TUNE
         return
     same = study.results.find(**key, shape=model.shape)
     if same:
-        study.add(model.row(), **key, **{name: same[0][name] for name in ("score", INT8, "seconds") if name in same[0]})
+        study.add(model.row(), **key, **{name: same[0][name] for name in COPIED if name in same[0]})
         return
     found, args = study.task(task), study.args
     folder = study.run_folder(task, way, model.name)
@@ -147,7 +166,8 @@ def measure(study: Study, task: str, model: Compared, seed: int, way: str = TUNE
     if way == TUNED:
         tuned.model.set_attn_implementation("sdpa")  # as everybody exports it
         scores[INT8] = score(onnx_run(export_files(tuned.model, folder / "export", args.bert)[INT8]), found)
-    study.add(model.row(), **key, **scores, seconds=tuned.seconds)
+    weight = None if teacher is None else study.recipe.weight
+    study.add(model.row(), **key, **scores, seconds=tuned.seconds, weight=weight)
     shutil.rmtree(folder)
 
 
@@ -186,7 +206,8 @@ def measure_super(study: Study, task: str, models: list[Compared], seed: int) ->
     )
     for row, shape in missing:
         scored = score(pytorch_run(tuned.model, shape), found)
-        study.add(row, **key, score=scored, seconds=tuned.seconds)
+        recipe = {name: getattr(study.recipe, name) for name in OF_TAUGHT}
+        study.add(row, **key, score=scored, seconds=tuned.seconds, **recipe)
     shutil.rmtree(folder)
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from supershaper_hf import markdown_table
-from supershaper_hf.files import read_json
 from supershaper_hf.report.plots import new_figure
 
 from .compared import INT8, KINDS, ORIGINAL, SUPERNET
 from .shapes import FIRST_LAYERS, RECTANGLE, SEARCHED, SHARES
-from .study import FORMAT, Row, mean_and_spread, read_rows
+from .study import Row, command_and_machine, mean_and_spread, read_rows, read_settings, save_picture
 
 
 QUESTION = "tasks"
@@ -34,15 +33,14 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     rows = read_rows(results_folder, QUESTION)
     if not rows:
         return ""
-    settings = read_json(results_folder / f"{QUESTION}.json", FORMAT)["settings"]
+    settings = read_settings(results_folder, QUESTION)
     tuned = [row for row in rows if row["way"] == TUNED]
-    text = [recipe_text(settings["recipe"], rows)]
+    text = [command_and_machine(results_folder, QUESTION, "tasks"), recipe_text(settings["recipe"], rows)]
     if tuned:
         text += [scores_table(tuned), targets_table(tuned)]
         text += ["8-bit integers (the same models, exported):", int8_table(tuned)]
     text += [untaught_text(rows), super_text(rows)]
     if any(mean_scores(tuned, model) for model in models_of(tuned)):
-        pictures_folder.mkdir(parents=True, exist_ok=True)
         draw(pictures_folder / PICTURE, tuned)
         text.append(f"![Mean task score over the parameters of the encoder]({pictures_folder.name}/{PICTURE})")
     return "\n\n".join(part for part in text if part)
@@ -51,12 +49,18 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
 def recipe_text(recipe: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Return how the models were fine-tuned and scored."""
     seeds = sorted({row["seed"] for row in rows})
+    weight = next((row["weight"] for row in rows if row.get("weight")), None)
+    taught = (
+        f"{weight:.0%} of the loss of supernet and subnets is the distance to the logits of the original of the best "
+        "seed, which is fine-tuned on the same task. "
+        if weight
+        else ""
+    )
     return (
         f"{SCORES} All models are fine-tuned alike: {recipe['epochs']:g} epochs, the last of which is kept, AdamW with "
         f"a learning rate of {recipe['learning_rate']:g}, {recipe['batch_size']} examples of similar length in a step, "
-        f"at most {recipe['max_length']} tokens, bfloat16. {recipe['weight']:.0%} of the loss of supernet and subnets "
-        "is the distance to the logits of the original of the best seed, which is fine-tuned on the same task. Scores "
-        f"are computed in float32. Seeds {', '.join(map(str, seeds))}: mean ± standard deviation."
+        f"at most {recipe['max_length']} tokens, bfloat16. {taught}Scores are computed in float32. Seeds "
+        f"{', '.join(map(str, seeds))}: mean ± standard deviation."
     )
 
 
@@ -245,4 +249,4 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_ylabel("mean score of five tasks")
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=130)
+    save_picture(figure, file)

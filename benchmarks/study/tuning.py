@@ -51,9 +51,9 @@ class Recipe:
         sandwich_epochs: How often a super fine-tuning reads the examples. Each of its steps trains four shapes.
     """
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     epochs: float = 3
-    batch_size: int = 16
+    batch_size: int = 32
     max_length: int = 128
     weight: float = 0.5
     sandwich_epochs: float = 3
@@ -96,7 +96,7 @@ def fine_tune(
     seed: int,
     folder: Path,
     shape: Sequence[int] | None = None,
-    teacher: nn.Module | None = None,
+    teacher: Any = None,
     sandwich: bool = False,
 ) -> Tuned:
     """Fine-tune a model with one seed. A call that was stopped goes on at its last epoch.

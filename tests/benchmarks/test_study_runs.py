@@ -99,6 +99,7 @@ def test_runs_are_trained_measured_and_found_again(study, args, monkeypatch):
         assert rows[0]["rectangles"]["distance"][0] < 1e-5  # the largest, before training
         assert rows[0]["rectangles"]["cosine"][0] == pytest.approx(1)
         assert rows[0]["rectangles"]["distance"][2] > 0.1
+        assert rows[-1]["rectangles"]["distance"][0] > 1e-4  # from the original, not from what it has become
         assert len({row["random"]["distance"][0] for row in rows}) == 4
     [start], [ends], [single], [paper] = found.of(ours, 0), found.of(ours), found.of(alone), found.of(paper)
     assert start["flops"] == start["flops_of"]["start"] > 0  # the calibration
@@ -202,6 +203,7 @@ def row(recipe, quarters=4, seed=0, flops=1e12, random=(0.5, 0.5), largest=(0.1,
         "seed": seed,
         "quarters": quarters,
         "tokens": 100 * quarters,
+        "steps": 10 * quarters,
         "flops": flops,
         "flops_of": {"start": 1e11},
         "share_of_encoder": 0.3,
@@ -240,7 +242,8 @@ def test_operations_to_equal_quality(study, write_rows):
     assert ["ours: calibrated, by width", "5.0", "0.1", "25.0%", "not reached"] in lines
     assert ["paper: identity", "8.0", "0.1", "100.0%", "100.0%"] in lines
     assert ["paper: identity", "0.100 / 3.000 / 0.100", "0.900 / 9.000 / 0.900"] in lines
-    assert "an abacus, 1 thread" in text
+    assert "40 steps of 1234 sequences" in text
+    assert "Seeds: 0. Machine: an abacus." in text
 
 
 @pytest.mark.parametrize(
@@ -292,7 +295,6 @@ def test_answers_say_what_is_there(study, write_rows, tmp_path, name):
     assert script.answer(tmp_path, tmp_path) == ""
     recipe = study.sharing.alone(0, 3e-4) if name == "sharing" else study.runs.OURS_BY_WIDTH
     text = script.answer(*write_rows([start_row(study, "by_width_per_head"), row(recipe)]))
-    assert "#" not in text  # the report writes the heading
     assert f"benchmarks.study.{name} " in text
     assert (tmp_path / script.PICTURE).stat().st_size > 1000
     assert f"]({tmp_path.name}/{script.PICTURE})" in text

@@ -105,6 +105,19 @@ def test_base_model_without_pooler():
     assert_same(run(subnet, batch), run(supernet, batch, shape=[8, 0, 36]))
 
 
+def test_file_of_a_masked_lm_may_hold_a_pooler_for_other_heads(tmp_path):
+    """As the files of Google's BERTs do. The masked LM loads without a word about it."""
+    model, pooled = tiny_model(), randomize(SuperShaperModel(tiny_config()))
+    pooler = {f"bert.{name}": tensor for name, tensor in pooled.state_dict().items() if name.startswith("pooler.")}
+    assert len(pooler) == 2
+    model.save_pretrained(tmp_path, state_dict={**model.state_dict(), **pooler})
+    _, info = SuperShaperForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("unexpected_keys", "missing_keys"))
+    loaded = SuperShaperForSequenceClassification.from_pretrained(tmp_path)
+    for name, tensor in pooler.items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
 # What a subnet is made of
 
 

@@ -94,8 +94,8 @@ def test_latency_is_measured_once(modules, tokenizer, tmp_path, monkeypatch, cap
     options += ["--repeats", "2", "--batch_sizes", "1", "3", "--equal_repeats", "2", "--num_equal_shapes", "2"]
     options += ["--tolerance", "0.3"]
     only("original", script, monkeypatch)
-    made, make = {}, script.make_runs
-    monkeypatch.setattr(script, "make_runs", lambda *args: made.update(make(*args)) or made)
+    made, make = {}, script.make_contenders
+    monkeypatch.setattr(script, "make_contenders", lambda *args: made.update(make(*args)) or made)
     monkeypatch.setattr(script, "PAUSE", 0)
     script.main(options)
     rows = modules["study"].read_rows(tmp_path / "results", "latency_of_shapes")
@@ -108,14 +108,17 @@ def test_latency_is_measured_once(modules, tokenizer, tmp_path, monkeypatch, cap
         (0.6, 1, 2),
         (0.6, 3, 2),
     ]
-    batch = script.make_batch(2, 9, len(tokenizer))  # every format runs the same model
+    sizes = {row["format"]: row["bytes"] for row in timed}
     bert = modules["compared"].load_original(str(tmp_path / "bert"))
+    assert sizes["pytorch"] == 4 * bert.num_parameters()
+    assert sizes["int8"] < 0.8 * sizes["onnx"]
+    batch = script.make_batch(2, 9, len(tokenizer))  # every format runs the same model
     with torch.no_grad():
         states = bert(**{name: torch.from_numpy(array) for name, array in batch.items()}).last_hidden_state.numpy()
-    np.testing.assert_allclose(made["original", "pytorch"](batch).last_hidden_state.numpy(), states, atol=1e-5)
-    np.testing.assert_allclose(made["original", "onnx"](batch)["last_hidden_state"], states, atol=1e-4)
-    assert 1e-4 < np.abs(made["original", "int8"](batch)["last_hidden_state"] - states).max() < 1
-    monkeypatch.setattr(script, "time_runs", refuse)
+    np.testing.assert_allclose(made["original", "pytorch"].run(batch).last_hidden_state.numpy(), states, atol=1e-5)
+    np.testing.assert_allclose(made["original", "onnx"].run(batch)["last_hidden_state"], states, atol=1e-4)
+    assert 1e-4 < np.abs(made["original", "int8"].run(batch)["last_hidden_state"] - states).max() < 1
+    monkeypatch.setattr(script, "time_contenders", refuse)
     monkeypatch.setattr(script, "compare_equal_sizes", refuse)
     script.main(options)
     assert modules["study"].read_rows(tmp_path / "results", "latency_of_shapes") == rows
@@ -131,8 +134,8 @@ def test_rows_of_an_unfinished_batch_size_are_measured_again(modules, tmp_path, 
     results.add({**models[0].row(), **half})
     results.add({"what": "equal size", "share": 0.6, "batch": 3})
     args = script.argparse.Namespace(batch_sizes=[3], repeats=[2], sequence_length=4, bert="bert")
-    runs = {(model.name, kind): lambda batch: None for model in models for kind in script.FORMATS}
-    monkeypatch.setattr(script, "make_runs", lambda *args: runs)
+    contenders = {(model.name, kind): script.Contender(5, repr) for model in models for kind in script.FORMATS}
+    monkeypatch.setattr(script, "make_contenders", lambda *args: contenders)
     monkeypatch.setattr(script, "load_original", lambda bert: torch.nn.Module())
     monkeypatch.setattr(torch.nn.Module, "config", script.argparse.Namespace(vocab_size=50), raising=False)
     monkeypatch.setattr(script, "PAUSE", 0)
@@ -143,7 +146,7 @@ def test_rows_of_an_unfinished_batch_size_are_measured_again(modules, tmp_path, 
 
 def test_the_tables_of_latency_are_computed(modules, tmp_path):
     assert modules["latency_of_shapes"].answer(tmp_path, tmp_path) == ""
-    settings = {"repeats": {"1": 3}, "processor": "CPU", "threads": 1, "sequence_length": 128, "equal_repeats": 5}
+    settings = {"repeats": {"1": 3}, "sequence_length": 128, "equal_repeats": 5}
     results = modules["study"].Results(tmp_path, "latency_of_shapes", settings)
     times = {
         ("original", None, "pytorch"): [0.010, 0.020, 0.100],
@@ -152,14 +155,14 @@ def test_the_tables_of_latency_are_computed(modules, tmp_path):
     }
     for (kind, share, form), seconds in times.items():
         row = {"model": kind, "kind": kind, "share": share, "shape": [8], "encoder": share or 1.0, "what": "models"}
-        results.add({**row, "format": form, "batch_size": 1, "seconds": seconds})
+        results.add({**row, "format": form, "batch_size": 1, "bytes": 1_500_000, "seconds": seconds})
     medians = np.array([[1.0, 1.2], [2.0, 2.2]])
     comparison = summarize(100, np.array([[16], [24]]), np.array([99, 101]), medians)
     row = {"what": "equal size", "share": 0.6, "batch": 1, **vars(comparison)}
     results.add(row)
     text = modules["latency_of_shapes"].answer(tmp_path, tmp_path / "pictures")
-    assert cells(text, "searched")[2:] == ["60.0%", "12.0 (62%)", "0.50", "-", "-", "-", "-"]
-    assert cells(text, "original")[3:] == ["20.0 (225%)", "1.00", "-", "-", "5.0 (0%)", "0.25"]
+    assert cells(text, "searched")[2:] == ["60.0%", "1.5", "12.0 (62%)", "0.50", *["-"] * 6]
+    assert cells(text, "original")[3:] == ["1.5", "20.0 (225%)", "1.00", "-", "-", "-", "1.5", "5.0 (0%)", "0.25"]
     assert cells(text, "1")[:2] == ["1", "60%"]
     assert "43.8% above noise" in cells(text, "1")
     assert (tmp_path / "pictures" / "latency_of_shapes.png").stat().st_size > 5000

@@ -56,6 +56,7 @@ def test_everything_is_measured_once(modules, tasks, tokenizer, tmp_path, monkey
     assert all(0 <= row["score"] <= 100 for row in rows)
     assert all(row["seconds"] > 0 for row in rows)
     assert [row["model"] for row in rows if row["supernet"] is None] == ["original"]
+    assert [row["weight"] for row in rows[:3]] == [None, 0.5, None]  # whom a teacher has taught
     teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "teachers" / "sst2")
     assert isinstance(teacher, BertForSequenceClassification)
     left = list((tmp_path / "out").rglob("*.safetensors"))
@@ -78,7 +79,15 @@ def test_a_shape_that_was_measured_under_another_name_is_not_measured_again(modu
     args = tasks.parse_arguments([*options, "--shares", "0.6"])
     study, models = tasks.start(args)
     searched, rectangle = models[1], models[2]
-    values = {"task": "sst2", "seed": 0, "way": "fine-tuned", "score": 12.5, "int8": 11.0, "seconds": 3.0}
+    values = {
+        "task": "sst2",
+        "seed": 0,
+        "way": "fine-tuned",
+        "score": 12.5,
+        "int8": 11.0,
+        "seconds": 3.0,
+        "weight": 0.5,
+    }
     study.add({**searched.row(), "shape": rectangle.shape}, **values)
     tasks.measure(study, "sst2", rectangle, 0)
     assert rows_of(modules, tmp_path)[1] == {**rectangle.row(), **values, "supernet": study.fingerprint}
@@ -90,11 +99,15 @@ def test_other_supernets_and_recipes_are_refused(modules, tasks, tokenizer, tmp_
     study.add(models[1].row(), task="sst2", seed=0, way="fine-tuned", score=1.0, int8=1.0, seconds=1.0)
     with pytest.raises(ValueError, match="other settings: recipe"):
         tasks.start(tasks.parse_arguments([*options, "--learning_rate", "1e-5"]))
+    study.add(models[1].row(), task="sst2", seed=1, way="fine-tuned", score=1.0, weight=0.25)
+    with pytest.raises(ValueError, match=r"rows with weight=\[0.25\], not 0.5"):
+        tasks.start(tasks.parse_arguments(options))
+    tasks.start(tasks.parse_arguments([*options, "--weight", "0.25"]))
     supernet = SuperShaperModel.from_pretrained(tmp_path / "supernet")
     randomize(supernet, 5).save_pretrained(tmp_path / "supernet")
     modules["compared"].load_supernet.cache_clear()
     with pytest.raises(ValueError, match="rows of another supernet"):
-        tasks.start(tasks.parse_arguments(options))
+        tasks.start(tasks.parse_arguments([*options, "--weight", "0.25"]))
 
 
 def test_the_best_original_becomes_the_teacher(tasks, tokenizer, tmp_path):
@@ -207,7 +220,7 @@ def made_up_rows(modules, scores, **changes):
 
 
 def write_rows(modules, folder, rows):
-    settings = {"recipe": {"epochs": 3, "learning_rate": 1e-4, "batch_size": 16, "max_length": 128, "weight": 0.5}}
+    settings = {"recipe": {"epochs": 3, "learning_rate": 1e-4, "batch_size": 16, "max_length": 128}}
     results = modules["study"].Results(folder, "tasks", settings)
     for row in rows:
         results.add(row)

@@ -285,6 +285,7 @@ class SuperShaperForMaskedLM(SuperShaperPreTrainedModel):
     """Masked language modelling, the task of super pre-training. Logits are (batch, length, vocab_size)."""
 
     _tied_weights_keys = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+    _keys_to_ignore_on_load_unexpected = [r"^bert\.pooler\."]  # which a file may hold for other heads
 
     def __init__(self, config: SuperShaperConfig):
         super().__init__(config)
