@@ -150,7 +150,7 @@ def cost_cells(kind: str, share: float | None, latency: Sequence[Row]) -> dict[s
         row = first(latency, kind=kind, share=share, format=name, batch_size=1)
         if row is not None:
             cells[title] = f"{1e3 * statistics.median(row['seconds']):.1f}"
-            if row.get("bytes") is not None and name == INT8:
+            if name == INT8:
                 cells["MB, int8"] = f"{row['bytes'] / 1e6:.1f}"
     return cells
 
