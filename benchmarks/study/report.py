@@ -129,11 +129,11 @@ def quality_cells(kind: str, share: float | None, embeddings: Sequence[Row], tas
     if own is not None and original is not None:
         for name, title in ((PYTORCH, "STS"), (INT8, "STS, int8")):
             cells[title] = kept(own[name], original[PYTORCH], kind == ORIGINAL and name == PYTORCH)
-    name = ORIGINAL if share is None else model_named(tasks, kind, share)
+    model = ORIGINAL if share is None else model_named(tasks, kind, share)
     for figure, title in (("score", "task score"), (INT8, "task score, int8")):
-        value = share_kept(tasks, name, figure)
+        value = share_kept(tasks, model, figure)
         if value is not None:
-            score = statistics.fmean(mean_scores(tasks, name, figure))
+            score = statistics.fmean(mean_scores(tasks, model, figure))
             cells[title] = kept(score, score / value, kind == ORIGINAL and figure == "score")
     return cells
 
@@ -150,7 +150,7 @@ def cost_cells(kind: str, share: float | None, latency: Sequence[Row]) -> dict[s
         row = first(latency, kind=kind, share=share, format=name, batch_size=1)
         if row is not None:
             cells[title] = f"{1e3 * statistics.median(row['seconds']):.1f}"
-            if row.get("bytes") is not None and name == INT8:
+            if name == INT8:
                 cells["MB, int8"] = f"{row['bytes'] / 1e6:.1f}"
     return cells
 

@@ -43,10 +43,7 @@ class Found:
         self.inherited = {tuple(row["shape"]): row for row in rows if row["kind"] == "inherited"}
         self.held_out = [row for row in rows if row["kind"] == "held_out"]
         self.original = next((row for row in rows if row["kind"] == "original"), None)
-        self.trained: dict[Key, list[Row]] = {}
-        for row in rows:
-            if row["kind"] == "trained":
-                self.trained.setdefault(tuple(row["shape"]), []).append(row)
+        self.trained = best_rates([row for row in rows if row["kind"] == "trained"])
 
     def values(self, share: float, name: str, figure: str, trained: bool) -> list[float]:
         """Return a figure of a shape: as it was cut out, or after training with each seed. It may be missing."""
@@ -61,6 +58,17 @@ class Found:
         """Return the largest standard deviation of a figure over seeds; `None` if nothing has several seeds."""
         spreads = [mean_and_spread([row[figure] for row in rows])[1] for rows in self.trained.values()]
         return max((spread for spread in spreads if spread is not None), default=None)
+
+
+def best_rates(rows: Sequence[Row]) -> dict[Key, list[Row]]:
+    """Return the rows of each trained shape, of that learning rate whose mean distance is the lowest."""
+    found: dict[Key, dict[float, list[Row]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row["shape"]), {}).setdefault(row["rate"], []).append(row)
+    return {
+        shape: min(of.values(), key=lambda own: mean_and_spread([row["distance"] for row in own])[0])
+        for shape, of in found.items()
+    }
 
 
 def cell(values: Sequence[float]) -> str:
@@ -301,8 +309,10 @@ def how_measured(found: Found) -> str:
     ]
     if seeds:
         words.append(
-            f"Trained: cut out, then trained alone for about {get['tokens']:,} tokens, {get['mixed_precision']} "
-            f"precision, seed {seeds[0]}; with ± seeds {', '.join(map(str, seeds))}, mean and standard deviation."
+            f"Trained: cut out, refitted on {get['calibration_tokens']:,} tokens, then trained alone on about "
+            f"{get['tokens']:,}, precision {get['mixed_precision']}, learning rate {get['rates'][0]:g} (shapes that "
+            f"drop layers: the better of {' and '.join(f'{rate:g}' for rate in get['rates'])}), seed {seeds[0]}; with "
+            f"± seeds {', '.join(map(str, seeds))}, mean and standard deviation."
         )
     words.append(f"Machine: {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}.")
     return " ".join(words)

@@ -4,6 +4,7 @@ import importlib
 import lzma
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -72,8 +73,8 @@ def options(tmp_path, tokenizer):
     evaluate_shapes(supernet, batches, shapes, records_file=records, measure="distance", original=bert)
     ShapePredictor.fit_records(read_records(records)).save(records.with_name("predictor.json"))
     small = ["--search_max_length=12", "--search_batch_size=4", "--max_eval_samples=6", "--num_pairs=5"]
-    small += ["--num_held_out=5", "--num_task_shapes=4", "--tokens=300", "--mixed_precision=no"]
-    small += ["--max_length=12", "--batch_size=4"]
+    small += ["--num_held_out=12", "--num_task_shapes=4", "--tokens=300", "--mixed_precision=no"]
+    small += ["--max_length=12", "--batch_size=4", "--calibration_tokens=300"]
     folders = {"data": "data", "bert": "bert", "supernet": "supernet", "output_dir": "runs", "results": "results"}
     return [f"--{name}={tmp_path / folder}" for name, folder in folders.items()] + small
 
@@ -99,12 +100,12 @@ def of_kind(rows, kind):
 def test_the_study_is_measured_resumed_and_answered(script, answers, run, monkeypatch, tmp_path):
     train, trained = script.train_alone, []
 
-    def train_and_stop(study, shape, seed):
+    def train_and_stop(study, shape, rate, seed):
         if len(trained) == 2:
             trained.append("stopped")
             raise KeyboardInterrupt
-        trained.append((tuple(shape), seed))
-        train(study, shape, seed)
+        trained.append((tuple(shape), rate, seed))
+        train(study, shape, rate, seed)
 
     monkeypatch.setattr(script, "train_alone", train_and_stop)
     with pytest.raises(KeyboardInterrupt):
@@ -126,9 +127,13 @@ def test_the_study_is_measured_resumed_and_answered(script, answers, run, monkey
     assert {shape for shape, row in inherited.items() if "sts" in row} == compared
 
     # Each shape is trained once with the first seed, though several names may mean it, and two of them with all seeds.
-    done = [(tuple(row["shape"]), row["seed"]) for row in of_kind(rows, "trained")]
+    done = [(tuple(row["shape"]), row["rate"], row["seed"]) for row in of_kind(rows, "trained")]
     repeated = {tuple(row["shape"]) for row in shapes if (row["share"], row["name"]) in script.REPEATED}
-    assert set(done) == {(shape, 0) for shape in compared} | {(shape, seed) for shape in repeated for seed in (1, 2)}
+    assert set(done) == (
+        {(shape, 1e-4, 0) for shape in compared}
+        | {(shape, 3e-4, 0) for shape in compared if 0 in shape}
+        | {(shape, 1e-4, seed) for shape in repeated for seed in (1, 2)}
+    )
     assert len(done) == len(set(done))
     assert [each for each in trained if each != "stopped"] == done
     for row in of_kind(rows, "trained"):
@@ -136,7 +141,7 @@ def test_the_study_is_measured_resumed_and_answered(script, answers, run, monkey
     assert len({row["tokens"] for row in of_kind(rows, "trained") if row["seed"] == 0}) == 1
 
     held_out = of_kind(rows, "held_out")
-    assert len(held_out) == 5
+    assert len(held_out) == 12
     searched = {tuple(r["shape"]) for r in read_records(tmp_path / "supernet" / "search" / "records.jsonl")}
     assert not searched & {tuple(row["shape"]) for row in held_out}
 
@@ -165,6 +170,16 @@ def test_inherited_figures_are_those_of_the_shape_that_is_cut_out(script, run, o
     [record] = evaluate_shapes(subnet, study.other_text, [None], measure="distance", original=study.original)
     assert record["distance"] == pytest.approx(row["distance"], abs=1e-5)
     assert study.sts(subnet) == pytest.approx(row["sts"])
+    refitted = []
+    monkeypatch.setattr(script, "polish", lambda *given: refitted.append(given))
+    nothing = SimpleNamespace(status="finished", progress=SimpleNamespace(tokens=0, step=0))
+    monkeypatch.setattr(script, "super_pretrain", lambda *_, **__: nothing)
+    script.train_alone(study, row["shape"], 1e-4, 0)
+    [(_, supernet, shape, _, original)] = refitted
+    assert (supernet, shape, original) == (study.supernet, row["shape"], study.original)
+    [trained] = study.results.find(kind="trained")
+    for figure in ("distance", "cosine", "sts"):
+        assert trained[figure] == pytest.approx(row[figure], abs=1e-5)
 
     def sentences(batches):
         return {tuple(ids) for batch in batches for ids in batch["input_ids"].tolist()}
@@ -190,10 +205,9 @@ def test_the_training_is_that_of_the_example(script, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     example = importlib.import_module("polish_subnet")
     sys.modules.pop("polish_subnet")
-    own = dict(script.RECIPE)
-    assert own.pop("group_by_length")
     defaults = example.PolishingArguments(shape=[8])
-    assert own == example.RECIPE | {"learning_rate": defaults.learning_rate}
+    assert script.RECIPE == example.RECIPE
+    assert defaults.learning_rate in script.RATES
     monkeypatch.setattr(sys, "argv", ["shape_search", "--data=data", "--bert=bert"])
     args = script.parse_arguments()
     assert (args.max_length, args.batch_size) == (defaults.max_length, defaults.per_device_train_batch_size)
@@ -226,12 +240,15 @@ def made_up_rows(answers, front=0.30, hand=0.35, heuristic=0.31, deviations=(-0.
             for seed, deviation in enumerate(deviations):
                 after = distance / 2 + deviation * (1.2 if name == "diamond" else 1)
                 figures = {"shape": shape, "distance": after, "cosine": 1 - after, "sts": 0.8 - after}
-                rows.append({"kind": "trained", "seed": seed, "tokens": 9, "steps": 1, "seconds": 1.0, **figures})
+                rows.append(
+                    {"kind": "trained", "rate": 1e-4, "seed": seed, "tokens": 9, "steps": 1, "seconds": 1.0, **figures}
+                )
     return rows
 
 
 def write_rows(folder, question, rows):
     settings = {"fitted_on": 40, "max_eval_samples": 6, "num_pairs": 5, "tokens": 300, "mixed_precision": "no"}
+    settings |= {"rates": [1e-4, 3e-4], "calibration_tokens": 200}
     machine = {"device": "a processor", "threads": 1, "torch": "2.13.0"}
     folder.mkdir(exist_ok=True)
     content = {"settings": settings, "machine": machine, "rows": rows}
@@ -278,6 +295,14 @@ def test_one_seed_has_no_spread(answers, tmp_path):
     assert "| not measured | - |" in text
     assert "is missed by the distance" in text
     assert "±" not in text.partition("\n\n")[2]
+
+
+def test_the_better_learning_rate_counts(answers):
+    rows = [
+        {"shape": [8, 0], "rate": rate, "seed": seed, "distance": distance}
+        for rate, seed, distance in [(1e-4, 0, 0.5), (1e-4, 1, 0.1), (3e-4, 0, 0.2), (3e-4, 1, 0.3)]
+    ]
+    assert answers.best_rates(rows) == {(8, 0): rows[2:]}
 
 
 def task_rows(scores):
