@@ -107,7 +107,7 @@ def write_tasks(folder, tasks=("cola", "sst2", "mrpc", "rte", "stsb")):
                 values = {"score": score + seed, "int8": score + seed - 1, "seconds": 1.0}
                 rows.append({**each, "task": task, "seed": seed, "way": "fine-tuned", **values})
                 rows.append({**each, "task": task, "seed": seed, "way": "untaught", **values, "score": 1.0})
-    recipe = {"epochs": 3, "learning_rate": 2e-4, "batch_size": 16, "max_length": 128, "weight": 0.5}
+    recipe = {"steps": 400, "learning_rate": 2e-4, "batch_size": 16, "max_length": 128}
     write_rows(folder, "tasks", rows, recipe=recipe)
 
 
