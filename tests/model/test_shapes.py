@@ -240,6 +240,17 @@ def test_budget_draws_one_shape_from_each_slice_in_random_order():
     assert abs(np.corrcoef(positions, middles)[0, 1]) < 0.6
 
 
+@pytest.mark.parametrize("architecture", ["SuperShaperModel", "SuperShaperForSequenceClassification"])
+def test_budget_draws_the_same_shapes_whatever_head_is_counted(architecture):
+    """A head costs the same at every shape, so it moves budgets and sizes alike."""
+    config = tiny_config()
+    drawn, expected = (
+        each.sample(40, seed=0, distribution="budget")
+        for each in (SearchSpace.from_config(config, architecture), SearchSpace.from_config(config))
+    )
+    np.testing.assert_array_equal(drawn, expected)
+
+
 def test_budget_reaches_both_ends_and_keeps_layers_diverse():
     shapes = PAPER.sample(4000, 0, "budget")
     positions = budget_positions(PAPER, shapes)

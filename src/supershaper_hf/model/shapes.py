@@ -208,7 +208,7 @@ class SearchSpace:
         picks = (random.random((num_shapes, CANDIDATES, self.num_layers, 1)) > bounds).sum(axis=-1)
         candidates = np.array(self.width_choices)[picks]  # (num_shapes, CANDIDATES, layers)
         rows = candidates.reshape(-1, self.num_layers)
-        sizes = chain_cost(parameter_cost(self.config), self.config.hidden_size, rows)
+        sizes = chain_cost(self.terms("parameters"), self.config.hidden_size, rows)
         distances = np.abs(sizes.reshape(num_shapes, CANDIDATES) - budgets[:, None])
         return candidates[np.arange(num_shapes), distances.argmin(axis=1)]
 
@@ -220,7 +220,7 @@ class SearchSpace:
 
     def _tilts_of(self, budgets: np.ndarray) -> np.ndarray:
         """Return the tilts at which shapes have these numbers of parameters on average."""
-        cost, full, layers = parameter_cost(self.config), self.config.hidden_size, self.num_layers
+        cost, full, layers = self.terms("parameters"), self.config.hidden_size, self.num_layers
         choices = np.array(self.width_choices)
         # At -548 every layer has the smallest width, at 0 all widths are equally likely, at 548 it has the largest.
         tilts = np.sinh(np.linspace(-7, 7, 141))
