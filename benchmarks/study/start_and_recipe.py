@@ -155,18 +155,13 @@ def rectangles_table(found: Found) -> str:
 
 
 def draw(file: Path, found: Found) -> None:
-    """Draw each figure over operations. A start without any is drawn at the left edge, with a hollow mark."""
+    """Draw each figure over operations."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, (measure, label) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items()):
-        curves = {name: curve(found, recipe, measure) for name, recipe in begun(found).items()}
-        edge = min((flops for points in curves.values() for flops, _ in points if flops > 0), default=2) / 2
-        for number, (name, points) in enumerate(curves.items()):
-            places = [(max(flops, edge), value) for flops, value in points]
-            axes.plot(*zip(*places), color=f"C{number}", marker=".", label=name)
-            if points[0][0] == 0:
-                axes.plot(*places[0], "o", color=f"C{number}", markerfacecolor="white")
-        axes.set_xscale("log")
-        axes.set_xlabel("operations of start and training (hollow: a start without any)")
+        for name, recipe in begun(found).items():
+            points = [(flops / 1e12, value) for flops, value in curve(found, recipe, measure)]
+            axes.plot(*zip(*points), marker=".", label=name)
+        axes.set_xlabel("operations of start and training, 1e12")
         axes.set_ylabel(f"{label}, mean of the random shapes")
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
