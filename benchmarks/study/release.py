@@ -56,7 +56,8 @@ training of the paper possible, not a good `fill-mask`. Texts of more than 128 t
 language model repeats the statistics of its training text, including its biases."""
 STEPS = 400
 TOGETHER: dict[str, Any] = {
-    # The masked-LM loss is several nats, the error of the states below one: so the encoder stays near the original.
+    # The masked-LM loss is several nats, the error of the states below one. Even with these weights 400 steps move the
+    # encoder: at width 240 the loss falls from 6.88 to 5.66 nats, and the distance rises from .295 to .330.
     "mlm_probability": 0.15,
     "state_weight": 10.0,
     "pooled_weight": 10.0,
@@ -73,7 +74,7 @@ TOGETHER: dict[str, Any] = {
     "mixed_precision": "bf16",
     "save_steps": 50,
 }
-WIDTHS = [96, 144, 240, 288, 384]  # without 336: the weights have 58.6 instead of 60.9 MB, and the front is as good
+WIDTHS = [96, 144, 240, 288, 384]  # with 336 the folder would pass 60 MB; without, its weights have 58.9 MB
 SEARCH = {"num_shapes": 300, "max_eval_samples": 200, "num_budgets": 8}
 
 

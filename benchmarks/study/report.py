@@ -103,7 +103,7 @@ def broken(paragraph: str) -> str:
 def summary_rows(results: Path) -> list[dict[str, str]]:
     """Return the original and the searched shape of each budget: what it keeps of the original's quality, and costs.
 
-    A column is there if one of the models has it.
+    A column is there if one of the models has it. Without a subnet there are no rows.
     """
     tasks = [row for row in read_rows(results, TASKS) if row["way"] == TUNED]
     embeddings = read_rows(results, EMBEDDINGS)
@@ -118,6 +118,8 @@ def summary_rows(results: Path) -> list[dict[str, str]]:
                 "shape": "-" if model["shape"] is None else str(model["shape"]),
             }
             rows.append(cells | quality_cells(kind, share, embeddings, tasks) | cost_cells(kind, share, latency))
+    if len(rows) < 2:  # the original alone says nothing of the supernet
+        return []
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return [{column: row.get(column, "-") for column in columns} for row in rows]
 

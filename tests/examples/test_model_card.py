@@ -11,6 +11,7 @@ from search_folders import write_search
 from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, save_for_hub
 from supershaper_hf.publish.__main__ import main
 from supershaper_hf.publish.card import megabytes, model_card
+from supershaper_hf.publish.subnet import Source
 
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +90,14 @@ def test_command_writes_the_card_of_a_supernet(tokenizer, tmp_path, capsys):
     card = (tmp_path / "CARD.md").read_text()
     assert card.startswith("---\n")
     assert section(card, "Evaluation") == f"| task | score |\n\n{section(printed, 'Evaluation')}"
+
+
+def test_what_the_template_says_in_place_of_an_author_is_not_taken_for_the_author(tmp_path):
+    model = randomize(SuperShaperForMaskedLM(tiny_config()))
+    for limits in (None, "A language model repeats the statistics of its training text. It is weak."):
+        folder = save_for_hub(model, tmp_path / str(limits is None), limits=limits)
+        assert Source.load(str(folder)).limits == limits
+        assert Source.load(str(folder)).training is None
 
 
 def test_command_says_what_is_wrong(tmp_path, capsys):

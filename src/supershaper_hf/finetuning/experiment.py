@@ -214,26 +214,9 @@ def all_results(folder: Path) -> list[dict[str, Any]]:
 
 
 OPTIONS = (  # that decide the results of a seed
-    *(
-        "model",
-        "shape",
-        "max_cost",
-        "cost",
-        "teacher",
-        "distillation_weight",
-        "state_weight",
-        "temperature",
-        "max_length",
-    ),
-    *(
-        "temperature",
-        "learning_rate",
-        "lr_scheduler_type",
-        "lr_scheduler_kwargs",
-        "num_train_epochs",
-        "max_steps",
-        "warmup_steps",
-    ),
+    *("model", "shape", "max_cost", "cost", "max_length"),
+    *("teacher", "distillation_weight", "state_weight", "temperature"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "num_train_epochs", "max_steps", "warmup_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "dataloader_drop_last"),
     *("weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "data_seed", "train_sampling_strategy"),

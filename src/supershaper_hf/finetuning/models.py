@@ -109,7 +109,8 @@ def load_teacher(args: FineTuningArguments, task: Task, tokenizer: PreTrainedTok
     """Return the fine-tuned teacher, if the options name one.
 
     Raises:
-        ValueError: If it has no head for the task, or other labels or another vocabulary than the model that learns.
+        ValueError: If it has no head for the task, or other labels, another vocabulary or, where states are compared,
+            another hidden size than the model that learns.
     """
     if args.teacher is None:
         return None

@@ -22,7 +22,8 @@ class DistillingTrainer(Trainer):
 
     The distance is that of Hinton et al. (arXiv 1503.02531): the Kullback-Leibler divergence of both distributions at a
     temperature T, times T squared. For regression it is the squared error. It is a mean over what has a label, over all
-    micro-batches of a step and all processes, as the loss on the labels is.
+    micro-batches of a step and all processes, as the loss on the labels is. The error of the states is a mean over the
+    tokens of a micro-batch, and micro-batches count by their labels.
 
     Args:
         *args: The arguments of `Trainer`.

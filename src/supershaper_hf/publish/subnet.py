@@ -38,7 +38,10 @@ from .sentences import read_sentence_encoder
 SEARCH = "search"  # the folder of a search inside that of a supernet, here and on the Hub
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 SEARCH_FILES = (CONFIG_FILE, RECORDS_FILE, PREDICTOR_FILE, LATENCY_FILE)
-NOT_WRITTEN = ("The author of this model did not", "The author of this model named no other limits")  # by the template
+NOT_WRITTEN = (  # by an author: the beginnings of what the template says instead
+    "The author of this model did not",
+    "A language model repeats the statistics of its training text, including its biases. The author of this model",
+)
 METADATA = ("license", "language", "datasets", "base_model")  # of a supernet's card, which hold for its subnets too
 
 
@@ -141,7 +144,7 @@ def section(text: str, title: str) -> str | None:
     """
     found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     written = found[1].strip() if found else ""
-    return written if written and not any(words in written for words in NOT_WRITTEN) else None
+    return written if written and not written.startswith(NOT_WRITTEN) else None
 
 
 # The search
