@@ -7,7 +7,7 @@ OWN := --ignore tests/neighbours
 # TRF057 asks for @auto_docstring of transformers, which prints errors outside the source tree of transformers.
 MLINTER_EXCEPT := TRF057
 
-.PHONY: help quickstart model-card test test-oldest test-neighbours check format clean
+.PHONY: help quickstart test test-oldest test-neighbours check format clean
 
 help: ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -24,14 +24,10 @@ help: ## Show this help
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(filter constraints%,$^) --editable '.[$(EXTRA)]'
 	touch $@
 
-quickstart: .venv/installed ## Install into .venv, then go the whole way once, from text to a subnet (outputs/quickstart)
+quickstart: .venv/installed ## Install into .venv, go the whole way once on text, then cut a sentence encoder (outputs/quickstart)
 	rm -rf outputs/quickstart
 	$(BIN)/python examples/quickstart.py --output_dir outputs/quickstart
-
-NOTE := This is the card of the supernet that `make quickstart` trains within minutes, to show the method. No supernet has been released yet.
-
-model-card: quickstart ## Go the whole way, then write MODEL_CARD.md from its results
-	$(BIN)/python -m supershaper_hf.publish outputs/quickstart/supernet --search outputs/quickstart/search --note '$(NOTE)' --output MODEL_CARD.md
+	$(BIN)/python examples/embed_sentences.py --output_dir outputs/quickstart/encoder
 
 test test-oldest test-neighbours: export OMP_NUM_THREADS = 1
 

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit(f"{args.output_dir} exists. Choose another --output_dir or remove it first.")
     if not Path(args.supernet, "search", "predictor.json").is_file():
         sys.exit(f"{args.supernet} is no folder of a supernet with its search. Make the search with search_shapes.py.")
-    logging.set_verbosity_error()  # nobody has to read that an encoder needs no masked-LM head
+    logging.disable_progress_bar()
     began = time.perf_counter()
     shape = cut_encoder(args.supernet, args.max_parameters, args.output_dir)
     original, subnet = (

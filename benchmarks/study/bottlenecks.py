@@ -25,6 +25,7 @@ from .runs import (
     read_runs,
     run_script,
 )
+from .study import save_picture
 
 
 RECIPES = {
@@ -80,7 +81,7 @@ def draw(file: Path, found: Found) -> None:
     axes.set_xlabel("width of all layers (dashed: before training)")
     axes.set_ylabel("distance to the original")
     axes.legend()
-    figure.savefig(file, dpi=120)
+    save_picture(figure, file)
 
 
 def answer(results_folder: Path, pictures_folder: Path) -> str:

@@ -60,6 +60,18 @@ def bert_with_head(args: argparse.Namespace) -> Path:
     return write_folder(folder, write)
 
 
+def supernet_with_head(args: argparse.Namespace) -> Path:
+    """Return the folder of the trained supernet, `args.trained`, with the head of the original. It is made once."""
+    folder: Path = args.output_dir / "release" / "with-head"
+    if folder.exists():
+        return folder
+    supernet = SuperShaperForMaskedLM.from_pretrained(args.trained)
+    head = SuperShaperForMaskedLM.from_bert(bert_with_head(args))
+    supernet.cls.load_state_dict(head.cls.state_dict())
+    supernet.tie_weights()  # the decoder is the supernet's own embeddings
+    return write_folder(folder, supernet.save_pretrained)
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--head_steps", type=int, default=STEPS, help="training steps of the head")

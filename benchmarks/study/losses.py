@@ -36,6 +36,7 @@ from .runs import (
     read_runs,
     run_script,
 )
+from .study import save_picture
 
 
 START = "by_width_per_head"
@@ -124,7 +125,7 @@ def draw(file: Path, found: Found) -> None:
     axes.set_xlabel("masked-LM loss of the largest shape, nats")
     axes.set_ylabel("masked-LM loss, mean of the random shapes, nats")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(file, dpi=120)
+    save_picture(figure, file)
 
 
 def answer(results_folder: Path, pictures_folder: Path) -> str:

@@ -1,15 +1,16 @@
-"""Write what the results of the study say: a section of docs/results.md with its pictures, and a table of README.md.
+"""Write what the results of the study say: docs/results.md with its pictures, the table of README.md, and the card.
 
     python -m benchmarks.study.report
 
-It reads the JSON files in benchmarks/study/results and measures nothing. What it writes stands between two comments of
-these documents; the rest of them stays as it is. A second run changes nothing. The card of the released supernet gets
-the same table from `card_table`.
+It reads the JSON files in benchmarks/study/results and measures nothing. What it writes into the two documents stands
+between two comments; the rest of them stays as it is. The card of the released supernet, which is MODEL_CARD.md too,
+has the same table before the results of its search. A second run changes nothing.
 """
 
 import argparse
 import re
 import statistics
+import tempfile
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -18,6 +19,7 @@ from typing import Any
 
 from supershaper_hf import markdown_table
 from supershaper_hf.files import write_file
+from supershaper_hf.publish.__main__ import main as write_card
 
 from .compared import INT8, ORIGINAL
 from .latency_answer import MODELS
@@ -25,7 +27,7 @@ from .latency_answer import QUESTION as LATENCY
 from .sentence_embeddings import PYTORCH
 from .sentence_embeddings import QUESTION as EMBEDDINGS
 from .shapes import SEARCHED, SHARES
-from .study import RESULTS, Row, read_rows
+from .study import RESULTS, SUPERNET, Row, read_rows
 from .tasks_answer import QUESTION as TASKS
 from .tasks_answer import TUNED, mean_scores, model_named, share_kept
 
@@ -45,13 +47,14 @@ QUESTIONS = {  # module of benchmarks.study -> title of its section
     "tasks": "Tasks",
     "sentence_embeddings": "Sentence embeddings of subnets",
     "latency_of_shapes": "Latency",
+    "masked_lm": "The masked-LM head",
 }
 INTRODUCTION = """\
-Eight questions about the method, on real text and real tasks. Each is answered by a script of benchmarks/study, which
-writes what it measures into a JSON file. `python -m benchmarks.study.report` writes this section, its pictures and the
-table of the README out of these files. DATA is a folder with the folders `corpus` and `tasks`, MINILM that of
-all-MiniLM-L6-v2, which is called the original. Its six layers, the encoder, have 10,646,784 parameters; the share of a
-subnet is relative to them."""
+Nine questions about the method and the released supernet, on real text and real tasks. Each is answered by a script of
+benchmarks/study, which writes what it measures into a JSON file. `python -m benchmarks.study.report` writes this
+section, its pictures and the table of the README out of these files. DATA is a folder with the folders `corpus` and
+`tasks`, MINILM that of all-MiniLM-L6-v2, which is called the original. Its six layers, the encoder, have 10,646,784
+parameters; the share of a subnet is relative to them."""
 NOT_MEASURED = "This question has not been measured yet."
 NO_TABLE = "Nothing has been measured of the released supernet yet."
 
@@ -184,12 +187,21 @@ def summary_table(results: Path) -> str:
     return wrapped(f"{markdown_table(rows)}\n\n{explanation(results)}") if rows else NO_TABLE
 
 
-def card_table(results_folder: Path) -> str:
-    """Return the section on evaluation of the card of the released supernet, in Markdown."""
-    if not summary_rows(results_folder):
+def card_table(results: Path) -> str:
+    """Return what the section on evaluation of the card of the released supernet begins with, in Markdown."""
+    if not summary_rows(results):
         return NO_TABLE
     title = "Subnets of this supernet, each the best shape of its search for a share of the original's encoder:"
-    return f"{title}\n\n{summary_table(results_folder)}"
+    return f"{title}\n\n{summary_table(results)}"
+
+
+def released_card(root: Path, results: Path) -> str:
+    """Return the card of the released supernet: its table, and what the files of its folder say."""
+    with tempfile.TemporaryDirectory() as folder:
+        evaluation, card = Path(folder, "evaluation.md"), Path(folder, "README.md")
+        evaluation.write_text(card_table(results), encoding="utf-8")
+        write_card([str(root / SUPERNET), f"--evaluation={evaluation}", f"--repo_id={SUPERNET}", f"--output={card}"])
+        return card.read_text(encoding="utf-8")
 
 
 # Documents
@@ -208,22 +220,26 @@ def put_between_markers(document: str, text: str, name: str) -> str:
 
 
 def documents(root: Path, results: Path, pictures: Path) -> Mapping[Path, str]:
-    """Return README.md and docs/results.md as they should be, and write the pictures."""
+    """Return the documents as they should be, and write the pictures. The cards are there once the supernet is."""
     pictures.mkdir(parents=True, exist_ok=True)
     texts = {
         root / "docs" / "results.md": study_section(results, pictures),
         root / "README.md": summary_table(results),
     }
-    return {
+    found = {
         file: put_between_markers(file.read_text(encoding="utf-8"), text, file.relative_to(root).as_posix())
         for file, text in texts.items()
     }
+    if (root / SUPERNET).is_dir():
+        card = released_card(root, results)
+        found |= {root / SUPERNET / "README.md": card, root / "MODEL_CARD.md": card}
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default=RESULTS, type=Path, help="folder of the JSON files with the results")
-    parser.add_argument("--root", default=ROOT, type=Path, help="folder with README.md and docs")
+    parser.add_argument("--root", default=ROOT, type=Path, help="folder of README.md, docs and checkpoints")
     args = parser.parse_args(arguments)
     pictures = args.root / "docs" / PICTURES
     for file, text in documents(args.root, args.results, pictures).items():

@@ -25,6 +25,7 @@ from .runs import (
     read_runs,
     run_script,
 )
+from .study import save_picture
 
 
 NUM_SHAPES = 3
@@ -110,7 +111,7 @@ def draw(file: Path, found: Found) -> None:
     axes.set_ylabel("distance to the original")
     handles = [axes.bar(0, 0, color=f"C{number}") for number in range(3)]
     axes.legend(handles, ["at the start", "inherited", "trained alone"])
-    figure.savefig(file, dpi=120)
+    save_picture(figure, file)
 
 
 def answer(results_folder: Path, pictures_folder: Path) -> str:

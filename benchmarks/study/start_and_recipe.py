@@ -31,6 +31,7 @@ from .runs import (
     read_runs,
     run_script,
 )
+from .study import save_picture
 
 
 RECIPES = {
@@ -106,7 +107,8 @@ def cost_table(found: Found) -> str:
             row["of which for the start"] = cell([end["flops_of"]["start"] / 1e12 for end in ends], 1)
             for figure in shares:
                 share = shares[figure][name]
-                row[f"share to the paper's {figure}"] = "not reached" if share is None else f"{share:.1%}"
+                column = f"share of the paper's operations to its best {figure}"
+                row[column] = "not reached" if share is None else f"{share:.1%}"
             rows.append(row)
     return markdown_table(rows)
 
@@ -115,8 +117,10 @@ def verdict(found: Found) -> str:
     """Say whether the target is met by ours, for each figure."""
     words = []
     for figure, shares in costs(found).items():
-        goal = min(value for _, value in curve(found, RECIPES[PAPERS], figure))
-        words.append(f"By {MEASURES[figure].split(',')[0]}, the best point of the paper's run is {goal:.3f}.")
+        papers = [value for _, value in curve(found, RECIPES[PAPERS], figure)]
+        goal = min(papers)
+        when = ", before training" if papers[0] == goal else ""
+        words.append(f"By {MEASURES[figure].split(',')[0]}, the best point of the paper's run is {goal:.3f}{when}.")
         for name in CANDIDATES:
             share = shares[name]
             if found.of(RECIPES[name]):
@@ -165,7 +169,7 @@ def draw(file: Path, found: Found) -> None:
         axes.set_ylabel(f"{label}, mean of the random shapes")
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
-    figure.savefig(file, dpi=120)
+    save_picture(figure, file)
 
 
 def answer(results_folder: Path, pictures_folder: Path) -> str:

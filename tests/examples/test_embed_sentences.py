@@ -9,11 +9,16 @@ import pytest
 import torch
 from conftest import randomize, tiny_config
 from search_folders import distance_record, write_search
+from sentence_transformers import SentenceTransformer
 
 from supershaper_hf import SearchSpace, SuperShaperModel, save_for_hub
+from supershaper_hf.publish.subnet import Source, read_search
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+RELEASED = ROOT / "checkpoints" / "supershaper-minilm-l6"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.filterwarnings("ignore:Shapes left out")
 
 
@@ -47,3 +52,32 @@ def test_encoder_within_the_budget_is_compared_with_the_original(script, tokeniz
 def test_folder_without_a_search_is_refused(script, tmp_path):
     with pytest.raises(SystemExit, match="is no folder of a supernet with its search"):
         script.main(["--supernet", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+
+
+# The released supernet
+
+
+def test_released_supernet_gives_what_the_readme_shows(script, tmp_path, capsys):
+    """Cosines may differ in the last digit on another processor."""
+    assert script.main(["--output_dir", str(tmp_path / "encoder")]) == 0
+    printed = capsys.readouterr().out
+    (shown,) = re.findall(r"```text\n(1  A man is playing.*?)```", README, re.DOTALL)
+    number = re.compile(r"(?<= )-?0\.\d+")
+    assert number.sub("", printed).split("\n")[:-2] == number.sub("", shown).split("\n")[:-1]
+    cosines = [[float(value) for value in number.findall(text)] for text in (printed, shown)]
+    assert len(cosines[0]) == 30
+    assert cosines[0] == pytest.approx(cosines[1], abs=0.011)
+    library, own = (
+        SentenceTransformer(str(tmp_path / "encoder")),
+        SuperShaperModel.from_pretrained(tmp_path / "encoder"),
+    )
+    assert sum(parameter.numel() for parameter in library.parameters()) == own.num_parameters()
+
+
+def test_released_folder_is_small_and_its_search_is_that_of_its_weights():
+    assert sum(file.stat().st_size for file in RELEASED.rglob("*") if file.is_file()) <= 60e6
+    source = Source.load(str(RELEASED))
+    assert source.model.dtype == torch.bfloat16
+    findings = read_search(source, RELEASED / "search")  # which refuses a search of other weights
+    assert findings is not None
+    assert len(findings.records) >= 300

@@ -81,4 +81,5 @@ def test_every_file_has_its_line():
     ("code", "printed"), BLOCKS, ids=["ten lines", "search", "to the Hub", "calibration", "sentences"]
 )
 def test_block_runs_and_prints_what_is_written(code, printed, hub_environment, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     assert run([sys.executable, "-c", code], hub_environment, tmp_path) == printed

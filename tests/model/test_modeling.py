@@ -116,6 +116,8 @@ def test_file_of_a_masked_lm_may_hold_a_pooler_for_other_heads(tmp_path):
     loaded = SuperShaperForSequenceClassification.from_pretrained(tmp_path)
     for name, tensor in pooler.items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+    _, info = SuperShaperModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("unexpected_keys", "missing_keys"))
 
 
 # What a subnet is made of

@@ -8,6 +8,7 @@ from matplotlib.image import imread
 from supershaper_hf import ParetoFront
 from supershaper_hf.report.plots import (
     AXES,
+    DPI,
     new_figure,
     plot_agreement,
     plot_evaluations,
@@ -206,7 +207,7 @@ def made_profile(layers=12):
 
 def test_profile_has_a_chart_of_widths_and_one_of_importances(tmp_path):
     plot_profile(tmp_path / "profile.png", made_profile())
-    assert read(tmp_path / "profile.png").shape[0] == pytest.approx(2.6 * 120 * 2, abs=1)
+    assert read(tmp_path / "profile.png").shape[0] == pytest.approx(2.6 * DPI * 2, abs=1)
 
 
 def test_bars_of_a_profile_are_its_layers_counted_from_one(tmp_path, monkeypatch):

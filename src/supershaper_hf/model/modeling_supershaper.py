@@ -216,6 +216,8 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
 class SuperShaperModel(SuperShaperPreTrainedModel):
     """The bare encoder. `last_hidden_state` is (batch, length, hidden_size), `pooler_output` (batch, hidden_size)."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^cls\."]  # the masked-LM head of a supernet
+
     def __init__(self, config: SuperShaperConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embeddings = SuperShaperEmbeddings(config)

@@ -27,6 +27,7 @@ LABELS = {  # measure -> label of the axis of what is shown, label of the axis o
     "distance": ("distance to the original, held-out text", "distance to the original"),
     "task_loss": ("loss on the task, held-out examples", "loss on the task"),
 }
+DPI = 100  # dots per inch: pictures of 40 kB that a repository keeps
 Point = tuple[float, float]  # cost, and perplexity or distance
 
 
@@ -91,7 +92,7 @@ def plot_front(
     axes.yaxis.set_minor_formatter("{x:,.10g}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / unit:,.10g}{suffix}")
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=DPI)
 
 
 def plot_measured(file: str | Path, quantity: str | None = None, /, **groups: Sequence[Point]) -> None:
@@ -115,7 +116,7 @@ def plot_measured(file: str | Path, quantity: str | None = None, /, **groups: Se
     if quantity is None:
         axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=DPI)
 
 
 def plot_agreement(
@@ -137,7 +138,7 @@ def plot_agreement(
     axes.set_xlabel(f"measured {LABELS[measure][1]}")
     axes.set_ylabel(f"predicted {measure} ± one standard deviation")
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=DPI)
 
 
 def plot_profile(file: str | Path, profile: "Profile") -> None:
@@ -161,7 +162,7 @@ def plot_profile(file: str | Path, profile: "Profile") -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3, axis="y")
     axes.set_xlabel("layer")
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=DPI)
 
 
 def plot_evaluations(file: str | Path, log_history: Sequence[Mapping[str, Any]]) -> None:
@@ -185,4 +186,4 @@ def plot_evaluations(file: str | Path, log_history: Sequence[Mapping[str, Any]])
         }[measure]
     )
     axes.legend()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=DPI)
