@@ -26,10 +26,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from sweeps import Contender, Key, make_batch, run_pytorch, time_contenders
 from torch import nn
 from train_step import PlainEncoder
 from transformers import BertConfig, BertModel, PreTrainedModel
@@ -44,8 +45,6 @@ from supershaper_hf.report.tables import markdown_table
 
 FORMATS = ("pytorch", "onnx", "int8")
 FILE_FORMAT = "supershaper-hf inference 1"
-WARMUP = 1
-PAUSE = 0.1  # seconds before a run: the threads of the library that ran last look for more work for up to so long
 
 BASE = {"vocab_size": 28_996, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
 MINILM = {**BASE, "vocab_size": 30_522, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
@@ -58,7 +57,6 @@ BERT, HALF, SUBNET, UNMERGED = "BERT-base", "BERT of half the layers", "subnet",
 SMALL_BERT, SMALL_SUBNET = "MiniLM", "subnet of MiniLM"
 ORIGIN = {SMALL_BERT: SMALL_BERT, SMALL_SUBNET: SMALL_BERT}  # of all others, BERT-base
 
-Key = tuple[str, str]  # model and format
 # Of the largest batch: the time of the first may be so much of the time of the second.
 TARGETS: list[tuple[Key, Key, float]] = [
     ((SUBNET, "pytorch"), (UNMERGED, "pytorch"), 0.92),
@@ -66,13 +64,6 @@ TARGETS: list[tuple[Key, Key, float]] = [
     ((SUBNET, "int8"), (SUBNET, "onnx"), 0.5),
     ((SUBNET, "int8"), (SUBNET, "pytorch"), 0.5),
 ]
-
-
-class Contender(NamedTuple):
-    """A model in one format: how many bytes its file has, and a function that runs it on a batch."""
-
-    size: int
-    run: Callable[[Mapping[str, np.ndarray]], Any]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -183,32 +174,6 @@ def onnx_runner(file: Path, threads: int) -> Callable[[Mapping[str, np.ndarray]]
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     return lambda batch: session.run(None, dict(batch))
-
-
-@torch.inference_mode()
-def run_pytorch(model: PreTrainedModel, batch: Mapping[str, np.ndarray]) -> Any:
-    return model(**{name: torch.from_numpy(array) for name, array in batch.items()})
-
-
-def make_batch(batch_size: int, length: int, vocab_size: int, seed: int) -> dict[str, np.ndarray]:
-    ids = np.random.default_rng(seed).integers(5, vocab_size, size=(batch_size, length))
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-
-
-def time_contenders(
-    contenders: Mapping[Key, Contender], batch: Mapping[str, np.ndarray], repeats: int, seed: int
-) -> dict[Key, list[float]]:
-    """Return the seconds of every contender in each of `repeats` sweeps."""
-    random, keys = np.random.default_rng(seed), list(contenders)
-    seconds: dict[Key, list[float]] = {key: [] for key in keys}
-    for sweep in range(WARMUP + repeats):
-        for index in random.permutation(len(keys)):
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            contenders[keys[index]].run(batch)
-            if sweep >= WARMUP:
-                seconds[keys[index]].append(time.perf_counter() - start)
-    return seconds
 
 
 def ratio(seconds: Mapping[Key, list[float]], first: Key, second: Key) -> float:

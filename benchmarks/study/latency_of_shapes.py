@@ -6,7 +6,7 @@ Nothing else may run on the machine meanwhile. Two measurements:
 
 - The compared models in PyTorch (float32), ONNX Runtime (float32) and ONNX Runtime with 8-bit integers, in batches of 1
   and of 32 sequences of 128 tokens. Each sweep runs every model once in every format, in random order, with a pause
-  before each run: the threads of the library that ran last look for more work for a while.
+  before each run (`sweeps.py`).
 - The insensitivity report (`compare_equal_sizes`): shapes of equal size at every budget, each built twice, so that
   differences between shapes are told from noise.
 
@@ -16,20 +16,17 @@ The rows of a batch size, or of a budget, are written when it is complete. They 
 import argparse
 import functools
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from supershaper_hf import SearchSpace, compare_equal_sizes
 from supershaper_hf.publish.quantization import onnx_session
 from supershaper_hf.search.fingerprints import fingerprint_encoder
 
+from ..sweeps import Contender, Key, make_batch, run_pytorch, time_contenders
 from . import compared
 from .compared import (
     INT8,
@@ -48,13 +45,7 @@ from .shapes import SHARES, budget
 from .study import Results, make_parser
 
 
-WARMUP = 1
-PAUSE = 0.1  # seconds
-
 __all__ = ["answer", "main"]
-
-Batch = Mapping[str, np.ndarray]
-Key = tuple[str, str]  # model and format
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -78,18 +69,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 # The compared models
 
 
-@torch.inference_mode()
-def run_pytorch(model: PreTrainedModel, batch: Batch) -> Any:
-    return model(**{name: torch.from_numpy(array) for name, array in batch.items()})
-
-
-class Contender(NamedTuple):
-    """A model in one format: the bytes of its weights or its file, and a function that runs it on a batch."""
-
-    size: int
-    run: Callable[[Any], Any]
-
-
 def make_contenders(models: Sequence[Compared], args: argparse.Namespace, folder: Path) -> dict[Key, Contender]:
     """Return each model in every format."""
     found: dict[Key, Contender] = {}
@@ -101,27 +80,6 @@ def make_contenders(models: Sequence[Compared], args: argparse.Namespace, folder
         for kind in (ONNX, INT8):
             found[model.name, kind] = Contender(files[kind].stat().st_size, onnx_session(files[kind]))
     return found
-
-
-def make_batch(batch_size: int, length: int, vocab_size: int) -> dict[str, np.ndarray]:
-    ids = np.random.default_rng(0).integers(5, vocab_size, size=(batch_size, length))
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-
-
-def time_contenders(
-    contenders: Mapping[Key, Contender], batch: Batch, repeats: int, seed: int
-) -> dict[Key, list[float]]:
-    """Return the seconds of every model and format in each of `repeats` sweeps."""
-    random, keys = np.random.default_rng(seed), list(contenders)
-    seconds: dict[Key, list[float]] = {key: [] for key in keys}
-    for sweep in range(WARMUP + repeats):
-        for index in random.permutation(len(keys)):
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            contenders[keys[index]].run(batch)
-            if sweep >= WARMUP:
-                seconds[keys[index]].append(round(time.perf_counter() - start, 6))
-    return seconds
 
 
 def measure_models(args: argparse.Namespace, results: Results, models: Sequence[Compared], supernet: str) -> None:

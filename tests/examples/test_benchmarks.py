@@ -19,7 +19,7 @@ from supershaper_hf.files import read_json
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-NAMES = sorted(file.stem for file in BENCHMARKS.glob("*.py"))
+NAMES = sorted({file.stem for file in BENCHMARKS.glob("*.py")} - {"sweeps"})  # which is no script
 DOCUMENTS = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *BENCHMARKS.glob("*.py")]
 
 
@@ -40,7 +40,7 @@ def load(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)  # where Python looks when it runs the script
     modules = set(sys.modules)
     yield importlib.import_module
-    for each in set(NAMES).difference(modules):  # some import each other, and other tests may use these names
+    for each in {*NAMES, "sweeps"}.difference(modules):  # some import each other, and other tests may use these names
         sys.modules.pop(each, None)
 
 

@@ -96,7 +96,7 @@ def test_latency_is_measured_once(modules, tokenizer, tmp_path, monkeypatch, cap
     only("original", script, monkeypatch)
     made, make = {}, script.make_contenders
     monkeypatch.setattr(script, "make_contenders", lambda *args: made.update(make(*args)) or made)
-    monkeypatch.setattr(script, "PAUSE", 0)
+    monkeypatch.setattr("benchmarks.sweeps.PAUSE", 0)
     script.main(options)
     rows = modules["study"].read_rows(tmp_path / "results", "latency_of_shapes")
     timed = [row for row in rows if row["what"] == "models"]
@@ -138,7 +138,7 @@ def test_rows_of_an_unfinished_batch_size_are_measured_again(modules, tmp_path, 
     monkeypatch.setattr(script, "make_contenders", lambda *args: contenders)
     monkeypatch.setattr(script, "load_original", lambda bert: torch.nn.Module())
     monkeypatch.setattr(torch.nn.Module, "config", script.argparse.Namespace(vocab_size=50), raising=False)
-    monkeypatch.setattr(script, "PAUSE", 0)
+    monkeypatch.setattr("benchmarks.sweeps.PAUSE", 0)
     script.measure_models(args, results, models, "s")
     assert [len(row["seconds"]) for row in results.find(what="models")] == [2] * 6
     assert len(results.find(what="equal size")) == 1
