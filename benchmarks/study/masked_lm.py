@@ -109,10 +109,11 @@ def answer(results_folder: Path, _: Path) -> str:
         }
         for row in rows
     ]
+    command = command_and_machine(results_folder, QUESTION, f"{QUESTION} --trained LONGER/last")
     text = [
-        f"{command_and_machine(results_folder, QUESTION, QUESTION)} Together they learn for {STEPS} steps of "
-        f"{BATCH_SIZE} sequences. The loss is in nats, on {TOKENS:,} tokens of held-out text, 15 % of them masked. The "
-        "distance is that of the last hidden states from those of the original.",
+        f"{command} Together they learn for {STEPS} steps of {BATCH_SIZE} sequences. The loss is in nats, on "
+        f"{TOKENS:,} tokens of held-out text, 15 % of them masked. The distance is that of the last "
+        "hidden states from those of the original.",
         markdown_table(table),
     ]
     return "\n\n".join([*text, verdict(rows)])
