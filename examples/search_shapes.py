@@ -86,6 +86,10 @@ class SearchArguments:
     original: str | None = option(
         None, "Folder or Hub id of the model that a distance is measured to. By default it is the largest shape."
     )
+    layers: str = option(
+        "all",
+        "Whose states a distance compares: all (the mean over the layers, for shapes that will be fine-tuned) or last.",
+    )
     mlm_probability: float = option(MLM_PROBABILITY, "Share of the tokens that are masked to measure a loss.")
     num_shapes: int = option(60, "Number of shapes to measure before the front is computed.")
     rounds: int = option(
@@ -117,6 +121,7 @@ class SearchArguments:
         check_count("--num_shapes", self.num_shapes, least=MINIMUM_SHAPES)
         if self.measure is not None:
             check_choice("--measure", self.measure, ("loss", "distance"))
+        check_choice("--layers", self.layers, ("all", "last"))
         if self.measure == "loss" and self.original:
             raise ValueError("--original is for --measure distance only.")
         check_number("--mlm_probability", self.mlm_probability, above=0, most=1)
@@ -182,6 +187,8 @@ def search(args: SearchArguments, folder: Path, accelerator: Accelerator) -> Non
     copy_mapped_weights(model)  # before the text is read, which may take minutes
     has_loss = isinstance(model, SuperShaperForMaskedLM) and args.original is None
     options: dict[str, Any] = {"measure": args.measure or ("loss" if has_loss else "distance")}
+    if options["measure"] == "distance":
+        options["layers"] = args.layers
     if args.original is not None:
         load = partial(load_pretrained, "--original", args.original, AutoModel.from_pretrained)
         original = on_every_process(load, accelerator).to(accelerator.device)

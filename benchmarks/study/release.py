@@ -41,7 +41,7 @@ token states say little about single words, and the masked-LM head that this sup
 training of the paper possible, not a good `fill-mask`. Texts of more than 128 tokens had no part in the training. A
 language model repeats the statistics of its training text, including its biases."""
 WIDTHS = [96, 144, 240, 288, 384]  # with 336 the folder would pass 60 MB; without, its weights have 58.9 MB
-SEARCH = {"num_shapes": 300, "max_eval_samples": 200, "num_budgets": 8}
+SEARCH = {"num_shapes": 200, "max_eval_samples": 200, "num_budgets": 8}
 
 
 def keep_widths(supernet: SuperShaperForMaskedLM, widths: list[int]) -> SuperShaperForMaskedLM:

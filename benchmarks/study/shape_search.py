@@ -7,8 +7,8 @@
    measured as it is cut out of the supernet, on held-out text that the search did not use, and after it was trained
    alone for a few tokens, as many for each.
 2. The predictor, on random shapes that it was not fitted on, measured on the text of the search.
-3. The distance to the original, as a substitute for the scores of tasks: both are known of the same random shapes. The
-   scores are those of question 6 (`tasks.json`).
+3. The distance to the original, in the last layer and in all, as a substitute for the scores of tasks: they are known
+   of the same random shapes. The scores are those of question 6 (`tasks.json`).
 
 Alone, a shape is first refitted in closed form and then trained, as by examples/polish_subnet.py. Without the refit,
 first_layers would be a straw man: its last bottleneck has only seen the states of the last layer, and the few steps of
@@ -52,7 +52,7 @@ from supershaper_hf.search.records import Contents, Record, parse
 from supershaper_hf.training.teacher import OutsideTeacher
 
 from ..sentence_similarity import load_pairs, similarity_score
-from .shape_search_answer import EVOLUTIONARY, HEURISTIC, QUESTION, SHARES, TASK_SHAPES, answer
+from .shape_search_answer import ALL_LAYERS, EVOLUTIONARY, HEURISTIC, QUESTION, SHARES, TASK_SHAPES, answer
 from .shapes import HAND_CRAFTED, RECTANGLE, SEARCHED, budget, hand_crafted
 from .study import Results, held_out_text, make_parser, task_file, training_text
 
@@ -176,13 +176,16 @@ class Study:
         """Return the STS of a model, see `sentence_similarity.py`."""
         return similarity_score(model, self.tokenizer, *self.pairs, self.pooling, shape)
 
-    def distances(self, shapes: Sequence[list[int]], batches: list[dict[str, torch.Tensor]], name: str) -> list[Record]:
+    def distances(
+        self, shapes: Sequence[list[int]], batches: list[dict[str, torch.Tensor]], name: str, layers: str
+    ) -> list[Record]:
         """Return distance and cosine of shapes of the supernet. A file of records keeps them if the script is stopped.
 
         Its name holds the fingerprint of the weights, because another supernet needs another file.
         """
-        file = self.args.output_dir / QUESTION / f"{name}-{self.results.settings['weights'][:16]}.jsonl"
-        options: dict[str, Any] = {"measure": "distance", "original": self.original, "records_file": file}
+        file = self.args.output_dir / QUESTION / f"{name}-{layers}-{self.results.settings['weights'][:16]}.jsonl"
+        options: dict[str, Any] = {"measure": "distance", "original": self.original, "layers": layers}
+        options["records_file"] = file
         return evaluate_shapes(self.supernet, batches, shapes, f"Measuring {name}", **options)
 
 
@@ -229,7 +232,8 @@ def measure_predictor(study: Study) -> None:
     new = [shape for shape in new[: study.args.num_held_out] if not study.results.find(kind="held_out", shape=shape)]
     if not new:
         return
-    again, *records = study.distances([known["shape"], *new], study.text_of_search, "held_out")
+    layers = study.searched.header["layers"]
+    again, *records = study.distances([known["shape"], *new], study.text_of_search, "held_out", layers)
     if abs(again["distance"] - known["distance"]) > TOLERANCE:
         raise ValueError(
             f"{study.search / RECORDS_FILE} gives {known['shape']} the distance {known['distance']:.3f}, but in "
@@ -251,8 +255,10 @@ def measure_inherited(study: Study) -> None:
     missing = [list(shape) for shape in wanted if not study.results.find(kind="inherited", shape=list(shape))]
     if not missing:
         return
-    for record in study.distances(missing, study.other_text, "inherited"):
-        shape = record["shape"]
+    records = study.distances(missing, study.other_text, "inherited", "last")
+    in_all_layers = study.distances(missing, study.other_text, "inherited", "all")
+    for record, other in zip(records, in_all_layers, strict=True):
+        shape, record = record["shape"], {**record, ALL_LAYERS: other["distance"]}
         sts = {"sts": study.sts(study.supernet, shape)} if shape in compared else {}
         study.results.add({"kind": "inherited", "parameters": study.space.num_parameters(shape), **record, **sts})
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -33,6 +34,9 @@ def batches(tokenizer):
 
 def measure(model, batches, shapes=SHAPES, **options):
     return evaluate_shapes(model, batches, shapes, measure="distance", **options)
+
+
+measure_distance = measure
 
 
 @torch.no_grad()
@@ -173,13 +177,19 @@ def test_every_process_keeps_as_many_states(batches, monkeypatch, processes):
 # Several processes
 
 
+@pytest.mark.parametrize("layers", ["last", "all"])
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 7])
-def test_processes_share_the_batches(batches, processes):
+def test_processes_share_the_batches(batches, processes, layers):
     """Bit for bit, whoever has which batch."""
+    measure = partial(measure_distance, layers=layers)
     model, original = tiny_model(), randomize(BertModel(tiny_bert_config()), seed=1)
     ranks = [Rank(rank, processes) for rank in range(processes)]
     with pytest.MonkeyPatch.context() as patch:  # what a rank gives to the others is known before the others are
-        patch.setattr(evaluation.Evaluation, "spread", property(lambda self: len(self.gather(self.original.moments))))
+        patch.setattr(
+            evaluation.Evaluation,
+            "spreads",
+            property(lambda self: [float(len(self.gather(self.original.moments)))] * (3 if layers == "all" else 1)),
+        )
         for rank in ranks:
             measure(model, batches, SHAPES[1], original=original, accelerator=rank)
     together = [
@@ -195,6 +205,100 @@ def test_sums_are_rounded_once_after_adding(batches):
     expected = measure(model, batches, SHAPES[1], original=original)
     for order in itertools.permutations(batches):
         assert measure(model, order, SHAPES[1], original=original) == expected
+
+
+# The states of all layers
+
+
+@torch.no_grad()
+def by_hand_in_all_layers(model, bert, batches, shape):
+    """The definition, without padding. A layer hands on what the model returns if it drops all layers above it."""
+    model, bert, ratios = model.base_model.double(), bert.double(), []
+    sequences = [ids[mask.bool()][None] for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"])]
+    for index in range(len(shape)):
+        below = [*shape[: index + 1], *[0] * (len(shape) - index - 1)]
+
+        def run(ids, below=below):
+            return model(ids, shape=below).last_hidden_state if any(below) else model.embeddings(ids, None, None, None)
+
+        states = torch.cat([run(ids)[0] for ids in sequences])
+        targets = torch.cat([bert(ids, output_hidden_states=True).hidden_states[index + 1][0] for ids in sequences])
+        ratios.append((states - targets).square().sum() / (targets - targets.mean(0)).square().sum())
+    return sum(ratios).item() / len(ratios)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[1:], [0, 20, 36], [20, 0, 0], [48, 48, 48]], ids=str)
+def test_distance_of_all_layers_is_the_mean_over_the_layers(batches, shape, elasticity):
+    bert = randomize(BertModel(tiny_bert_config()), seed=1)
+    model = tiny_model(SuperShaperModel, **elasticity)
+    record = measure(model, batches, shape, original=bert, layers="all")
+    assert record["cosine"] == measure(model, batches, shape, original=bert)["cosine"]
+    assert record["distance"] == pytest.approx(by_hand_in_all_layers(model, bert, batches, shape), rel=1e-5)
+
+
+def test_all_layers_are_compared_under_any_head(batches, model_class):
+    bert = randomize(BertModel(tiny_bert_config()), seed=1)
+    record = measure(tiny_model(model_class), batches, SHAPES[1], original=bert, layers="all")
+    expected = by_hand_in_all_layers(tiny_model(model_class), bert, batches, SHAPES[1])
+    assert record["distance"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_supernet_is_its_own_original_in_all_layers(batches):
+    """The largest shape by default, and a supernet that is given."""
+    model = tiny_model()
+    largest, narrow = measure(model, batches, [None, SHAPES[1]], layers="all")
+    assert largest["distance"] == 0
+    assert narrow["distance"] > 0.01
+    assert measure(model, batches, SHAPES[1], original=tiny_model(), layers="all") == narrow
+
+
+def test_early_layers_count_in_all_layers(batches):
+    """Two shapes with the same last layer: what is lost in between, the last states alone may not show."""
+    bert = randomize(BertModel(tiny_bert_config()))
+    model = SuperShaperModel.from_bert(bert, width_choices=[8, 20, 36, 48])
+    with torch.no_grad():
+        for parameter in model.encoder.layer[2].parameters():
+            parameter.zero_()  # whatever comes in, the last layer returns the same
+    for layers, differ in (("last", False), ("all", True)):
+        first, second = measure(model, batches, [[48, 48, 48], [8, 8, 48]], original=bert, layers=layers)
+        assert (abs(first["distance"] - second["distance"]) > 0.01) == differ
+
+
+def test_what_has_no_states_of_all_layers_is_refused(batches):
+    model = tiny_model(SuperShaperModel)
+    with pytest.raises(ValueError, match=r"This is a subnet with hidden_sizes=\[8, 20, 36\].*Measure its shape in the"):
+        measure(model.extract_subnet([8, 20, 36]), batches, [None], layers="all")
+    with pytest.raises(ValueError, match=r"This is a subnet.*Measure its shape in the"):
+        measure(model, batches, original=model.extract_subnet([48, 48, 48]), layers="all")
+    with pytest.raises(ValueError, match=r"The original has num_hidden_layers=2.*it has other layers"):
+        measure(model, batches, original=BertModel(tiny_bert_config(num_hidden_layers=2)), layers="all")
+    with pytest.raises(ValueError, match=r"layers='first' is unknown\. Allowed: 'last', 'all'"):
+        measure(model, batches, layers="first")
+    with pytest.raises(ValueError, match=r"layers='all' is for measure=\"distance\" only"):
+        evaluate_shapes(tiny_model(), batches, SHAPES, layers="all")
+    next(model.parameters()).full_tensor = None  # as those that FSDP divides
+    with pytest.raises(ValueError, match='layers="all" needs all weights on every process'):
+        measure(model, batches, layers="all")
+
+
+def test_distances_of_other_layers_are_not_mixed_in_a_file(batches, tmp_path):
+    model, file = tiny_model(), tmp_path / "records.jsonl"
+    records = measure(model, batches, records_file=file, layers="all")
+    assert header_of(file)["layers"] == "all"
+    assert measure(model, batches, records_file=file, layers="all") == records == read_records(file)
+    with pytest.raises(ValueError, match="holds records of the distance of other layers: layers is all there, last"):
+        measure(model, batches, records_file=file)
+
+
+def test_older_files_hold_the_distance_of_the_last_layer(batches, tmp_path):
+    model, file = tiny_model(), tmp_path / "records.jsonl"
+    measure(model, batches, records_file=file)
+    first, *rest = file.read_text().splitlines()
+    header = {key: value for key, value in json.loads(first).items() if key not in ("layers", "checksum")}
+    file.write_text("\n".join([to_line(header).strip(), *rest, ""]))
+    assert len(measure(model, batches, records_file=file)) == 3
+    with pytest.raises(ValueError, match="holds records of the distance of other layers"):
+        measure(model, batches, records_file=file, layers="all")
 
 
 # Records

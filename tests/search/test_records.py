@@ -174,6 +174,7 @@ def test_header_tells_what_was_measured(written, batches):
         "model": fingerprint_model(MODEL),
         "original": None,
         "score": None,
+        "layers": None,
         "data": fingerprint_data(batches),
         "precision": "no",
         "num_layers": 3,

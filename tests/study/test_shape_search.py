@@ -234,7 +234,7 @@ def made_up_rows(answers, front=0.30, hand=0.35, heuristic=0.31, deviations=(-0.
                 }
             )
             figures = {"shape": shape, "distance": distance, "cosine": 1 - distance, "sts": 0.8 - distance}
-            rows.append({"kind": "inherited", "parameters": 900, **figures})
+            rows.append({"kind": "inherited", "parameters": 900, "all_layers": distance, **figures})
             if name == answers.EVOLUTIONARY:
                 continue
             for seed, deviation in enumerate(deviations):
@@ -261,11 +261,12 @@ def test_targets_that_are_met(answers, tmp_path):
     ]
     write_rows(tmp_path / "results", "shape_search", [*made_up_rows(answers, heuristic=0.305), *held_out])
     text = answers.answer(tmp_path / "results", tmp_path / "study")
-    assert "| searched | [60, 1] | 900 | 0.300 | 0.300 | 0.700 | 0.500 | 0.150 ± 0.010 |" in text
+    assert "| searched | [60, 1] | 900 | 0.300 | 0.300 | 0.300 | 0.700 | 0.500 | 0.150 ± 0.010 |" in text
     assert "| 45 % | distance, trained | 0.150 ± 0.010 | 0.190 ± 0.010 (rectangle) | +0.040 | 0.012 | yes |" in text
     assert "| 45 % | STS | 0.500 | 0.420 (rectangle) | +0.080 | 0.012 | yes |" in text
-    assert "by distance after training at 3 of 3 budgets, at 3 of them outside the spread of seeds" in text
-    assert "outside the spread of seeds, is met by the distance" in text
+    assert "| 45 % | distance in all layers | 0.300 | 0.380 (rectangle) | +0.080 | 0.000 | yes |" in text
+    assert text.count("at 3 of 3 budgets, at 3 of them outside the spread of seeds: target met") == 5
+    assert "by distance after training at 3 of 3 budgets" in text
     assert "+1.7% at 60 %, +1.7% at 60 % (trained)" in text
     assert "The target, at most +2% at every budget, is met" in text
     assert "finds the shape of the exact front at 3 of 3 budgets" in text
@@ -281,9 +282,8 @@ def test_targets_that_are_missed(answers, tmp_path):
     text = answers.answer(tmp_path / "results", tmp_path / "study")
     assert "| 30 % | distance | 0.364 | 0.380 (rectangle) | +0.016 | 0.012 | yes |" in text
     assert "| 30 % | distance, trained | 0.182 ± 0.010 | 0.190 ± 0.010 (rectangle) | +0.008 | 0.012 | no |" in text
-    assert "by distance at 3 of 3 budgets, at 3 of them outside" in text
-    assert "by distance after training at 3 of 3 budgets, at 0 of them outside" in text
-    assert "is missed by the distance" in text
+    assert "by distance at 3 of 3 budgets, at 3 of them outside the spread of seeds: target met" in text
+    assert "by distance after training at 3 of 3 budgets, at 0 of them outside the spread of seeds: target miss" in text
     assert "+9.9% at 60 %" in text
     assert "at every budget, is missed" in text
     assert "a Kendall of at least 0.85, is missed" in text
@@ -293,7 +293,7 @@ def test_one_seed_has_no_spread(answers, tmp_path):
     write_rows(tmp_path / "results", "shape_search", made_up_rows(answers, deviations=(0.0,)))
     text = answers.answer(tmp_path / "results", tmp_path / "study")
     assert "| not measured | - |" in text
-    assert "is missed by the distance" in text
+    assert "by distance at 3 of 3 budgets, at 0 of them outside the spread of seeds: target missed" in text
     assert "±" not in text.partition("\n\n")[2]
 
 
@@ -320,6 +320,7 @@ def task_rows(scores):
 def test_distance_is_compared_with_the_scores_of_tasks(answers, tmp_path):
     rows = [
         {"kind": "inherited", "shape": [60, n + 1], "parameters": size, "distance": near, "cosine": 1 - near}
+        | {"all_layers": -near}
         for n, (near, size) in enumerate([(0.1, 90), (0.2, 70), (0.3, 80), (0.4, 60)])
     ]
     write_rows(tmp_path / "results", "shape_search", rows)
@@ -333,10 +334,12 @@ def test_distance_is_compared_with_the_scores_of_tasks(answers, tmp_path):
     assert found["sst2"]["cosine"] == pytest.approx(1)
     assert found["sst2"]["parameters"] == pytest.approx(2 / 3)
     assert found["sst2"]["distance, at equal size"] == pytest.approx(1)
+    assert found["sst2"]["distance in all layers"] == pytest.approx(-1)
     assert found[answers.MEAN]["distance"] == pytest.approx(5 / 30**0.5)
     text = answers.answer(tmp_path / "results", tmp_path / "study")
-    assert "| mean of the tasks | 4 | 0.913 | 0.913 |" in text
-    assert "at least 0.7, is met" in text
+    assert "| mean of the tasks | 4 | -0.913 | " in text
+    assert "distance in all layers against the mean score: -0.913; the target, at least 0.7, is missed" in text
+    assert "distance against the mean score: 0.913; the target, at least 0.7, is met" in text
     assert (tmp_path / "study" / "distance_and_tasks.png").stat().st_size > 1000
 
 

@@ -228,7 +228,7 @@ def measure_on(task: Task, args: FineTuningArguments, space: SearchSpace, folder
     file = folder / "records.jsonl"
 
     def measure(shapes: list[list[int]]) -> list[dict[str, Any]]:
-        return evaluate_shapes(supernet, batches, shapes, measure="distance", records_file=file)
+        return evaluate_shapes(supernet, batches, shapes, measure="distance", layers="all", records_file=file)
 
     return measure_in_rounds(
         space, measure, args.num_shapes, cost=args.cost, max_cost=args.max_cost, sequence_length=args.max_length

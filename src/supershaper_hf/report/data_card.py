@@ -26,7 +26,7 @@ COLUMNS = {
     "loss": "loss of masked tokens, in nats",
     "perplexity": "exponential of the loss",
     "accuracy": "share of the masked tokens that were predicted",
-    "distance": "distance of the last hidden states to those of the original",
+    "distance": "distance of the hidden states to those of the original, of the last layer or the mean over all",
     "cosine": "cosine of the last hidden states and those of the original",
     "task_loss": "loss on the examples of a task",
     "score": "score on the examples of a task, if one was computed",

@@ -8,8 +8,13 @@ Two figures compare the last hidden states, s of the shape and t of the original
   the mean of its last hidden states.
 
 So a model without a masked-LM head can be measured too.
+
+The last layer says how well a shape copies the original. Fine-tuning teaches the last layers anew, but it cannot bring
+back what the first ones have lost. For a shape that will be fine-tuned, the states of all layers are compared, each
+at the width of the full model (`layers="all"`), and the distance is the mean over the layers.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,20 +25,24 @@ from ..devices import summing_dtype
 from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperForMultipleChoice, SuperShaperPreTrainedModel
 
 
+LAYERS = ("last", "all")  # whose states are compared
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what an encoder reads of a batch
 KEPT_BYTES = 2**30  # memory, over all processes, for states of the original; see `Original`
 
 Batch = dict[str, torch.Tensor]
 
 
-def check_original(model: SuperShaperPreTrainedModel, original: Any) -> None:
+def check_original(model: SuperShaperPreTrainedModel, original: Any, layers: str) -> None:
     """Raise an error unless the states of `original` can be compared with those of `model`."""
+    names = {"hidden_size": "states of another size", "vocab_size": "another tokenizer"}
+    if layers == "all":
+        names["num_hidden_layers"] = "other layers"
     if not isinstance(original, PreTrainedModel):
         raise TypeError(
             f"original={original!r} is not a model. Load it with AutoModel.from_pretrained, or leave it out to compare "
             "with the largest shape."
         )
-    for name, what in (("hidden_size", "states of another size"), ("vocab_size", "another tokenizer")):
+    for name, what in names.items():
         expected, found = getattr(model.config, name), getattr(original.config, name)
         if found != expected:
             raise ValueError(
@@ -65,8 +74,44 @@ def encode(model: SuperShaperPreTrainedModel, batch: Batch, shape: Any) -> torch
     return seen[0].last_hidden_state
 
 
+def check_layers(model: SuperShaperPreTrainedModel) -> None:
+    """Raise a ValueError unless the states of all layers of a model can be brought to one width."""
+    if model.config.merged_bottlenecks:
+        raise ValueError(
+            f"This is a subnet with hidden_sizes={model.config.hidden_sizes}: the states between its layers have no "
+            'other width. Measure its shape in the supernet, or use layers="last".'
+        )
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise ValueError('layers="all" needs all weights on every process. Measure without FSDP, or layers="last".')
+
+
+def encode_layers(model: SuperShaperPreTrainedModel, batch: Batch, shape: Any) -> torch.Tensor:
+    """Return the states that each layer of a supernet hands on at a shape: (layers, batch, length, hidden_size).
+
+    The output bottleneck of a narrow layer brings them to the width of the full model. A layer that the shape drops
+    hands on what it gets.
+    """
+    encoder: Any = model.base_model.encoder
+    embeddings: Any = model.base_model.embeddings
+    widths: Any = model.config.hidden_sizes if shape is None else model.config.normalize_shape(shape)
+    outputs: dict[int, torch.Tensor] = {}
+
+    with ExitStack() as hooks:
+        for number, module in enumerate([embeddings, *encoder.layer]):
+
+            def keep(module: Any, given: Any, output: torch.Tensor, number: int = number) -> None:
+                outputs[number] = output
+
+            hooks.enter_context(module.register_forward_hook(keep))
+        encode(model, batch, shape)
+    states = [outputs[0]]
+    for index, width in enumerate(widths):
+        states.append(states[-1] if width == 0 else encoder.leave(index, outputs[index + 1]))
+    return torch.stack(states[1:])
+
+
 class Original:
-    """The last hidden states of the original on one process's share of the batches.
+    """The hidden states of the original on one process's share of the batches: of its last layer, or of all.
 
     States are kept from one shape to the next while those of all batches and processes fit into `KEPT_BYTES`. Those of
     further batches are computed again for every shape, because a small machine may not have the memory.
@@ -75,54 +120,78 @@ class Original:
         model: The supernet or subnet that is measured.
         original: The model to compare with, or `None` for the largest shape of `model`.
         share: The batches, on the device of `model`.
+        layers: "last" or "all".
         kept: How many of them have states that are kept, the same number on every process.
     """
 
     def __init__(
-        self, model: SuperShaperPreTrainedModel, original: PreTrainedModel | None, share: list[Batch], kept: int
+        self,
+        model: SuperShaperPreTrainedModel,
+        original: PreTrainedModel | None,
+        share: list[Batch],
+        layers: str,
+        kept: int,
     ) -> None:
-        self.model, self.original, self.share, self.kept = model, original, share, kept
+        self.model, self.original, self.share, self.layers, self.kept = model, original, share, layers, kept
         self.states: dict[int, torch.Tensor] = {}
 
     def encode(self, number: int) -> torch.Tensor:
-        """Return the states (batch, length, hidden_size) of a batch of the share."""
+        """Return the states (layers, batch, length, hidden_size) of a batch of the share."""
         if number in self.states:
             return self.states[number]
         batch = self.share[number]
         if self.original is None:
-            states = encode(self.model, batch, None)
+            states = self.encode_shape(batch, None)
         else:
-            inputs = {name: batch[name].to(self.original.device) for name in INPUTS if name in batch}
-            states = self.original.base_model(**inputs, return_dict=True).last_hidden_state.to(self.model.device)
+            states = self.encode_original(batch).to(self.model.device)
         if number < self.kept:
             self.states[number] = states
         return states
 
+    def encode_original(self, batch: Batch) -> torch.Tensor:
+        """Return the states of a model that was given as the original."""
+        original: Any = self.original
+        if self.layers == "all" and isinstance(original, SuperShaperPreTrainedModel):
+            check_layers(original)
+            return encode_layers(original, {name: tensor.to(original.device) for name, tensor in batch.items()}, None)
+        inputs = {name: batch[name].to(original.device) for name in INPUTS if name in batch}
+        found = original.base_model(**inputs, output_hidden_states=self.layers == "all", return_dict=True)
+        return torch.stack(found.hidden_states[1:] if self.layers == "all" else [found.last_hidden_state])
+
+    def encode_shape(self, batch: Batch, shape: Any) -> torch.Tensor:
+        """Return the states (layers, batch, length, hidden_size) of a shape of the model that is measured."""
+        if self.layers == "all":
+            return encode_layers(self.model, batch, shape)
+        return encode(self.model, batch, shape)[None]
+
     def moments(self) -> torch.Tensor:
-        """Return for each batch the sum of the states of its tokens, and the sum of their squares.
+        """Return for each batch and layer the sum of the states of its tokens, and the sum of their squares.
 
         Returns:
-            (batches, hidden_size + 1), the squares last.
+            (batches, layers * (hidden_size + 1)), the squares last in each layer.
         """
         rows = []
         for number, batch in enumerate(self.share):
-            tokens = self.encode(number)[batch["attention_mask"].bool()]
-            tokens = tokens.to(summing_dtype(tokens.device))
-            rows.append(torch.cat([tokens.sum(0), tokens.square().sum()[None]]))
+            mask, parts = batch["attention_mask"].bool(), []
+            for states in self.encode(number):
+                tokens = states[mask].to(summing_dtype(states.device))
+                parts += [tokens.sum(0), tokens.square().sum()[None]]
+            rows.append(torch.cat(parts))
         return torch.stack(rows)
 
     def compare(self, shape: Any) -> torch.Tensor:
-        """Return for each batch the squared error of the states of its tokens, and the sum of the cosines.
+        """Return for each batch the squared errors of the states of its tokens by layer, and the sum of the cosines.
 
         Returns:
-            (batches, 2). The figures stay on the device, so that a GPU need not wait between two batches.
+            (batches, layers + 1). The figures stay on the device, so that a GPU need not wait between two batches.
         """
-        return torch.stack(
-            [
-                compare_states(encode(self.model, batch, shape), self.encode(number), batch["attention_mask"].bool())
-                for number, batch in enumerate(self.share)
-            ]
-        )
+        rows = []
+        for number, batch in enumerate(self.share):
+            mask = batch["attention_mask"].bool()
+            pairs = zip(self.encode_shape(batch, shape), self.encode(number), strict=True)
+            figures = torch.stack([compare_states(states, expected, mask) for states, expected in pairs])
+            rows.append(torch.cat([figures[:, 0], figures[-1:, 1]]))  # the cosine is that of the last states
+        return torch.stack(rows)
 
 
 def compare_states(states: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

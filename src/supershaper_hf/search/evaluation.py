@@ -21,10 +21,11 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..checks import check_choice
 from ..devices import copy_mapped_weights
 from ..model.modeling_supershaper import IGNORE_INDEX, SuperShaperPreTrainedModel
 from ..processes import on_every_process, on_main_process
-from .distance import KEPT_BYTES, Original, check_original, encode, has_masked_lm_head
+from .distance import KEPT_BYTES, LAYERS, Original, check_layers, check_original, encode, has_masked_lm_head
 from .fingerprints import fingerprint_data, fingerprint_encoder, fingerprint_model
 from .measures import find_measure
 from .records import Header, Record, append_record, hold_records, open_records, perplexity
@@ -54,6 +55,7 @@ def evaluate_shapes(
     measure: str = ...,
     original: PreTrainedModel | None = ...,
     score: Score | None = ...,
+    layers: str = ...,
 ) -> Record: ...
 @overload
 def evaluate_shapes(
@@ -66,6 +68,7 @@ def evaluate_shapes(
     measure: str = ...,
     original: PreTrainedModel | None = ...,
     score: Score | None = ...,
+    layers: str = ...,
 ) -> list[Record]: ...
 @torch.no_grad()
 def evaluate_shapes(
@@ -78,11 +81,12 @@ def evaluate_shapes(
     measure: str = "loss",
     original: PreTrainedModel | None = None,
     score: Score | None = None,
+    layers: str = "last",
 ) -> Record | list[Record]:
     """Measure each shape on `batches`: its masked-LM loss, its distance to the original model, or its loss on a task.
 
-    The loss is measured on every labelled token. The distance compares the last hidden states of the encoder on every
-    token that is not padding, so it needs neither labels nor a masked-LM head. See `distance` for its definition.
+    The loss is measured on every labelled token. The distance compares the hidden states of the encoder on every token
+    that is not padding, so it needs neither labels nor a masked-LM head. See `distance` for its definition.
     The loss on a task is that of the head of a task on labelled examples, see `task_loss`.
 
     With `records_file`, every record is written as soon as it is measured. After a kill the same call continues: only
@@ -109,6 +113,9 @@ def evaluate_shapes(
             the largest shape of `model`.
         score: For a task, a function of the logits and the labels of all examples that returns one number. It gets
             arrays as `Trainer` gives them to `compute_metrics`. Its name is kept in `records_file`.
+        layers: For the distance, whose states are compared: `"last"`, those of the last layer, which an encoder gives
+            as it is; or `"all"`, the mean over all layers, which says more of a shape that will be fine-tuned. "all"
+            needs a supernet, and an original with as many layers.
 
     Returns:
         One record per shape, in the order of `shapes`, or a single record for a single shape. A record is a dictionary.
@@ -144,10 +151,12 @@ def evaluate_shapes(
     many: list[Any] = [shapes] if single else list(shapes)
 
     def prepare() -> tuple[list[Key], Evaluation]:
-        check_measurable(model, measure, original, score)
+        check_measurable(model, measure, original, score, layers)
         for each in (model,) if original is None else (model, original):
             copy_mapped_weights(each)
-        return [_key(model, shape) for shape in many], Evaluation(model, batches, accelerator, measure, original, score)
+        return [_key(model, shape) for shape in many], Evaluation(
+            model, batches, accelerator, measure, original, score, layers
+        )
 
     asked, evaluation = on_every_process(prepare, accelerator)
     evaluation.check_same_call(asked)
@@ -219,8 +228,10 @@ class Evaluation:
         measure: str = "loss",
         original: PreTrainedModel | None = None,
         score: Score | None = None,
+        layers: str = "last",
     ) -> None:
         self.model, self.accelerator, self.kind, self.score = model, accelerator, measure, score
+        self.layers = layers
         counted = [(batch, count_measured(batch, measure)) for batch in batches]
         self.batches = [batch for batch, count in counted if count > 0]
         self.counts = [count for _, count in counted if count > 0]
@@ -235,12 +246,13 @@ class Evaluation:
         share = [self.batches[min(i, count - 1)] for i in range(rank, rounds * self.processes, self.processes)]
         self.share = [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in share]
         self.original = (
-            Original(model, original, self.share, self.count_kept(rounds)) if measure == "distance" else None
+            Original(model, original, self.share, layers, self.count_kept(rounds)) if measure == "distance" else None
         )
 
     def count_kept(self, rounds: int) -> int:
         """Return how many batches of each process have states of the original that are kept; see `Original`."""
         width = self.model.config.hidden_size * self.model.dtype.itemsize
+        width *= self.model.config.num_hidden_layers if self.layers == "all" else 1
         ends = np.cumsum([batch["input_ids"].numel() * width for batch in self.batches])
         last = np.minimum(np.arange(1, rounds + 1) * self.processes, len(ends)) - 1  # the last batch of each round
         return int((ends[last] <= KEPT_BYTES).sum())
@@ -269,7 +281,7 @@ class Evaluation:
         original = None if self.original is None else self.original.original
 
         def describe() -> Header:
-            return make_header(self.model, self.batches, self.precision(), self.kind, original, self.score)
+            return make_header(self.model, self.batches, self.precision(), self.kind, original, self.score, self.layers)
 
         header = on_every_process(describe, self.accelerator)
         self._agree((header["model"], header["original"]), "have other weights", "Load the same models on each.")
@@ -309,9 +321,10 @@ class Evaluation:
         process had which batch.
         """
         if self.original is not None:
-            spread = self.spread
-            errors, cosines = self.gather(partial(self.original.compare, shape))
-            return {"distance": math.fsum(errors) / spread, "cosine": math.fsum(cosines) / self.sequences}
+            spreads = self.spreads
+            *errors, cosines = self.gather(partial(self.original.compare, shape))
+            distances = [math.fsum(each) / of_layer for each, of_layer in zip(errors, spreads, strict=True)]
+            return {"distance": math.fsum(distances) / len(distances), "cosine": math.fsum(cosines) / self.sequences}
         if self.kind == "task_loss":
             predictions: list[Any] | None = None if self.score is None else []
             (sums,) = self.gather(partial(task_losses, self.model, self.share, shape, predictions))
@@ -329,21 +342,27 @@ class Evaluation:
         return on_main_process(partial(compute_score, self.score, rows, self.batches), self.accelerator)
 
     @cached_property
-    def spread(self) -> float:
-        """Sum of the squared distances of the original's states to their mean, over all tokens of all batches.
+    def spreads(self) -> list[float]:
+        """For each layer, the sum of the squared distances of the original's states to their mean, over all tokens.
 
         Raises:
-            ValueError: If it is not a number above 0, so that nothing can be divided by it.
+            ValueError: If one is not a number above 0, so that nothing can be divided by it.
         """
         assert self.original is not None
-        *sums, squares = self.gather(self.original.moments)
+        columns = self.gather(self.original.moments)
+        size = self.model.config.hidden_size + 1  # of the columns of a layer
+        return [self.spread(columns[start : start + size]) for start in range(0, len(columns), size)]
+
+    def spread(self, columns: list[list[float]]) -> float:
+        """Return that of one layer, out of the sums of its states, and of their squares, over each batch."""
+        *sums, squares = columns
         finite = all(map(math.isfinite, itertools.chain(squares, *sums)))
         spread = math.nan
         if finite:
             spread = math.fsum(squares) - math.fsum(math.fsum(each) ** 2 for each in sums) / sum(self.counts)
         if not spread > 0:
             raise ValueError(
-                f"The last hidden states of the original {'are all the same' if finite else 'are not finite'}, so no "
+                f"The hidden states of the original {'are all the same' if finite else 'are not finite'}, so no "
                 "distance to them can be measured. Use more text, or check the weights of the original and the "
                 "precision."
             )
@@ -383,15 +402,24 @@ class Evaluation:
 
 
 def check_measurable(
-    model: SuperShaperPreTrainedModel, measure: str, original: PreTrainedModel | None, score: Score | None
+    model: SuperShaperPreTrainedModel,
+    measure: str,
+    original: PreTrainedModel | None,
+    score: Score | None,
+    layers: str = "last",
 ) -> None:
     """Raise an error if a model has not what a measure needs; see `evaluate_shapes`."""
+    check_choice("layers", layers, LAYERS)
+    if layers != "last" and measure != "distance":
+        raise ValueError(f'layers={layers!r} is for measure="distance" only. Leave it out.')
     if original is not None and measure != "distance":
         raise ValueError('original is compared with for measure="distance" only. Leave it out to measure the loss.')
     if score is not None and measure != "task_loss":
         raise ValueError('score is computed for measure="task_loss" only. Leave it out.')
     if original is not None:
-        check_original(model, original)
+        check_original(model, original, layers)
+    if layers == "all":
+        check_layers(model)
     if measure == "task_loss":
         check_task_head(model)
     if measure == "loss" and not has_masked_lm_head(model):
@@ -422,6 +450,7 @@ def make_header(
     measure: str = "loss",
     original: PreTrainedModel | None = None,
     score: Score | None = None,
+    layers: str = "last",
 ) -> Header:
     """Return the header of a records file: which model is measured, in which way, on which data.
 
@@ -432,6 +461,7 @@ def make_header(
         measure: `"loss"`, `"distance"` or `"task_loss"`.
         original: The model that a distance is measured to. By default it is the largest shape of `model`.
         score: The score of a task.
+        layers: `"last"` or `"all"`, for a distance.
     """
     config = model.config
     fingerprint = fingerprint_encoder(model) if measure == "distance" else fingerprint_model(model)
@@ -442,6 +472,7 @@ def make_header(
         "model": fingerprint,
         "original": compared if measure == "distance" else None,
         "score": score_name(score),
+        "layers": layers if measure == "distance" else None,
         "data": fingerprint_data(batches),
         "precision": precision,
         "num_layers": config.num_hidden_layers,

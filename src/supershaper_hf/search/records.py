@@ -37,6 +37,7 @@ CONDITIONS = {
     "model": "another model",
     "original": "the distance to another original",
     "score": "another score",
+    "layers": "the distance of other layers",
     "data": "other data",
     "precision": "another precision",
 }
@@ -242,12 +243,14 @@ def parse_header(file: Path, line: bytes) -> Header:
         header = parse_line(line)
         choices, measure = header["width_choices"], header.setdefault("measure", "loss")
         original, score = (header.setdefault(name, None) for name in ("original", "score"))
+        layers = header.setdefault("layers", "last" if measure == "distance" else None)  # older files name none
         valid = (
             header.pop("format") == FORMAT
             and measure in MEASURES
             and all(isinstance(header[key], str) for key in ("model", "data", "precision"))
             and isinstance(original, str if measure == "distance" else type(None))
             and (score is None or (measure == "task_loss" and isinstance(score, str)))
+            and (layers in ("last", "all") if measure == "distance" else layers is None)
             and is_shape(header["hidden_sizes"])
             and (choices is None or is_shape(choices))
             and len(header["hidden_sizes"]) == header["num_layers"]
