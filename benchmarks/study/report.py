@@ -172,8 +172,8 @@ def explanation(results: Path) -> str:
         "encoder": "The encoder are the layers: its share is that of the original's parameters.",
         "STS": "STS is the rank correlation, times 100, of the cosines of 750 pairs of sentences with human judgement, "
         "without fine-tuning: that of the original, then shares of it.",
-        "task score": "The task score is the mean of cola, sst2, mrpc, rte and stsb, each fine-tuned: that of the "
-        "original, then shares of it.",
+        "task score": "The task score is the mean of cola, sst2, mrpc and stsb, each fine-tuned: that of the original, "
+        "then shares of it.",
         "STS, int8": "int8 is the file of 8-bit integers.",
         "ms": "Milliseconds are those of one sequence of 128 tokens on a CPU, in PyTorch and in the file of 8-bit "
         "integers.",

@@ -3,7 +3,7 @@
     python -m benchmarks.study.tasks --data DATA --bert MINILM --supernet SUPERNET
     python -m benchmarks.study.tasks --data DATA --bert MINILM --only original --tasks rte stsb
 
-Five tasks in GLUE's form are fine-tuned with every seed: the original, the whole supernet, and its subnets at 75, 60,
+Four tasks in GLUE's form are fine-tuned with every seed: the original, the whole supernet, and its subnets at 75, 60,
 45 and 30 % of the encoder, each as the searched shape, the rectangle and the first layers. Of every fine-tuned model,
 the file of 8-bit integers is scored too. The original of the best seed teaches the others. Beside it:
 
@@ -33,7 +33,7 @@ from . import compared, tuning
 from .compared import INT8, KINDS, ORIGINAL, SUPERNET, Compared, check_supernet, compared_models, export_files
 from .shapes import RECTANGLE, SEARCHED
 from .study import Results, Row, make_parser
-from .tasks_answer import QUESTION, RANDOM, SUPER, TASKS, TUNED, UNTAUGHT, answer
+from .tasks_answer import GUESSED, QUESTION, RANDOM, SUPER, TASKS, TUNED, UNTAUGHT, answer
 from .tuning import Recipe, RememberingTeacher, fine_tune, load_task, onnx_run, pytorch_run, read_recipe, score
 
 
@@ -88,7 +88,7 @@ class Study:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="tasks to measure")
+    parser.add_argument("--tasks", nargs="+", choices=(*TASKS, GUESSED), default=list(TASKS), help="tasks to measure")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), help="models and ways to measure")
     compared.add_options(parser)
     tuning.add_options(parser)
