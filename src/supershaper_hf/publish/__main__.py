@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_file
-from .card import model_card
+from .card import middle_budget, model_card
 from .results import Results, front_results, tuning_results
 from .subnet import Source, find_search, model_task, read_search
 
@@ -43,10 +43,13 @@ def make_card(args: argparse.Namespace) -> str:
     if not args.folder.is_dir():
         raise FileNotFoundError(f"{args.folder} is not a folder. Write a model with save_for_hub first.")
     source = Source.load(str(args.folder))
+    shape = None
     found = Results("" if args.evaluation is None else args.evaluation.read_text(encoding="utf-8").strip())
     if source.is_supernet:
         findings = read_search(source, find_search(str(args.folder), args.search))
-        found += Results() if findings is None else front_results(findings)
+        if findings is not None:
+            found += front_results(findings)
+            shape = findings.front("parameters").best(middle_budget(source.model))
     for file in args.results:
         found += tuning_results(file, source.model, model_task(source.model))
     encoder = {name: source.encoder[name] for name in ("pooling", "normalize") if name in source.encoder}
@@ -57,6 +60,7 @@ def make_card(args: argparse.Namespace) -> str:
         source.model,
         args.repo_id or args.folder.as_posix(),
         with_tokenizer=source.tokenizer is not None,
+        shape=shape,
         weight_bytes=sum(file.stat().st_size for file in args.folder.glob("*.safetensors")),
         note=args.note,
         training=source.training,

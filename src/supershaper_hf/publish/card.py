@@ -65,7 +65,8 @@ def model_card(
         pooling: The pooling of a sentence encoder, "mean" or "cls". Its card shows how sentence-transformers loads it.
         normalize: Whether the sentence encoder divides every embedding by its length.
         supernet: The supernet that the model was cut out of: a Hub id, or the name of a folder.
-        shape: The shape at which it was cut, with a 0 for each dropped layer. By default its hidden sizes.
+        shape: The shape at which it was cut, with a 0 for each dropped layer; by default its hidden sizes. For a
+            supernet, the shape that the example in its card cuts out; by default a hand-crafted one.
         weight_bytes: Size of the weight files.
         exports: The exported files in the repository: see `supershaper_hf.publish.export.add_exports`.
         license: Licence identifier of the Hub, such as `"apache-2.0"`. By default the card claims none.
@@ -117,6 +118,7 @@ def model_card(
         supernet=None if supernet is None else inline_code(supernet),
         facts=facts(model, supernet, base_model, weight_bytes),
         bars=None if elastic else bars(shape or config.hidden_sizes, config.hidden_size),
+        example_shape=list(shape) if elastic and shape is not None else None,
         middle_budget=middle_budget(model) if elastic else None,
         with_tokenizer=with_tokenizer,
         pooling=pooling,

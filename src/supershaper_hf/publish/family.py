@@ -31,7 +31,7 @@ from ..report.findings import (
 )
 from ..report.page import write_report
 from ..search.records import parse
-from .card import inline_code
+from .card import inline_code, middle_budget
 from .hub import explain_failure, hub_client, push_folder, save_for_hub
 from .results import front_results
 from .subnet import SEARCH, Source, shape_within, write_subnet
@@ -205,6 +205,7 @@ def _write_member(folder: Path, member: Member, family: Family, options: dict[st
             **source.encoder,
             **card,
             training=source.training,
+            shape=findings.front("parameters").best(middle_budget(source.model)),
             evaluation=front_results(findings).text,
             related=related,
         )
