@@ -36,6 +36,7 @@ from supershaper_hf import (
     SuperShaperForMaskedLM,
     SuperShaperModel,
     evaluate_shapes,
+    read_pooling,
 )
 from supershaper_hf.checks import check_choice, check_count, check_number, load_pretrained
 from supershaper_hf.data.batches import MLM_PROBABILITY, fixed_masks
@@ -81,7 +82,7 @@ class SearchArguments:
     measure: str | None = option(
         None,
         "What is measured: loss (of masked tokens) or distance (to the original). By default it is distance with "
-        "--original or for a model without a masked-LM head, and loss otherwise.",
+        "--original, for a sentence encoder and for a model without a masked-LM head, and loss otherwise.",
     )
     original: str | None = option(
         None, "Folder or Hub id of the model that a distance is measured to. By default it is the largest shape."
@@ -145,8 +146,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> SearchArguments:
 
 
 def load_model(name: str, measure: str | None) -> SuperShaperPreTrainedModel:
-    """Return the supernet: with its masked-LM head if it has one, else its encoder alone."""
+    """Return the supernet with its masked-LM head, or its encoder alone: it has no head, or is a sentence encoder."""
     with_head = "MaskedLM" in str(SuperShaperConfig.from_pretrained(name).architectures)
+    with_head = with_head and (measure == "loss" or read_pooling(name) is None)
     if not with_head and measure == "loss":
         raise ValueError(f"--model_name_or_path {name} has no masked-LM head. Use --measure distance.")
     return (SuperShaperForMaskedLM if with_head else SuperShaperModel).from_pretrained(name)

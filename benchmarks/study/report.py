@@ -4,7 +4,8 @@
 
 It reads the JSON files in benchmarks/study/results and measures nothing. What it writes into the two documents stands
 between two comments; the rest of them stays as it is. The card of the released supernet, which is MODEL_CARD.md too,
-has the same table before the results of its search. A second run changes nothing.
+has the same table before the results of its search, and the code in its folder is that of the package. A second run
+changes nothing.
 """
 
 import argparse
@@ -231,8 +232,9 @@ def documents(root: Path, results: Path, pictures: Path) -> Mapping[Path, str]:
         for file, text in texts.items()
     }
     if (root / SUPERNET).is_dir():
-        card = released_card(root, results)
+        card, source = released_card(root, results), root / "src" / "supershaper_hf" / "model"
         found |= {root / SUPERNET / "README.md": card, root / "MODEL_CARD.md": card}
+        found |= {file: (source / file.name).read_text("utf-8") for file in (root / SUPERNET).glob("*.py")}
     return found
 
 

@@ -98,7 +98,7 @@ FOLLOWED = (1, 2, 4)
 OURS_BY_WIDTH = Recipe("ours", "by_width_per_head", OURS, FOLLOWED)
 OURS_SHARED = Recipe("ours_shared", "shared_per_head", OURS, FOLLOWED)
 # The masked-LM loss is several nats, the error of the states below one: so weights of 10 keep the encoder near the
-# original. The training of the released supernet ends so, see `release.py`.
+# original.
 OURS_WITH_LABELS = Recipe(
     "ours_labels",
     "by_width_per_head",
@@ -359,8 +359,9 @@ def how_measured(found: Found, script: str, recipes: Iterable[Recipe]) -> str:
     get, seeds = found.settings, sorted({row["seed"] for row in ends})
     tokens, steps = (max(row[name] for row in ends) for name in ("tokens", "steps"))
     return (
-        f"Command: `python -m benchmarks.study.{script} --data DATA --bert MINILM`. Each run has {steps} steps of "
-        f"{get['batch_size']} sequences of at most {get['max_length']} tokens, up to {tokens:,} tokens in all, in "
+        f"Command: `python -m benchmarks.study.{script} --data DATA --bert MINILM`. The paper trains on 4.6e10 tokens: "
+        f"these runs say what a start gives and how a recipe begins, not where it ends. Each run has {steps} steps "
+        f"of {get['batch_size']} sequences of at most {get['max_length']} tokens, up to {tokens:,} tokens in all, in "
         f"precision {get['mixed_precision']}. Starts are calibrated on {get['calibration_tokens']:,} tokens. Held out "
         f"are {get['clean_tokens']:,} tokens for distance and cosine, {get['masked_tokens']:,} tokens for the loss, 15 "
         f"% of them masked, and {get['num_pairs']} pairs of sentences for STS. Figures of random shapes are means of "

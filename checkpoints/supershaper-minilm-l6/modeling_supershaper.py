@@ -101,6 +101,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
 
     config: SuperShaperConfig
     base_model_prefix = "bert"
+    _keys_to_ignore_on_load_unexpected = [r"^cls\."]  # the masked-LM head of a supernet, which other heads replace
     _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SuperShaperEmbeddings", "SuperShaperLayer"]

@@ -8,7 +8,7 @@ import pytest
 from conftest import randomize, tiny_config, tiny_model
 from search_folders import write_search
 
-from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, save_for_hub
+from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, SuperShaperModel, save_for_hub
 from supershaper_hf.publish.__main__ import main
 from supershaper_hf.publish.card import megabytes
 from supershaper_hf.publish.subnet import Source
@@ -29,7 +29,7 @@ def fact(name):
 
 
 def test_numbers_of_the_card_belong_to_the_released_supernet():
-    supernet = SuperShaperForMaskedLM.from_pretrained(RELEASED)
+    supernet = SuperShaperModel.from_pretrained(RELEASED)
     assert fact("parameters") == f"{supernet.num_parameters():,}"
     size = (RELEASED / "model.safetensors").stat().st_size
     assert fact("weights on disk") == f"{megabytes(size)}, bfloat16"

@@ -19,6 +19,7 @@ from hub_server import HubServer
 from launching import launch
 from publishing import point_client_at
 from texts import random_documents
+from transformers import BertTokenizer
 
 from supershaper_hf import (
     LatencyTable,
@@ -27,8 +28,10 @@ from supershaper_hf import (
     SuperShaperConfig,
     SuperShaperForMaskedLM,
     SuperShaperModel,
+    save_for_hub,
 )
 from supershaper_hf.files import lock
+from supershaper_hf.publish.subnet import Source, read_search
 from supershaper_hf.search.records import read_records
 
 
@@ -150,6 +153,21 @@ def test_an_encoder_without_a_masked_lm_head_is_searched_by_distance(search, enc
     search(tmp_path / "bert", *options, "--max_cost=60000", "--original", str(bert))
     for found, expected in zip(read_records(tmp_path / "bert" / "records.jsonl"), records, strict=False):
         assert found["distance"] == pytest.approx(expected["distance"], abs=1e-5)
+
+
+def test_a_sentence_encoder_is_searched_and_counted_without_its_masked_lm_head(search, encoder, tmp_path):
+    """The head is there for its training. Only who asks for losses gets it."""
+    folder, bare = tmp_path / "sentences", SuperShaperModel.from_pretrained(encoder[0][1])
+    whole = SuperShaperForMaskedLM(bare.config)
+    whole.bert.load_state_dict({name: value for name, value in bare.state_dict().items() if "pooler" not in name})
+    save_for_hub(whole, folder, tokenizer=BertTokenizer.from_pretrained(encoder[0][1]), pooling="mean")
+    options = ["--model_name_or_path", str(folder), "--num_shapes=8"]
+    search(tmp_path / "search", *options)
+    assert json.loads((tmp_path / "search" / "config.json").read_text())["architectures"] == ["SuperShaperModel"]
+    assert set(read_records(tmp_path / "search" / "records.jsonl")[0]) == {"shape", "distance", "cosine"}
+    source = Source.load(str(folder))
+    assert type(source.model) is SuperShaperModel
+    assert read_search(source, tmp_path / "search") is not None
 
 
 def test_a_supernet_with_a_masked_lm_head_can_be_searched_by_distance(search, tmp_path):

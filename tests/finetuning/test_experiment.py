@@ -16,7 +16,13 @@ from tiny_tasks import arguments, examples, tune, write_bert, write_csv, write_s
 from transformers import AutoModelForSequenceClassification, Trainer
 from transformers.trainer_callback import TrainerState
 
-from supershaper_hf import SearchSpace, SuperShaperConfig, SuperShaperForSequenceClassification, evaluate_shapes
+from supershaper_hf import (
+    SearchSpace,
+    ShapePredictor,
+    SuperShaperConfig,
+    SuperShaperForSequenceClassification,
+    evaluate_shapes,
+)
 from supershaper_hf.files import lock
 from supershaper_hf.finetuning.experiment import (
     best_of,
@@ -494,6 +500,22 @@ def test_shape_of_other_records_is_noticed(supernet, files, tokenizer, tmp_path)
             ValueError, match=r"with other options: chosen_shape was \[.*\], is \[.*\]\. Use another folder"
         ):
             tune(tmp_path / "out", supernet, files, tokenizer, seeds=[0, 1], **options)
+
+
+def test_a_budget_gets_the_shape_of_the_search(supernet, files, tokenizer, tmp_path):
+    """Its predictor decides, as for the explorer and the card: it was fitted before the last shapes were measured."""
+    space = SearchSpace.from_config(SuperShaperConfig.from_pretrained(supernet))
+    shapes, file = space.sample(30, seed=0), tmp_path / "search" / "records.jsonl"
+    file.parent.mkdir()
+    records = [{"shape": shape, "distance": 3 - shape[2] / 60, "cosine": 0.5} for shape in shapes.tolist()]
+    write_records(file, records, supernet)
+    options = {"max_cost": space.num_parameters([20, 8, 48]), "max_steps": 1, "records_file": str(file)}
+    of_records = tune(tmp_path / "records", supernet, files, tokenizer, **options)["shape"]
+    predictor = ShapePredictor.fit(shapes, 3 - shapes[:, 0] / 60, measure="distance")
+    predictor.save(file.with_name("predictor.json"))
+    of_search = tune(tmp_path / "search-too", supernet, files, tokenizer, **options)["shape"]
+    assert of_records[2] > of_search[2]
+    assert of_records[0] < of_search[0]
 
 
 # Options

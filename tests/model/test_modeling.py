@@ -113,9 +113,11 @@ def test_file_of_a_masked_lm_may_hold_a_pooler_for_other_heads(tmp_path):
     model.save_pretrained(tmp_path, state_dict={**model.state_dict(), **pooler})
     _, info = SuperShaperForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("unexpected_keys", "missing_keys"))
-    loaded = SuperShaperForSequenceClassification.from_pretrained(tmp_path)
+    loaded, info = SuperShaperForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     for name, tensor in pooler.items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+    assert not info["unexpected_keys"]
+    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
     _, info = SuperShaperModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("unexpected_keys", "missing_keys"))
 

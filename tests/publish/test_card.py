@@ -16,6 +16,7 @@ from supershaper_hf import (
     SuperShaperForQuestionAnswering,
     SuperShaperForSequenceClassification,
     SuperShaperForTokenClassification,
+    SuperShaperModel,
 )
 from supershaper_hf.publish.card import model_card
 from supershaper_hf.publish.hub import push_to_hub, save_for_hub
@@ -54,6 +55,15 @@ def test_card_says_what_its_author_said(subnet, tmp_path):
     for title, text in sections.items():
         assert f"## {title.capitalize()}\n\n{text}\n\n" in card.text
     assert "| started from | `google-bert/bert-base-cased` |\n" in card.text
+
+
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_card_says_that_half_precision_is_slow_on_many_cpus(pooling):
+    model = tiny_model(SuperShaperModel)
+    assert "slow" not in str(model_card(model, "user/name", pooling=pooling))
+    text = str(model_card(model.bfloat16(), "user/name", pooling=pooling))
+    assert 'stored in bfloat16, in which many CPUs are slow: give `dtype="float32"`' in text
+    assert ("to SentenceTransformer." in text) == (pooling is not None)
 
 
 @pytest.mark.parametrize(

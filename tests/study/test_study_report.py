@@ -32,8 +32,13 @@ def no_pictures(monkeypatch):
 
 
 def test_documents_say_what_the_results_hold(report, no_pictures, tmp_path):
-    for file, text in report.documents(ROOT, report.RESULTS, tmp_path / report.PICTURES).items():
-        assert file.read_text(encoding="utf-8") == text, f"{file.name} is not what the results say. {COMMAND}"
+    """All of it but the versions of the libraries."""
+    made = re.compile(r"^\| made with .*$", re.MULTILINE)
+    found = report.documents(ROOT, report.RESULTS, tmp_path / report.PICTURES)
+    assert {"README.md", "MODEL_CARD.md", "results.md", "modeling_supershaper.py"} <= {file.name for file in found}
+    for file, text in found.items():
+        written = made.sub("", file.read_text(encoding="utf-8"))
+        assert written == made.sub("", text), f"{file.name} is not what the results say. {COMMAND}"
 
 
 def test_pictures_are_there_and_are_shown():
@@ -43,11 +48,8 @@ def test_pictures_are_there_and_are_shown():
 
 
 def test_the_card_of_the_project_is_that_of_the_released_supernet(report):
-    """All of it but the versions of the libraries is what the report writes."""
-    made = re.compile(r"^\| made with .*$", re.MULTILINE)
     card = (ROOT / report.SUPERNET / "README.md").read_text(encoding="utf-8")
     assert (ROOT / "MODEL_CARD.md").read_text(encoding="utf-8") == card
-    assert made.sub("", card) == made.sub("", report.released_card(ROOT, report.RESULTS)), COMMAND
     assert report.card_table(report.RESULTS) in card
 
 

@@ -24,6 +24,7 @@ from ..devices import copy_mapped_weights
 from ..model.configuration_supershaper import SuperShaperConfig
 from ..model.modeling_supershaper import SuperShaperModel
 from ..model.shapes import SearchSpace
+from ..report.findings import PREDICTOR_FILE
 from ..search.evaluation import evaluate_shapes
 from ..search.pareto import amount, pareto_front
 from ..search.predictor import ShapePredictor
@@ -170,9 +171,10 @@ def is_supernet(config: PreTrainedConfig) -> bool:
 def choose_shape(args: FineTuningArguments, task: Task, folder: Path) -> list[int] | None:
     """Return the shape that the options ask for; `None` for the whole model, which a sandwich trains.
 
-    With `max_cost` it is the shape with the lowest predicted loss or distance within the budget. The predictor is
-    fitted to the records of the supernet. Without records, `num_shapes` shapes around the budget are measured by their
-    distance to the largest one on examples of the task, which needs no labels, into `folder`, and the nearest is taken.
+    With `max_cost` it is the shape with the lowest predicted loss or distance within the budget. The predictor is that
+    of the search, beside its records, or else it is fitted to the records. Without records, `num_shapes` shapes around
+    the budget are measured by their distance to the largest one on examples of the task, which needs no labels, into
+    `folder`, and the nearest is taken.
 
     Whatever the options say of shapes is checked here, before anything is trained or written.
 
@@ -204,7 +206,8 @@ def choose_shape(args: FineTuningArguments, task: Task, folder: Path) -> list[in
             f"largest shape on {EXAMPLES} examples. Name other records with --records_file."
         )
         return best_measured(space, measure_on(task, args, space, folder), cost, args.max_cost, args.max_length)
-    predictor = ShapePredictor.fit_records(read_records(file))
+    found = file.with_name(PREDICTOR_FILE)
+    predictor = ShapePredictor.load(found) if found.exists() else ShapePredictor.fit_records(read_records(file))
     front = pareto_front(space, predictor, cost=args.cost, sequence_length=args.max_length)
     return front.best(max_cost=args.max_cost)
 

@@ -101,6 +101,7 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
 
     config: SuperShaperConfig
     base_model_prefix = "bert"
+    _keys_to_ignore_on_load_unexpected = [r"^cls\."]  # the masked-LM head of a supernet, which other heads replace
     _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SuperShaperEmbeddings", "SuperShaperLayer"]
@@ -215,8 +216,6 @@ class SuperShaperPreTrainedModel(PreTrainedModel):
 
 class SuperShaperModel(SuperShaperPreTrainedModel):
     """The bare encoder. `last_hidden_state` is (batch, length, hidden_size), `pooler_output` (batch, hidden_size)."""
-
-    _keys_to_ignore_on_load_unexpected = [r"^cls\."]  # the masked-LM head of a supernet
 
     def __init__(self, config: SuperShaperConfig, add_pooling_layer: bool = True):
         super().__init__(config)

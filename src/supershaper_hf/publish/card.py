@@ -118,8 +118,8 @@ def model_card(
         supernet=None if supernet is None else inline_code(supernet),
         facts=facts(model, supernet, base_model, weight_bytes),
         bars=None if elastic else bars(shape or config.hidden_sizes, config.hidden_size),
-        example_shape=list(shape) if elastic and shape is not None else None,
-        middle_budget=middle_budget(model) if elastic else None,
+        half=dtype if (dtype := str(model.dtype).removeprefix("torch.")) != "float32" else None,
+        subnet_example=subnet_example(model, shape) if elastic else None,
         with_tokenizer=with_tokenizer,
         pooling=pooling,
         pipeline=pipeline_example(task, mask_token) if with_tokenizer else None,
@@ -242,6 +242,17 @@ def export_rows(exports: Sequence[Any]) -> list[Mapping[str, str]]:
         }
         for each in exports
     ]
+
+
+def subnet_example(model: SuperShaperPreTrainedModel, shape: Sequence[int] | None) -> str:
+    """Return the lines of Python that cut a subnet out of a supernet: at `shape`, or at a hand-crafted one."""
+    if shape is not None:
+        return f'subnet = model.extract_subnet({list(shape)})  # of the search: see "Evaluation"'
+    return (
+        "from supershaper_hf import SearchSpace\n\n"
+        f'shape = SearchSpace.from_model(model).named_shape("supershaper", max_parameters={middle_budget(model)})\n'
+        "subnet = model.extract_subnet(shape)"
+    )
 
 
 def middle_budget(model: SuperShaperPreTrainedModel) -> int:

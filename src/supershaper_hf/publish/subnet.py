@@ -51,7 +51,7 @@ class Source:
 
     Attributes:
         path: The folder or the Hub id that it was loaded from.
-        model: The model, with the head that it was saved with.
+        model: The model, with the head that it was saved with. A sentence encoder has no head.
         tokenizer: Its tokenizer; `None` if there is none.
         encoder: What makes it a sentence encoder: see `read_sentence_encoder`. Empty if it is none.
         metadata: License, language, data sets and base model, as far as its card names them.
@@ -84,13 +84,16 @@ class Source:
         if name not in modeling_supershaper.__all__:
             allowed = ", ".join(modeling_supershaper.__all__)
             raise ValueError(f"{path} holds a {name}. Allowed: {allowed}. make_supernet.py makes one of a BERT.")
+        encoder = read_sentence_encoder(path)
+        if encoder.get("pooling"):  # one needs its states; a masked-LM head was there for its training
+            name = "SuperShaperModel"
         model = getattr(modeling_supershaper, name).from_pretrained(path)
         card = read_card(path)
         return cls(
             path=path,
             model=model,
             tokenizer=load_tokenizer(path),
-            encoder=read_sentence_encoder(path),
+            encoder=encoder,
             metadata={} if card is None else {key: card.data.get(key) for key in METADATA if card.data.get(key)},
             training=None if card is None else section(card.text, "Training"),
             limits=None if card is None else section(card.text, "Limits"),
