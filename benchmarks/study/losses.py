@@ -110,6 +110,7 @@ def verdict(found: Found) -> str:
         f"In-place distillation less labels alone, masked-LM loss, the same seed ({len(seeds)} of them): "
         f"{cell(largest)} for the largest shape, {cell(average)} for the mean of the random shapes; below 0 it helps. "
         f"The authors' older runs show it helping the largest net and hurting the average one: these runs {confirmed}."
+        + (" One seed leaves that open." if len(seeds) == 1 else "")
     )
 
 

@@ -119,7 +119,7 @@ def verdict(found: Found) -> str:
     for figure, shares in costs(found).items():
         papers = [value for _, value in curve(found, RECIPES[PAPERS], figure)]
         goal = min(papers)
-        when = ", before training" if papers[0] == goal else ""
+        when = ", before training, which leads away from the original" if papers[0] == goal else ""
         words.append(f"By {MEASURES[figure].split(',')[0]}, the best point of the paper's run is {goal:.3f}{when}.")
         for name in CANDIDATES:
             share = shares[name]
@@ -130,6 +130,8 @@ def verdict(found: Found) -> str:
                     reached = f"has {start:.3f} before training, whose making took {share:.1%} of the operations"
                 met = "met" if share is not None and share <= TARGET else "missed"
                 words.append(f'"{name}" {reached}: the target, {TARGET:.0%}, is {met}.')
+    if words:
+        words.append("Where a start alone is as good, the figure says what the start is worth, not the recipe.")
     return " ".join(words)
 
 
