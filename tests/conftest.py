@@ -17,6 +17,7 @@ os.environ.update(
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import BertConfig, BertTokenizer
 
 from supershaper_hf import (
@@ -140,6 +141,14 @@ def head_slicing(request):
 def elasticity(request):
     """What a supernet is configured with so that its layers are narrowed in one of four ways."""
     return ELASTICITIES[request.param]
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Let a test choose its precision, which a process can do once, whatever was tested before it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def draw(file: Path, found: Found) -> None:
             if own:
                 means = [over_seeds(own, "rectangles", "distance", index) for index in range(len(widths))]
                 values = [sum(each) / len(each) for each in means]
-                label = name if quarters else None
+                label = None if name in axes.get_legend_handles_labels()[1] else name
                 axes.plot(widths, values, style, color=f"C{number}", marker=".", label=label)
     axes.set_xlabel("width of all layers (dashed: before training)")
     axes.set_ylabel("distance to the original")

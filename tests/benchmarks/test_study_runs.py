@@ -24,7 +24,7 @@ from supershaper_hf.training.sandwich import sandwich_step
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("runs", "material", "start_and_recipe", "bottlenecks", "losses", "sharing", "study", "head")
-pytestmark = pytest.mark.usefixtures("no_measured_peak")
+pytestmark = pytest.mark.usefixtures("no_measured_peak", "fresh_accelerator")
 
 
 @pytest.fixture

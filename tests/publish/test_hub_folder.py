@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import SPECIAL_TOKENS, assert_same, tiny_bert_config, tiny_model
 from publishing import MODEL_FILES, TOKENIZER_FILES, contents
-from transformers import BertForMaskedLM, BertTokenizer
+from transformers import AutoTokenizer, BertForMaskedLM, BertTokenizer
 
 from supershaper_hf import SuperShaperForMaskedLM
 from supershaper_hf.model.configuration_supershaper import AUTO_MAP
@@ -90,6 +90,17 @@ def test_last_call_of_the_tokenizer_is_not_published(subnet, tokenizer, folder, 
     assert json.loads(after["tokenizer.json"])["truncation"] is None
     assert json.loads(after["tokenizer.json"])["padding"] is None
     assert (tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding) == kept
+
+
+def test_where_the_tokenizer_came_from_is_not_published(subnet, folder, tmp_path):
+    """Whether it was loaded from a folder, and without a network, is what the library writes."""
+    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert "local_files_only" in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+    save_for_hub(subnet, tmp_path / "next", tokenizer=loaded)
+    written = json.loads((tmp_path / "next" / "tokenizer_config.json").read_text())
+    assert not {"is_local", "local_files_only"} & written.keys()
+    assert loaded.init_kwargs["local_files_only"]
 
 
 @pytest.mark.parametrize(("limit", "saved"), [(None, 24), (512, 24), (12, 12)])

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from conftest import WORDS, randomize, tiny_bert_config
 from texts import random_documents
 from transformers import BertModel
@@ -29,6 +28,7 @@ from supershaper_hf.files import read_json, write_json
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerator"),
     pytest.mark.usefixtures("no_measured_peak"),
     pytest.mark.filterwarnings("ignore:Shapes left out"),
 ]
@@ -78,14 +78,6 @@ def options(tmp_path, tokenizer):
     small += ["--max_length=12", "--batch_size=4", "--calibration_tokens=300"]
     folders = {"data": "data", "bert": "bert", "supernet": "supernet", "output_dir": "runs", "results": "results"}
     return [f"--{name}={tmp_path / folder}" for name, folder in folders.items()] + small
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """The script chooses its precision, which a process can do once."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

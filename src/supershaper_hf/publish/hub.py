@@ -129,12 +129,13 @@ def export(folder: Path, formats: Sequence[str]) -> Sequence[Any]:
 def tokenizer_to_publish(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Return a copy of `tokenizer` without what should not be published.
 
-    That is the truncation and padding that its last call has left in it, and `auto_map`, which a tokenizer brings along
-    from where it was loaded. It can name code in somebody else's repository. A class that is registered for
-    AutoTokenizer writes it anew when it is saved, with its code.
+    That is the truncation and padding that its last call has left in it, and what it brings along from where it was
+    loaded: whether that was a folder, and `auto_map`, which can name code in somebody else's repository. A class that
+    is registered for AutoTokenizer writes it anew when it is saved, with its code.
     """
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.init_kwargs.pop("auto_map", None)
+    for name in ("auto_map", "is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
