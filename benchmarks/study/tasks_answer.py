@@ -190,15 +190,19 @@ def targets_table(rows: Sequence[Row]) -> str:
                 continue
             difference = statistics.fmean(searched) - statistics.fmean(other)
             least = ABOVE_FIRST_LAYERS.get(share, 0.0) if kind == FIRST_LAYERS else 0.0
-            spread = max(mean_and_spread(values)[1] or 0.0 for values in (searched, other))
-            what = f"searched {share:.0%}: points above {kind} (spread of the seeds: {spread:.1f})"
-            met = difference >= max(least, spread)
+            spreads = [mean_and_spread(values)[1] for values in (searched, other)]
+            spread = None if None in spreads else max(each for each in spreads if each is not None)
+            known = "one seed" if spread is None else f"spread of the seeds: {spread:.1f}"
+            what = f"searched {share:.0%}: points above {kind} ({known})"
+            met = None if spread is None else difference >= max(least, spread)
             table.append(verdict(what, f"{difference:+.1f}", f"at least {least:.1f}, and the spread", met))
     return markdown_table(table) if table else ""
 
 
-def verdict(what: str, measured: str, target: str, met: bool) -> dict[str, str]:
-    return {"target": what, "measured": measured, "to reach": target, "met": "yes" if met else "no"}
+def verdict(what: str, measured: str, target: str, met: bool | None) -> dict[str, str]:
+    """Return a row of the table of targets. Without a spread of seeds it is open whether one is met."""
+    words = {True: "yes", False: "no", None: "open"}
+    return {"target": what, "measured": measured, "to reach": target, "met": words[met]}
 
 
 def untaught_text(rows: Sequence[Row]) -> str:

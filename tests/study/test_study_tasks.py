@@ -302,6 +302,13 @@ def test_first_layers_must_be_well_below(modules, tmp_path):
     assert verdicts(text)["searched 60%: points above first_layers"] == ("+1.4", "no")
 
 
+def test_with_one_seed_no_difference_is_outside_the_spread(modules, tmp_path):
+    rows = [row for row in made_up_rows(modules, SCORES) if row["seed"] == 0]
+    write_rows(modules, tmp_path / "results", rows)
+    text = modules["tasks"].answer(tmp_path / "results", tmp_path)
+    assert "| searched 60%: points above rectangle (one seed) | +0.2 | at least 0.0, and the spread | open |" in text
+
+
 def test_without_all_tasks_there_is_no_mean(modules, tmp_path):
     assert modules["tasks"].answer(tmp_path, tmp_path) == ""
     rows = [row for row in made_up_rows(modules, SCORES) if (row["model"], row["task"]) != ("searched 60%", "mrpc")]
