@@ -28,6 +28,7 @@ from supershaper_hf.training.teacher import OutsideTeacher
 
 from ..sentence_similarity import load_pairs, similarity_score
 from .head import MAX_LENGTH, supernet_with_head
+from .head import STEPS as HEAD_STEPS
 from .material import take
 from .study import Results, command_and_machine, held_out_text, make_parser, read_rows, task_file, training_text
 
@@ -143,7 +144,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--trained", required=True, help="folder of the trained supernet")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps that train head and encoder together")
-    parser.add_argument("--head_steps", type=int, default=1000, help="training steps of the head alone")
+    parser.add_argument("--head_steps", type=int, default=HEAD_STEPS, help="training steps of the head alone")
     args = parser.parse_args()
     start = supernet_with_head(args)
     trained = AutoModel.from_pretrained(args.trained)

@@ -129,7 +129,8 @@ def evaluate_shapes(
         TypeError: If a shape is not a sequence of integers, or `original` is no model.
         ValueError: If no token is labelled, a shape is not allowed, the model has not the head of the measure, the
             sizes of `original` differ, the processes have different shapes, text or weights, or `records_file` was
-            begun with another measure, model, original, score or precision, or other data, or has no valid header.
+            begun with another measure, model, original, score, layers or precision, or other data, or has no valid
+            header.
         RuntimeError: If another run is using `records_file`.
         OSError: If `records_file` cannot be read or written. The records in it are kept.
 

@@ -84,8 +84,8 @@ def open_records(file: str | Path, header: Header) -> list[Record]:
             whatever else a reader may want to know.
 
     Raises:
-        ValueError: If the file was begun with another measure, model, original, score or precision, or with other data,
-            or has no valid header.
+        ValueError: If the file was begun with another measure, model, original, score, layers or precision, or with
+            other data, or has no valid header.
         OSError: If it cannot be read or written.
     """
     file = Path(file)
