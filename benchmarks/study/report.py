@@ -22,6 +22,7 @@ from supershaper_hf import markdown_table
 from supershaper_hf.files import write_file
 from supershaper_hf.publish.__main__ import main as write_card
 
+from . import data
 from .compared import INT8, ORIGINAL
 from .latency_answer import MODELS
 from .latency_answer import QUESTION as LATENCY
@@ -54,8 +55,8 @@ INTRODUCTION = """\
 Nine questions about the method and the released supernet, on real text and real tasks. Each is answered by a script of
 benchmarks/study, which writes what it measures into a JSON file. `python -m benchmarks.study.report` writes this
 section, its pictures and the table of the README out of these files. DATA is a folder with the folders `corpus` and
-`tasks`, MINILM that of all-MiniLM-L6-v2, which is called the original. Its six layers, the encoder, have 10,646,784
-parameters; the share of a subnet is relative to them."""
+`tasks`, whose files are listed after the questions; MINILM is that of all-MiniLM-L6-v2, which is called the original.
+Its six layers, the encoder, have 10,646,784 parameters; the share of a subnet is relative to them."""
 NOT_MEASURED = "This question has not been measured yet."
 NO_TABLE = "Nothing has been measured of the released supernet yet."
 
@@ -76,6 +77,8 @@ def study_section(results: Path, pictures: Path) -> str:
         asked = (module.__doc__ or "").splitlines()[0].removeprefix(f"Question {number}: ")
         found = module.answer(results, pictures)
         parts += [f"### {number}. {title}", asked[0].upper() + asked[1:], found or NOT_MEASURED]
+    if files := data.answer(results):
+        parts += ["### The data", files]
     return wrapped("\n\n".join(parts))
 
 
