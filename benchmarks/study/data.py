@@ -82,8 +82,8 @@ def answer(results: Path) -> str:
     if not rows:
         return ""
     return (
-        "`python -m benchmarks.study.data --data DATA --bert MINILM` compares the files of DATA with these. A line of a "
-        "corpus is a paragraph; tasks have the columns of GLUE, in CSV. None of them is a part of this project.\n\n"
+        "`python -m benchmarks.study.data --data DATA --bert MINILM` compares the files of DATA with these. A line of "
+        "a corpus is a paragraph; tasks have the columns of GLUE, in CSV. None of them is a part of this project.\n\n"
         f"{markdown_table(rows)}"
     )
 

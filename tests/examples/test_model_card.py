@@ -44,10 +44,10 @@ def test_command_writes_the_card_of_a_supernet(tokenizer, tmp_path, capsys):
     model = randomize(SuperShaperForMaskedLM(tiny_config(vocab_size=len(tokenizer))))
     save_for_hub(model, tmp_path / "net", tokenizer=tokenizer, license="mit", training="One epoch.", limits="None.")
     search = write_search(tmp_path / "search", model)
-    main([str(tmp_path / "net"), "--search", str(search), "--repo_id", "user/net", "--note", "Not yet.\n\n# Really"])
+    main([str(tmp_path / "net"), "--search", str(search), "--repo_id", "user/net"])
     printed = capsys.readouterr().out
     assert "license: mit\n" in printed
-    assert "# net\n\n> Not yet.\n>\n> # Really\n\nA SuperShaper **supernet**" in printed
+    assert "# net\n\nA SuperShaper **supernet**" in printed
     assert section(printed, "Training") == "One epoch."
     assert section(printed, "Limits") == "None."
     assert "| parameters | measured perplexity | predicted perplexity | shape |" in section(printed, "Evaluation")

@@ -24,7 +24,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--search", help="folder of the search of a supernet (default: the folder search in FOLDER)")
     parser.add_argument("--results", nargs="*", default=[], help="results.json of fine-tunings of this very model")
     parser.add_argument("--repo_id", help="name of the model in the card (default: FOLDER)")
-    parser.add_argument("--note", help="what the card says first")
     parser.add_argument("--evaluation", type=Path, help="file of Markdown that the section on evaluation begins with")
     parser.add_argument("--output", type=Path, help="file to write (default: print the card)")
     args = parser.parse_args(arguments)
@@ -62,7 +61,6 @@ def make_card(args: argparse.Namespace) -> str:
         with_tokenizer=source.tokenizer is not None,
         shape=shape,
         weight_bytes=sum(file.stat().st_size for file in args.folder.glob("*.safetensors")),
-        note=args.note,
         training=source.training,
         limits=source.limits,
         evaluation=found.text or None,

@@ -48,7 +48,6 @@ def model_card(
     exports: Sequence[Any] = (),
     license: str | None = None,
     language: str | None = None,
-    note: str | None = None,
     base_model: str | None = None,
     datasets: Sequence[str] | None = None,
     tags: Sequence[str] | None = None,
@@ -71,7 +70,6 @@ def model_card(
         exports: The exported files in the repository: see `supershaper_hf.publish.export.add_exports`.
         license: Licence identifier of the Hub, such as `"apache-2.0"`. By default the card claims none.
         language: Language code, such as `"en"`.
-        note: What the card says first, before the description: a paragraph of Markdown.
         base_model: Hub id of the model from which the weights started.
         datasets: Hub ids of the training data.
         tags: Further tags.
@@ -114,7 +112,6 @@ def model_card(
         quoted_repo_id=quoted(repo_id),
         auto_class=architecture.replace("SuperShaperModel", "AutoModel").replace("SuperShaperFor", "AutoModelFor"),
         config=config,
-        note=None if note is None else block_quote(note),
         supernet=None if supernet is None else inline_code(supernet),
         facts=facts(model, supernet, base_model, weight_bytes),
         bars=None if elastic else bars(shape or config.hidden_sizes, config.hidden_size),
