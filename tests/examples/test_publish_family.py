@@ -11,16 +11,24 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import torch
 from conftest import SPECIAL_TOKENS, WORDS, randomize, tiny_config
 from datasets import load_dataset
 from forking import fork
 from hub_server import SPACE_CARD, HubServer
 from huggingface_hub import HfApi, ModelCard, SpaceCard
 from publishing import IGNORE_UPLOADS, contents, files, point_client_at, titles
-from search_folders import write_search
+from safetensors.torch import load_file
+from search_folders import distance_record, write_search
 from transformers import AutoModelForMaskedLM, BertTokenizer
 
-from supershaper_hf import SearchSpace, SuperShaperForMaskedLM, extract_from_folder, save_for_hub
+from supershaper_hf import (
+    SearchSpace,
+    SuperShaperForMaskedLM,
+    extract_from_folder,
+    read_sentence_encoder,
+    save_for_hub,
+)
 from supershaper_hf.report.explorer import explorer_page
 from supershaper_hf.report.findings import Findings
 from supershaper_hf.search.records import read_records
@@ -81,6 +89,33 @@ def test_limits_of_the_supernet_hold_for_every_model_of_the_family(family):
     assert len(models) == 3
     for model in models:
         assert "## Limits\n\nMade-up words only.\n" in (model / "README.md").read_text(encoding="utf-8")
+
+
+def test_supernet_of_a_sentence_encoder_keeps_its_masked_lm_head_and_subnets_have_none(script, written, tmp_path):
+    net = tmp_path / "net"
+    model = SuperShaperForMaskedLM.from_pretrained(written.folder / "net")
+    tokenizer = BertTokenizer.from_pretrained(written.folder / "net")
+    save_for_hub(model, net, tokenizer=tokenizer, pooling="mean")
+    write_search(net / "search", model, distance_record)
+    options = [
+        "--model",
+        net,
+        "--max_cost",
+        model.config.hidden_size * 10**6,
+        "--name",
+        "user/net",
+        "--exports",
+        "none",
+    ]
+    output = tmp_path / "family"
+    assert script.main([*map(str, options), "--output_dir", str(output), "--dry_run"]) == 0
+    published = SuperShaperForMaskedLM.from_pretrained(output / "net")
+    weights = model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in published.state_dict().items())
+    (subnet,) = (path.parent for path in output.glob("net-*/model.safetensors"))
+    assert any(name.startswith("cls.") for name in load_file(output / "net" / "model.safetensors"))
+    assert not any(name.startswith("cls.") for name in load_file(subnet / "model.safetensors"))
+    assert read_sentence_encoder(str(subnet))["pooling"] == read_sentence_encoder(str(output / "net"))["pooling"]
 
 
 @pytest.fixture

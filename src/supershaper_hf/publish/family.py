@@ -198,7 +198,7 @@ def _write_member(folder: Path, member: Member, family: Family, options: dict[st
         own = source.metadata | {"limits": source.limits}
         card = own | {key: options[key] for key in ("license", "limits") if key in options}
         save_for_hub(
-            source.model,
+            source.load_whole(),
             folder,
             tokenizer=source.tokenizer,
             repo_id=member.repo_id,

@@ -79,12 +79,7 @@ class Source:
             >>> Source.load("user/supernet").training  # doctest: +SKIP
             'Distillation from a frozen model, 3 random shape(s) per step. ...'
         """
-        config: Any = SuperShaperConfig.from_pretrained(path)
-        name = (config.architectures or ["SuperShaperModel"])[0]
-        if name not in modeling_supershaper.__all__:
-            allowed = ", ".join(modeling_supershaper.__all__)
-            raise ValueError(f"{path} holds a {name}. Allowed: {allowed}. make_supernet.py makes one of a BERT.")
-        encoder = read_sentence_encoder(path)
+        name, encoder = read_architecture(path), read_sentence_encoder(path)
         if encoder.get("pooling"):  # one needs its states; a masked-LM head was there for its training
             name = "SuperShaperModel"
         model = getattr(modeling_supershaper, name).from_pretrained(path)
@@ -108,9 +103,28 @@ class Source:
     def is_folder(self) -> bool:
         return Path(self.path).is_dir()
 
+    def load_whole(self) -> SuperShaperPreTrainedModel:
+        """Load the model again, with every head that it was saved with: those who train a supernet on need them."""
+        return getattr(modeling_supershaper, read_architecture(self.path)).from_pretrained(self.path)
+
     @property
     def is_supernet(self) -> bool:
         return not self.model.config.merged_bottlenecks
+
+
+def read_architecture(path: str) -> str:
+    """Return the class of a model in a folder or on the Hub. Only its configuration is read.
+
+    Raises:
+        ValueError: If it is not a class of this package.
+        OSError: If there is no such model.
+    """
+    config: Any = SuperShaperConfig.from_pretrained(path)
+    name = (config.architectures or ["SuperShaperModel"])[0]
+    if name not in modeling_supershaper.__all__:
+        allowed = ", ".join(modeling_supershaper.__all__)
+        raise ValueError(f"{path} holds a {name}. Allowed: {allowed}. make_supernet.py makes one of a BERT.")
+    return name
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
