@@ -18,14 +18,13 @@ from .runs import (
     OURS_SHARED,
     Found,
     Recipe,
-    cell,
     figure_columns,
     how_measured,
     over_seeds,
     read_runs,
     run_script,
 )
-from .study import save_picture
+from .study import STS, cell, save_picture
 
 
 RECIPES = {
@@ -35,8 +34,8 @@ RECIPES = {
     "shared, prefix": Recipe("ours_shared_prefix", "shared_prefix", OURS),
 }
 SEEDS = {"by width, per head": (0, 1, 2), "shared, per head": (0, 1, 2)}  # the deciding pair; one seed for the others
-BETTER = {"distance": -1, "cosine": 1, "loss": -1, "sts": 1}  # the sign of what is better
-NAMES = {"distance": "distance", "cosine": "cosine", "loss": "masked-LM loss", "sts": "STS"}
+BETTER = {"distance": -1, "cosine": 1, "loss": -1, STS: 1}  # the sign of what is better
+NAMES = {"distance": "distance", "cosine": "cosine", "loss": "masked-LM loss", STS: "STS"}
 PICTURE = "bottlenecks.png"
 
 
@@ -62,7 +61,9 @@ def verdict(found: Found) -> str:
         differences = [a - b for a, b in zip(*pairs)]
         if differences:
             wins = sum(sign * difference > 0 for difference in differences)
-            words.append(f"{NAMES[figure]} {cell(differences)} (better with {wins} of {len(differences)} seeds)")
+            words.append(
+                f"{NAMES[figure]} {cell(differences, figure)} (better with {wins} of {len(differences)} seeds)"
+            )
     return f"By width less shared, per head, the same seed, random shapes: {'; '.join(words)}."
 
 

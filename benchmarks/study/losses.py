@@ -29,14 +29,13 @@ from .runs import (
     STATES,
     Found,
     Recipe,
-    cell,
     figure_columns,
     how_measured,
     over_seeds,
     read_runs,
     run_script,
 )
-from .study import save_picture
+from .study import cell, save_picture
 
 
 START = "by_width_per_head"

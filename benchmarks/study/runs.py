@@ -43,7 +43,7 @@ from supershaper_hf.training.teacher import OutsideTeacher
 
 from .head import bert_with_head
 from .material import Material, add_options, load_material, mean_length, measure, measured_shapes
-from .study import FORMAT, Results, Row, encoder_parameters, make_parser, mean_and_spread
+from .study import FORMAT, STS, Results, Row, cell, encoder_parameters, make_parser
 
 
 QUESTION = "runs"
@@ -334,23 +334,10 @@ def over_seeds(rows: Sequence[Row], group: str, figure: str, index: int | None =
     return [row[group][figure][index] for row in rows if len(row[group][figure]) > index]
 
 
-def cell(values: Sequence[float], digits: int = 3) -> str:
-    """Return the mean over seeds, with the standard deviation if there are several; "-" without a value.
-
-    Example:
-        >>> cell([0.5, 0.7]), cell([0.5]), cell([])
-        ('0.600 ± 0.141', '0.500', '-')
-    """
-    if not values:
-        return "-"
-    mean, spread = mean_and_spread(values)
-    return f"{mean:.{digits}f}" if spread is None else f"{mean:.{digits}f} ± {spread:.{digits}f}"
-
-
 def figure_columns(rows: Sequence[Row], group: str = "random", index: int | None = None) -> dict[str, str]:
     """Return the cells of a table with the four figures of the shapes of a group."""
-    titles = {"distance": "distance", "cosine": "cosine", "loss": "masked-LM loss", "sts": "STS"}
-    return {title: cell(over_seeds(rows, group, figure, index)) for figure, title in titles.items()}
+    titles = {"distance": "distance", "cosine": "cosine", "loss": "masked-LM loss", STS: "STS"}
+    return {title: cell(over_seeds(rows, group, figure, index), figure) for figure, title in titles.items()}
 
 
 def how_measured(found: Found, script: str, recipes: Iterable[Recipe]) -> str:
@@ -364,7 +351,8 @@ def how_measured(found: Found, script: str, recipes: Iterable[Recipe]) -> str:
         f"of {get['batch_size']} sequences of at most {get['max_length']} tokens, up to {tokens:,} tokens in all, in "
         f"precision {get['mixed_precision']}. Starts are calibrated on {get['calibration_tokens']:,} tokens. Held out "
         f"are {get['clean_tokens']:,} tokens for distance and cosine, {get['masked_tokens']:,} tokens for the loss, 15 "
-        f"% of them masked, and {get['num_pairs']} pairs of sentences for STS. Figures of random shapes are means of "
+        f"% of them masked, and {get['num_pairs']} pairs of sentences for STS: a correlation times 100, whose standard "
+        f"error is about {100 * (1 - 0.7**2) / get['num_pairs'] ** 0.5:.0f}. Figures of random shapes are means of "
         f"{get['num_random']}, those of STS of {get['num_sts']} of them. Seeds: {', '.join(map(str, seeds))}. Machine: "
         f"{found.machine['device']}."
     )

@@ -15,7 +15,7 @@ from supershaper_hf.report.plots import new_figure
 from supershaper_hf.search.quality import Quality
 
 from .shapes import HAND_CRAFTED, SEARCHED
-from .study import FORMAT, Row, mean_and_spread, read_rows, save_picture
+from .study import FORMAT, STS, Row, cell, mean_and_spread, number, read_rows, save_picture
 
 
 QUESTION = "shape_search"
@@ -23,7 +23,7 @@ SHARES = (0.60, 0.45, 0.30)
 EVOLUTIONARY, HEURISTIC = "evolutionary", "heuristic"
 NAMES = (SEARCHED, EVOLUTIONARY, HEURISTIC, *HAND_CRAFTED)
 TASK_SHAPES: dict[str, Any] = {"seed": 0, "distribution": "budget"}  # how question 6 draws its shapes
-STS, MEAN = "sts", "mean of the tasks"
+MEAN = "mean of the tasks"
 DISTANCE, ALL_LAYERS = "distance", "all_layers"  # in the last layer; in all layers, which subnets do not have
 FIGURES = {ALL_LAYERS: "distance in all layers", DISTANCE: "distance", "cosine": "cosine", STS: "STS"}
 COMPARED = (ALL_LAYERS, DISTANCE, STS)
@@ -74,19 +74,6 @@ def best_rates(rows: Sequence[Row]) -> dict[Key, list[Row]]:
     }
 
 
-def cell(values: Sequence[float]) -> str:
-    """Return the mean over seeds, with the standard deviation if there are several; "-" without a value.
-
-    Example:
-        >>> cell([0.5, 0.7]), cell([0.5]), cell([])
-        ('0.600 ± 0.141', '0.500', '-')
-    """
-    if not values:
-        return "-"
-    mean, spread = mean_and_spread(values)
-    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
-
-
 def percent(share: float) -> str:
     return f"{share:.0%}".replace("%", " %")
 
@@ -103,7 +90,7 @@ def shapes_table(found: Found, share: float) -> str:
             for trained, words in ((False, ""), (True, ", trained")):
                 for figure, title in FIGURES.items():
                     if not (trained and figure == ALL_LAYERS):
-                        cells[title + words] = cell(found.values(share, name, figure, trained))
+                        cells[title + words] = cell(found.values(share, name, figure, trained), figure)
             rows.append(cells)
     return markdown_table(rows)
 
@@ -133,10 +120,10 @@ def comparison_table(compared: Sequence[dict[str, Any]]) -> str:
             {
                 "share of the encoder": percent(each["share"]),
                 "measured": FIGURES[each["figure"]] + (", trained" if each["trained"] else ""),
-                "front": cell(each["front"]),
-                "best hand-crafted": f"{cell(each['hand'])} ({each['best']})",
-                "the front is better by": f"{each['gain']:+.3f}",
-                "spread of seeds": "not measured" if each["spread"] is None else f"{each['spread']:.3f}",
+                "front": cell(each["front"], each["figure"]),
+                "best hand-crafted": f"{cell(each['hand'], each['figure'])} ({each['best']})",
+                "the front is better by": number(each["gain"], each["figure"], "+"),
+                "spread of seeds": "not measured" if each["spread"] is None else number(each["spread"], each["figure"]),
                 "outside": "-" if each["spread"] is None else "yes" if abs(each["gain"]) > each["spread"] else "no",
             }
             for each in compared
@@ -310,8 +297,8 @@ def how_measured(found: Found) -> str:
         f"`python -m benchmarks.study.{QUESTION} --data DATA --bert MINILM`. Distance and cosine are those of the last",
         "states to those of the original. The distance in all layers, which is what the search minimises, is the mean",
         f"over the layers. Both are on {get['max_eval_samples']} held-out sequences that the search did not use. STS",
-        f"is that of {get['num_pairs']} pairs of sentences"
-        + ("." if found.original is None else f"; the original has {found.original[STS]:.3f}."),
+        f"is that of {get['num_pairs']} pairs of sentences, times 100"
+        + ("." if found.original is None else f"; the original has {number(found.original[STS], STS)}."),
         "Each shape has at most the parameters of the budget, and a hand-crafted one is widened until no more fits.",
     ]
     if seeds:

@@ -24,14 +24,13 @@ from .runs import (
     PAPER_BY_WIDTH,
     Found,
     Recipe,
-    cell,
     figure_columns,
     how_measured,
     over_seeds,
     read_runs,
     run_script,
 )
-from .study import save_picture
+from .study import FLOPS, STS, cell, number, save_picture
 
 
 RECIPES = {
@@ -103,8 +102,8 @@ def cost_table(found: Found) -> str:
     for name, recipe in RECIPES.items():
         ends = found.of(recipe)
         if ends:
-            row = {"recipe: start": name, "operations in all, 1e12": cell([end["flops"] / 1e12 for end in ends], 1)}
-            row["of which for the start"] = cell([end["flops_of"]["start"] / 1e12 for end in ends], 1)
+            row = {"recipe: start": name, "operations in all, 1e12": cell([end["flops"] for end in ends], FLOPS)}
+            row["of which for the start"] = cell([end["flops_of"]["start"] for end in ends], FLOPS)
             for figure in shares:
                 share = shares[figure][name]
                 column = f"share of the paper's operations to its best {figure}"
@@ -154,8 +153,8 @@ def rectangles_table(found: Found) -> str:
         if ends:
             row = {"recipe: start": name}
             for index, width in enumerate(sorted(found.settings["width_choices"], reverse=True)):
-                figures = [over_seeds(ends, "rectangles", figure, index) for figure in ("distance", "loss", "sts")]
-                row[str(width)] = " / ".join(f"{sum(each) / len(each):.3f}" for each in figures)
+                figures = {name: over_seeds(ends, "rectangles", name, index) for name in ("distance", "loss", STS)}
+                row[str(width)] = " / ".join(number(sum(each) / len(each), name) for name, each in figures.items())
             rows.append(row)
     return markdown_table(rows)
 

@@ -33,6 +33,8 @@ CORPORA = (
     "wiki",
 )  # what the released model was trained on
 SUPERNET = "checkpoints/supershaper-minilm-l6"
+STS, FLOPS = "sts", "flops"  # names of figures in rows: a correlation with human judgement, and operations
+SHOWN = {STS: (100, 1), FLOPS: (1e-12, 1)}  # figure -> its factor and its digits in tables; others have 1 and 3
 
 Row = dict[str, Any]
 
@@ -148,6 +150,28 @@ def encoder_parameters(config: Any) -> int:
     hidden, inner = config.hidden_size, config.intermediate_size
     layer = 4 * hidden * (hidden + 1) + 2 * hidden * inner + inner + hidden + 4 * hidden
     return int(config.num_hidden_layers * layer)
+
+
+def cell(values: Sequence[float], figure: str = "") -> str:
+    """Return the cell of a table: the mean over seeds, with the standard deviation if there are several.
+
+    Args:
+        values: One for each seed; without any the cell is "-".
+        figure: What they are, for the unit: see `SHOWN`.
+
+    Example:
+        >>> cell([0.5, 0.7]), cell([0.5]), cell([]), cell([0.7], STS)
+        ('0.600 ± 0.141', '0.500', '-', '70.0')
+    """
+    if not values:
+        return "-"
+    return " ± ".join(number(value, figure) for value in mean_and_spread(values) if value is not None)
+
+
+def number(value: float, figure: str = "", sign: str = "") -> str:
+    """Return a figure as it is shown: see `cell`. With `sign="+"` it has one, as differences do."""
+    factor, digits = SHOWN.get(figure, (1, 3))
+    return f"{factor * value:{sign}.{digits}f}"
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:

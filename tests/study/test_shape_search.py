@@ -262,9 +262,9 @@ def test_targets_that_are_met(answers, tmp_path):
     ]
     write_rows(tmp_path / "results", "shape_search", [*made_up_rows(answers, heuristic=0.305), *held_out])
     text = answers.answer(tmp_path / "results", tmp_path / "study")
-    assert "| searched | [60, 1] | 900 | 0.300 | 0.300 | 0.300 | 0.700 | 0.500 | 0.150 ± 0.010 |" in text
+    assert "| searched | [60, 1] | 900 | 0.300 | 0.300 | 0.300 | 0.700 | 50.0 | 0.150 ± 0.010 |" in text
     assert "| 45 % | distance, trained | 0.150 ± 0.010 | 0.190 ± 0.010 (rectangle) | +0.040 | 0.012 | yes |" in text
-    assert "| 45 % | STS | 0.500 | 0.420 (rectangle) | +0.080 | 0.012 | yes |" in text
+    assert "| 45 % | STS | 50.0 | 42.0 (rectangle) | +8.0 | 1.2 | yes |" in text
     assert "| 45 % | distance in all layers | 0.300 | 0.380 (rectangle) | +0.080 | 0.000 | yes |" in text
     assert text.count("at 3 of 3 budgets, at 3 of them outside the spread of seeds: target met") == 5
     assert "by distance after training at 3 of 3 budgets" in text

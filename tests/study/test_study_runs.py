@@ -239,10 +239,10 @@ def test_operations_to_equal_quality(study, write_rows):
     assert f"the best point of the paper's run is 5.000. {ours} never reaches it: the target, 20%, is missed." in text
     assert "ours and labels" not in text
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert ["ours: calibrated, by width", "400", "0.800", "0.800", "8.000", "0.800"] in lines
+    assert ["ours: calibrated, by width", "400", "0.800", "0.800", "8.000", "80.0"] in lines
     assert ["ours: calibrated, by width", "5.0", "0.1", "25.0%", "not reached"] in lines
     assert ["paper: identity", "8.0", "0.1", "100.0%", "100.0%"] in lines
-    assert ["paper: identity", "0.100 / 3.000 / 0.100", "0.900 / 9.000 / 0.900"] in lines
+    assert ["paper: identity", "0.100 / 3.000 / 10.0", "0.900 / 9.000 / 90.0"] in lines
     assert "40 steps of 1234 sequences" in text
     assert "Seeds: 0. Machine: an abacus." in text
     given[-4] = start_row(study, "by_width_per_head", flops=4e12, random=(1.1, 4.9))
@@ -291,7 +291,7 @@ def test_an_inherited_shape_is_compared_with_the_better_training_alone(study, wr
     given += [row(study.sharing.alone(0, 3e-4), chosen=(0.3,)), row(study.sharing.alone(0, 5e-4), chosen=(0.4,))]
     given += [row(study.sharing.alone(1, 3e-4), chosen=(0.3,)), row(study.sharing.alone(1, 5e-4), chosen=(0.2,))]
     text = study.sharing.answer(*write_rows(given))
-    assert "| 8 | 30% | inherited | 0.330 | 0.330 | 0.330 | 0.330 | +10.0% |" in text
+    assert "| 8 | 30% | inherited | 0.330 | 0.330 | 0.330 | 33.0 | +10.0% |" in text
     assert "| 8 | 30% | alone, 0.0003 | 0.300 |" in text
     assert "| 8,24 | 30% | alone, 0.0005 | 0.200 |" in text
     assert "it is met by 1 of 2 shapes; the largest difference is +10.0%" in text
