@@ -3,7 +3,7 @@
     python -m benchmarks.study.shape_search --data DATA --bert MINILM
 
 1. At three budgets, shapes of equal size: the best of the front, the one that the evolutionary search of the paper
-   finds with the same predictor, the heuristic (the profile of the front, scaled), and the hand-crafted shapes. Each is
+   finds with the same predictor, the heuristic (the profile of the front), and the hand-crafted shapes. Each is
    measured as it is cut out of the supernet, on held-out text that the search did not use, and after it was trained
    alone for a few tokens, as many for each.
 2. The predictor, on random shapes that it was not fitted on, measured on the text of the search.
@@ -53,7 +53,7 @@ from supershaper_hf.training.teacher import OutsideTeacher
 
 from ..sentence_similarity import load_pairs, similarity_score
 from .shape_search_answer import ALL_LAYERS, EVOLUTIONARY, HEURISTIC, QUESTION, SHARES, TASK_SHAPES, answer
-from .shapes import HAND_CRAFTED, RECTANGLE, SEARCHED, budget, hand_crafted
+from .shapes import HAND_CRAFTED, RECTANGLE, SEARCHED, budget, hand_crafted, with_profile
 from .study import Results, held_out_text, make_parser, task_file, training_text
 
 
@@ -202,7 +202,7 @@ def ways_to_a_shape(study: Study, max_parameters: int) -> dict[str, Callable[[],
     return {
         SEARCHED: partial(pareto_front(space, predictor).best, max_parameters),
         EVOLUTIONARY: evolve,
-        HEURISTIC: partial(derive_profile(space, predictor).shape, space, max_parameters),
+        HEURISTIC: partial(with_profile, space, derive_profile(space, predictor).widths, max_parameters),
         **{name: partial(hand_crafted, space, name, max_parameters) for name in HAND_CRAFTED},
     }
 

@@ -299,7 +299,8 @@ def how_measured(found: Found) -> str:
         f"over the layers. Both are on {get['max_eval_samples']} held-out sequences that the search did not use. STS",
         f"is that of {get['num_pairs']} pairs of sentences, times 100"
         + ("." if found.original is None else f"; the original has {number(found.original[STS], STS)}."),
-        "Each shape has at most the parameters of the budget, and a hand-crafted one is widened until no more fits.",
+        "Each shape has at most the parameters of the budget. The heuristic has the mean relative widths of the front; "
+        "it and the hand-crafted ones are widened, layer by layer, until no more fits.",
     ]
     if seeds:
         words.append(

@@ -1,5 +1,6 @@
 """The shapes that are compared at equal size: the searched one and the hand-crafted ones."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,22 @@ def budget(original: Any, share: float, bare_parameters: int) -> int:
 
 
 def hand_crafted(space: SearchSpace, name: str, max_parameters: int) -> list[int]:
-    """Return the hand-crafted shape of this name, one of `HAND_CRAFTED`, that uses up a budget.
-
-    `named_shape` scales all layers of a profile at once. The rectangle of the released supernet for 45 % of the encoder
-    then has 32 % of it, and the comparison would not be at equal size. Here single layers are widened until nothing
-    more fits, each time the one that leaves the relative widths nearest to the profile. Of equally near ones it is the
-    last layer, because good shapes are wide there.
-    """
+    """Return the hand-crafted shape of this name, one of `HAND_CRAFTED`, that uses up a budget."""
     if name == FIRST_LAYERS:
         return first_layers(space, max_parameters)
-    shape = space.named_shape(name, max_parameters)
-    profile = np.interp(np.linspace(0, 1, len(shape)), np.linspace(0, 1, len(PROFILES[name])), PROFILES[name])
+    return with_profile(space, PROFILES[name], max_parameters)
+
+
+def with_profile(space: SearchSpace, relative_widths: Sequence[float] | np.ndarray, max_parameters: int) -> list[int]:
+    """Return the shape with a profile that uses up a budget.
+
+    `profile_shape` scales all layers at once. The rectangle of the released supernet for 45 % of the encoder then has
+    32 % of it, and the comparison would not be at equal size. Here single layers are widened until nothing more fits,
+    each time the one that leaves the relative widths nearest to the profile. Of equally near ones it is the last layer,
+    because good shapes are wide there.
+    """
+    shape = space.profile_shape(list(relative_widths), max_parameters)
+    profile = np.interp(np.linspace(0, 1, len(shape)), np.linspace(0, 1, len(relative_widths)), relative_widths)
 
     def distance_to_profile(candidate: list[int]) -> float:
         relative = np.array(candidate) / np.mean(candidate)
