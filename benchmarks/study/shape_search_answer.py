@@ -261,7 +261,7 @@ def verdict_on_distance(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw_shapes(file: Path, found: Found) -> None:
-    """Draw the distances of each shape, a panel for each budget: in all layers as inherited, in the last one trained."""
+    """Draw the distances of each shape, a panel for each budget: in all layers inherited, in the last one trained."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, share in zip(figure.subplots(1, len(SHARES), sharey=True), SHARES):
         for place, name in enumerate(reversed(NAMES)):
