@@ -53,7 +53,7 @@ from supershaper_hf.training.teacher import OutsideTeacher
 
 from ..sentence_similarity import load_pairs, similarity_score
 from .shape_search_answer import ALL_LAYERS, EVOLUTIONARY, HEURISTIC, QUESTION, SHARES, TASK_SHAPES, answer
-from .shapes import HAND_CRAFTED, RECTANGLE, SEARCHED, budget, hand_crafted, with_profile
+from .shapes import HAND_CRAFTED, RECTANGLE, SEARCHED, budget, hand_crafted
 from .study import Results, held_out_text, make_parser, task_file, training_text
 
 
@@ -202,7 +202,7 @@ def ways_to_a_shape(study: Study, max_parameters: int) -> dict[str, Callable[[],
     return {
         SEARCHED: partial(pareto_front(space, predictor).best, max_parameters),
         EVOLUTIONARY: evolve,
-        HEURISTIC: partial(with_profile, space, derive_profile(space, predictor).widths, max_parameters),
+        HEURISTIC: partial(derive_profile(space, predictor).shape, space, max_parameters),
         **{name: partial(hand_crafted, space, name, max_parameters) for name in HAND_CRAFTED},
     }
 

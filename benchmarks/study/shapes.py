@@ -1,9 +1,6 @@
 """The shapes that are compared at equal size: the searched one and the hand-crafted ones."""
 
-from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from supershaper_hf import SearchSpace
 from supershaper_hf.model.shapes import PROFILES
@@ -29,37 +26,14 @@ def budget(original: Any, share: float, bare_parameters: int) -> int:
 
 
 def hand_crafted(space: SearchSpace, name: str, max_parameters: int) -> list[int]:
-    """Return the hand-crafted shape of this name, one of `HAND_CRAFTED`, that uses up a budget."""
+    """Return the hand-crafted shape of this name, one of `HAND_CRAFTED`, that uses up a budget.
+
+    `named_shape` scales all layers at once. The rectangle of the released supernet for 45 % of the encoder then has 32
+    % of it, and the comparison would not be at equal size.
+    """
     if name == FIRST_LAYERS:
         return first_layers(space, max_parameters)
-    return with_profile(space, PROFILES[name], max_parameters)
-
-
-def with_profile(space: SearchSpace, relative_widths: Sequence[float] | np.ndarray, max_parameters: int) -> list[int]:
-    """Return the shape with a profile that uses up a budget.
-
-    `profile_shape` scales all layers at once. The rectangle of the released supernet for 45 % of the encoder then has
-    32 % of it, and the comparison would not be at equal size. Here single layers are widened until nothing more fits,
-    each time the one that leaves the relative widths nearest to the profile. Of equally near ones it is the last layer,
-    because good shapes are wide there.
-    """
-    shape = space.profile_shape(list(relative_widths), max_parameters)
-    profile = np.interp(np.linspace(0, 1, len(shape)), np.linspace(0, 1, len(relative_widths)), relative_widths)
-
-    def distance_to_profile(candidate: list[int]) -> float:
-        relative = np.array(candidate) / np.mean(candidate)
-        return round(float(np.square(relative - profile / profile.mean()).sum()), 9)
-
-    while wider := [each for each in one_wider(space, shape) if space.num_parameters(each) <= max_parameters]:
-        shape = min(wider, key=distance_to_profile)
-    return shape
-
-
-def one_wider(space: SearchSpace, shape: list[int]) -> list[list[int]]:
-    """Return every shape in which one layer has the next width choice; the last layer comes first."""
-    following = dict(zip(space.width_choices, space.width_choices[1:]))
-    layers = [layer for layer in reversed(range(len(shape))) if shape[layer] in following]
-    return [[*shape[:layer], following[shape[layer]], *shape[layer + 1 :]] for layer in layers]
+    return space.profile_shape(PROFILES[name], max_parameters)
 
 
 def first_layers(space: SearchSpace, max_parameters: int) -> list[int]:

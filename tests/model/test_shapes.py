@@ -407,16 +407,35 @@ def test_unknown_name_is_refused():
 # Profiles of one's own
 
 
-def test_profile_shape_of_a_named_profile_is_the_named_shape():
-    for name, profile in PROFILES.items():
-        for budget in (40_000_000, 63_000_000, 90_000_000):
-            assert PAPER.profile_shape(profile, budget) == PAPER.named_shape(name, budget)
+def one_wider(space, shape):
+    """Every shape in which one layer has the next width choice."""
+    following = dict(zip(space.width_choices, space.width_choices[1:]))
+    layers = [layer for layer, width in enumerate(shape) if width in following]
+    return [[*shape[:layer], following[shape[layer]], *shape[layer + 1 :]] for layer in layers]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profile_shape_is_the_named_shape_with_the_rest_of_the_budget_spent_on_single_layers(name):
+    for budget in (40_000_000, 63_000_000, 90_000_000):
+        shape, scaled = PAPER.profile_shape(PROFILES[name], budget), PAPER.named_shape(name, budget)
+        assert PAPER.num_parameters(shape) <= budget
+        assert all(PAPER.num_parameters(wider) > budget for wider in one_wider(PAPER, shape))
+        assert all(own >= least for own, least in zip(shape, scaled))
+
+
+def test_rest_of_the_budget_goes_to_the_layer_that_keeps_the_profile():
+    assert TINY.width_choices == [8, 20, 36, 48]
+    largest = TINY.num_parameters(TINY.largest)
+    assert TINY.profile_shape([1, 1, 1], largest) == [48, 48, 48]
+    assert TINY.profile_shape([1, 1, 1], largest - 1) == [36, 48, 48]  # of equally near ones the last layers
+    assert TINY.profile_shape([1, 1, 1], TINY.num_parameters([20, 20, 20])) == [20, 20, 20]
 
 
 def test_profile_shape_does_not_depend_on_the_unit():
+    expected = PAPER.profile_shape(PROFILES["supershaper"], 63_000_000)
     for scale in (1e-3, 768.0):
         profile = [scale * width for width in PROFILES["supershaper"]]
-        assert PAPER.profile_shape(profile, 63_000_000) == PAPER.named_shape("supershaper", 63_000_000)
+        assert PAPER.profile_shape(profile, 63_000_000) == expected
 
 
 @pytest.mark.parametrize("profile", [[], [1, 0, 1], [1, -1, 1], [1, float("nan"), 1], [1, float("inf"), 1]], ids=str)

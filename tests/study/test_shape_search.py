@@ -118,14 +118,9 @@ def test_the_study_is_measured_resumed_and_answered(script, answers, run, monkey
         (share, name) for share in answers.SHARES for name in answers.NAMES
     ]
     original = of_kind(rows, "original")[0]["parameters"]
-    space = SearchSpace.from_model(SuperShaperModel.from_pretrained(tmp_path / "supernet"))
-    one_wider = importlib.import_module("benchmarks.study.shapes").one_wider
     for row in shapes:
         assert row["parameters"] <= original - (1 - row["share"]) * 3 * layer_parameters()
         assert (row["predicted"] is None) == (0 in row["shape"])
-        if row["name"] in ("heuristic", "rectangle"):  # they use up the budget
-            most = original - (1 - row["share"]) * 3 * layer_parameters()
-            assert all(space.num_parameters(each) > most for each in one_wider(space, row["shape"]))
     compared = {tuple(row["shape"]) for row in shapes}
     inherited = {tuple(row["shape"]): row for row in of_kind(rows, "inherited")}
     assert len(inherited) == len(of_kind(rows, "inherited"))

@@ -354,11 +354,15 @@ class SearchSpace:
         raise ValueError(f"Unknown shape name {name!r}. Allowed: {', '.join(SHAPE_NAMES)}.")
 
     def profile_shape(self, profile: Sequence[float], max_parameters: int) -> list[int]:
-        """Return the largest shape with these relative widths whose subnet has at most `max_parameters`.
+        """Return the shape with about these relative widths that uses up a budget.
+
+        The widths are scaled together and rounded to the nearest width choices. What then is left of the budget goes to
+        single layers: as long as a wider one fits, the one that leaves the shape nearest to the profile. Of equally
+        near ones it is the last.
 
         Args:
             profile: Positive relative widths from the first layer to the last, in any unit. They are stretched over the
-                layers, scaled, and rounded to the nearest width choices.
+                layers.
             max_parameters: Largest number of parameters of the subnet.
 
         Raises:
@@ -367,11 +371,20 @@ class SearchSpace:
         Example:
             >>> space = SearchSpace.from_config(SuperShaperConfig(vocab_size=28996))
             >>> space.profile_shape([1, 1, 2], max_parameters=63_000_000)
-            [240, 240, 240, 240, 240, 240, 360, 360, 480, 480, 540, 600]
+            [240, 240, 360, 360, 360, 360, 360, 360, 480, 480, 540, 600]
         """
         if len(profile) == 0 or not np.all(np.isfinite(profile) & (np.asarray(profile) > 0)):
             raise ValueError(f"profile={list(profile)} must be positive numbers: relative widths, first layer first.")
-        return self._largest_within(max_parameters, self._scaled(profile), "scaled")
+        shape = np.array(self._largest_within(max_parameters, self._scaled(profile), "scaled"))
+        while len(wider := self._one_wider(shape, max_parameters)):
+            shape = min(wider, key=lambda each: _distance_to_profile(each, self._stretched(profile)))
+        return shape.tolist()
+
+    def _one_wider(self, shape: np.ndarray, max_parameters: int) -> np.ndarray:
+        """Return the shapes (n, layers) within a budget in which one layer is a step wider; the last layer first."""
+        steps = np.searchsorted(self.width_choices, shape) + np.eye(self.num_layers, dtype=int)[::-1]
+        shapes = np.array(self.width_choices)[steps[steps.max(axis=1) < len(self.width_choices)]]
+        return shapes[self.num_parameters(shapes) <= max_parameters] if len(shapes) else shapes
 
     def _largest_within(self, max_parameters: int, candidates: np.ndarray, name: str) -> list[int]:
         """Return the last of `candidates` (n, layers) with at most `max_parameters`. They are sorted by size."""
@@ -385,10 +398,13 @@ class SearchSpace:
             )
         return candidates[fits[-1]].tolist()
 
+    def _stretched(self, profile: Sequence[float]) -> np.ndarray:
+        """Return the relative widths of a profile with any number of them, one for each layer."""
+        return np.interp(np.linspace(0, 1, self.num_layers), np.linspace(0, 1, len(profile)), profile)
+
     def _scaled(self, profile: Sequence[float]) -> np.ndarray:
         """Return every shape that the profile becomes as its scale grows, from the smallest to the largest."""
-        stretched = np.interp(np.linspace(0, 1, self.num_layers), np.linspace(0, 1, len(profile)), profile)
-        choices = np.array(self.width_choices)
+        stretched, choices = self._stretched(profile), np.array(self.width_choices)
         # A layer's rounded width changes only where its scaled width crosses the middle between two choices.
         middles = (choices[1:] + choices[:-1]) / 2
         crossings = np.unique(np.divide.outer(middles, stretched))
@@ -407,6 +423,11 @@ class SearchSpace:
         if rows.shape[1] != self.num_layers:
             return np.zeros(len(rows), dtype=bool)
         return np.logical_and(np.isin(rows, [0, *self.width_choices]).all(axis=1), rows.any(axis=1))
+
+
+def _distance_to_profile(shape: np.ndarray, profile: np.ndarray) -> float:
+    """Return the squared distance of two lists of widths relative to their means, rounded so that ties are ties."""
+    return round(float(np.square(shape / shape.mean() - profile / profile.mean()).sum()), 9)
 
 
 def shape_rows(shapes: Sequence[int] | Sequence[Sequence[int]] | np.ndarray) -> tuple[np.ndarray, bool]:

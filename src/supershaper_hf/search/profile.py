@@ -61,7 +61,7 @@ class Profile:
         )
 
     def shape(self, space: SearchSpace, max_parameters: int) -> list[int]:
-        """Return the largest shape with this profile whose subnet has at most `max_parameters`.
+        """Return the shape with about this profile that uses up a budget of parameters.
 
         No layer is dropped: one that all good shapes drop gets the smallest width. See `SearchSpace.profile_shape`.
 
