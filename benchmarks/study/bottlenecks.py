@@ -12,18 +12,8 @@ from pathlib import Path
 from supershaper_hf import markdown_table
 from supershaper_hf.report.plots import new_figure
 
-from .runs import (
-    OURS,
-    OURS_BY_WIDTH,
-    OURS_SHARED,
-    Found,
-    Recipe,
-    figure_columns,
-    how_measured,
-    over_seeds,
-    read_runs,
-    run_script,
-)
+from .found_runs import AS_IN_QUESTION_1, Found, figure_columns, how_measured, over_seeds, read_runs
+from .runs import OURS, OURS_BY_WIDTH, OURS_SHARED, Recipe, run_script
 from .study import STS, cell, save_picture
 
 
@@ -64,7 +54,7 @@ def verdict(found: Found) -> str:
             words.append(
                 f"{NAMES[figure]} {cell(differences, figure)} (better with {wins} of {len(differences)} seeds)"
             )
-    return f"By width less shared, per head, the same seed, random shapes: {'; '.join(words)}."
+    return f"By width minus shared, per head, the same seed, random shapes: {'; '.join(words)}."
 
 
 def draw(file: Path, found: Found) -> None:
@@ -91,7 +81,7 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     if not any(found.of(recipe) for recipe in RECIPES.values()):
         return ""
     draw(pictures_folder / PICTURE, found)
-    text = [how_measured(found, "bottlenecks", RECIPES.values())]
+    text = [how_measured(found, "bottlenecks", RECIPES.values()), AS_IN_QUESTION_1]
     text += ["Random shapes before training:", table(found, 0), "After all tokens:", table(found, 4), verdict(found)]
     text.append(f"![Distance of rectangles before and after training]({pictures_folder.name}/{PICTURE})")
     return "\n\n".join(part for part in text if part)

@@ -9,18 +9,23 @@ those that differ. Without that file it writes one.
 import csv
 import hashlib
 import lzma
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from supershaper_hf import markdown_table
 from supershaper_hf.files import read_json, write_json
+from supershaper_hf.finetuning.glue import TASKS as GLUE
+from supershaper_hf.finetuning.metrics import COMPUTE
 
 from .study import CORPORA, FORMAT, Row, held_out_text, make_parser, read_rows, task_file, training_text
-from .tasks_answer import GUESSED, TASKS
+from .tasks_answer import DATA, GUESSED, TASKS
 
 
-QUESTION = "data"
+QUESTION = DATA
 CORPUS = {  # name of a corpus -> what it is, and its licence
     "sotu": ("addresses of the presidents of the United States, 1790 to 2026", "public domain"),
     "sqlite": ("documentation of SQLite", "public domain"),
@@ -56,14 +61,22 @@ def sources(data: Path, bert: str) -> Iterator[tuple[Path, str, str, str]]:
 
 
 def describe(file: Path, name: str, what: str, licence: str) -> Row:
-    """Return the row of a file: its size, its sum, and how many paragraphs or examples it has."""
+    """Return the row of a file: its size, its sum, how many paragraphs or examples it has, and what guessing scores."""
     content = file.read_bytes()
-    row: Row = {"file": name, "what": what, "licence": licence, "examples": None}
+    row: Row = {"file": name, "what": what, "licence": licence, "examples": None, "guess": None}
     if file.suffix == ".xz":
         row["examples"] = sum(1 for line in lzma.decompress(content).decode().splitlines() if line.strip())
     elif file.suffix == ".csv":
-        row["examples"] = sum(1 for _ in csv.DictReader(content.decode().splitlines(keepends=True)))
+        labels = [float(example["label"]) for example in csv.DictReader(content.decode().splitlines(keepends=True))]
+        row |= {"examples": len(labels), "guess": score_of_a_guess(file.parent.name, np.array(labels))}
     return row | {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def score_of_a_guess(task: str, labels: np.ndarray) -> float:
+    """Return the score, times 100, of giving all examples of a task their most frequent label."""
+    values, counts = np.unique(labels, return_counts=True)
+    guessed = np.full(len(labels), values[counts.argmax()])
+    return round(100 * statistics.fmean(COMPUTE[name](guessed, labels) for name in GLUE[task].scores), 4)
 
 
 def answer(results: Path) -> str:

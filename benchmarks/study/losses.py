@@ -18,6 +18,7 @@ from typing import Any
 from supershaper_hf import markdown_table
 from supershaper_hf.report.plots import new_figure
 
+from .found_runs import AS_IN_QUESTION_1, Found, figure_columns, how_measured, over_seeds, read_runs
 from .runs import (
     LABELS,
     OURS,
@@ -27,12 +28,7 @@ from .runs import (
     PAPER_BY_WIDTH,
     SANDWICH,
     STATES,
-    Found,
     Recipe,
-    figure_columns,
-    how_measured,
-    over_seeds,
-    read_runs,
     run_script,
 )
 from .study import cell, save_picture
@@ -106,7 +102,7 @@ def verdict(found: Found) -> str:
         (False, False): "do not confirm it",
     }[helps, hurts]
     return (
-        f"In-place distillation less labels alone, masked-LM loss, the same seed ({len(seeds)} of them): "
+        f"In-place distillation minus labels alone, masked-LM loss, the same seed ({len(seeds)} of them): "
         f"{cell(largest)} for the largest shape, {cell(average)} for the mean of the random shapes; below 0 it helps. "
         f"The authors' older runs show it helping the largest net and hurting the average one: these runs {confirmed}."
         + (" One seed leaves that open." if len(seeds) == 1 else "")
@@ -134,7 +130,7 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     if not any(found.of(recipe) for recipe in {**LOSSES, **SAMPLINGS}.values()):
         return ""
     draw(pictures_folder / PICTURE, found)
-    text = [how_measured(found, "losses", {**LOSSES, **SAMPLINGS}.values())]
+    text = [how_measured(found, "losses", {**LOSSES, **SAMPLINGS}.values()), AS_IN_QUESTION_1]
     text.append(
         "Losses. Without labels, the masked-LM head is that of the original, frozen, on the states of each shape:"
     )

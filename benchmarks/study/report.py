@@ -28,10 +28,10 @@ from .latency_answer import MODELS
 from .latency_answer import QUESTION as LATENCY
 from .sentence_embeddings import PYTORCH
 from .sentence_embeddings import QUESTION as EMBEDDINGS
-from .shapes import SEARCHED, SHARES
+from .shapes import RECTANGLE, SEARCHED, SHARES
 from .study import RESULTS, SUPERNET, Row, read_rows
 from .tasks_answer import QUESTION as TASKS
-from .tasks_answer import TUNED, mean_scores, model_named, share_kept
+from .tasks_answer import TUNED, mean_scores, model_named, whole_seeds
 
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +58,8 @@ section, its pictures and the table of the README out of these files. DATA is a 
 `tasks`, whose files are listed after the questions; MINILM is that of all-MiniLM-L6-v2, which is called the original.
 Its six layers, the encoder, have 10,646,784 parameters; the share of a subnet is relative to them."""
 NOT_MEASURED = "This question has not been measured yet."
+OF_RECTANGLE, COSTS = "STS of the rectangle", ("ms", "ms, int8", "MB, int8")
+COLUMNS = ("model", "parameters", "shape", "STS", "STS, int8", OF_RECTANGLE, "task score", "task score, int8", *COSTS)
 NO_TABLE = "Nothing has been measured of the released supernet yet."
 
 
@@ -112,44 +114,68 @@ def summary_rows(results: Path) -> list[dict[str, str]]:
 
     A column is there if one of the models has it. Without a subnet there are no rows.
     """
-    tasks = [row for row in read_rows(results, TASKS) if row["way"] == TUNED]
+    tasks = whole_seeds([row for row in read_rows(results, TASKS) if row["way"] == TUNED])
     embeddings = read_rows(results, EMBEDDINGS)
     latency = [row for row in read_rows(results, LATENCY) if row["what"] == MODELS]
-    rows = []
-    for kind, share in [(ORIGINAL, None), *((SEARCHED, share) for share in SHARES)]:
-        model = first([*embeddings, *tasks, *latency], kind=kind, share=share)
-        if model is not None:
-            cells = {
-                "encoder": "the original" if share is None else f"{model['encoder']:.0%}".replace("%", " %"),
-                "parameters": f"{model['parameters']:,}",
-                "shape": "-" if model["shape"] is None else str(model["shape"]),
-            }
-            rows.append(cells | quality_cells(kind, share, embeddings, tasks) | cost_cells(kind, share, latency))
+    measured, rows = [*embeddings, *tasks, *latency], []
+    original = first(measured, kind=ORIGINAL)
+    for share in (None, *SHARES):
+        kind = ORIGINAL if share is None else SEARCHED
+        model = first(measured, kind=kind, share=share)
+        if model is not None and original is not None:
+            quality = embedding_cells(share, embeddings) | task_cells(share, tasks)
+            rows.append(size_cells(model, original) | quality | cost_cells(kind, share, latency))
     if len(rows) < 2:  # the original alone says nothing of the supernet
         return []
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = [column for column in COLUMNS if any(column in row for row in rows)]
     return [{column: row.get(column, "-") for column in columns} for row in rows]
 
 
-def quality_cells(kind: str, share: float | None, embeddings: Sequence[Row], tasks: Sequence[Row]) -> dict[str, str]:
-    """Return the cells on STS and task scores: those of the original, or the share of them that is kept."""
+def size_cells(model: Row, original: Row) -> dict[str, str]:
+    """Return the cells on the shape of a model and its size."""
+    parameters = f"{model['parameters']:,}"
+    if model is original:
+        return {"model": ORIGINAL, "parameters": parameters, "shape": "-"}
+    return {
+        "model": f"subnet, {percent(model['encoder'])}",
+        "parameters": f"{parameters} ({percent(model['parameters'] / original['parameters'])})",
+        "shape": str(model["shape"]),
+    }
+
+
+def embedding_cells(share: float | None, embeddings: Sequence[Row]) -> dict[str, str]:
+    """Return the cells on STS: of a model in both formats, and of the rectangle of its size."""
+    original = first(embeddings, kind=ORIGINAL)
     cells = {}
-    own, original = first(embeddings, kind=kind, share=share), first(embeddings, kind=ORIGINAL)
-    if own is not None and original is not None:
-        for name, title in ((PYTORCH, "STS"), (INT8, "STS, int8")):
-            cells[title] = kept(own[name], original[PYTORCH], kind == ORIGINAL and name == PYTORCH)
-    model = ORIGINAL if share is None else model_named(tasks, kind, share)
-    for figure, title in (("score", "task score"), (INT8, "task score, int8")):
-        value = share_kept(tasks, model, figure)
-        if value is not None:
-            score = statistics.fmean(mean_scores(tasks, model, figure))
-            cells[title] = kept(score, score / value, kind == ORIGINAL and figure == "score")
+    for title, kind, name in (
+        ("STS", SEARCHED, PYTORCH),
+        ("STS, int8", SEARCHED, INT8),
+        (OF_RECTANGLE, RECTANGLE, PYTORCH),
+    ):
+        row = first(embeddings, kind=ORIGINAL if share is None else kind, share=share)
+        if row is not None and original is not None and not (share is None and kind == RECTANGLE):
+            cells[title] = kept(row[name], original[PYTORCH])
     return cells
 
 
-def kept(value: float, original: float, is_original: bool) -> str:
-    """Return a score as a share of the original's; the original's own as it is."""
-    return f"{value:.1f}" if is_original else f"{100 * value / original:.1f} %"
+def task_cells(share: float | None, tasks: Sequence[Row]) -> dict[str, str]:
+    """Return the cells on the mean task score of a model, in both formats."""
+    model = ORIGINAL if share is None else model_named(tasks, SEARCHED, share)
+    cells = {}
+    for figure, title in (("score", "task score"), (INT8, "task score, int8")):
+        scores, original = mean_scores(tasks, model, figure), mean_scores(tasks, ORIGINAL)
+        if scores and original:
+            cells[title] = kept(statistics.fmean(scores), statistics.fmean(original))
+    return cells
+
+
+def kept(score: float, original: float) -> str:
+    """Return a score and, unless it is the original's own, what share of the original's that is."""
+    return f"{score:.1f}" if score == original else f"{score:.1f} ({100 * score / original:.1f} %)"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def cost_cells(kind: str, share: float | None, latency: Sequence[Row]) -> dict[str, str]:
@@ -172,17 +198,30 @@ def first(rows: Sequence[Row], **key: Any) -> Row | None:
 def explanation(results: Path) -> str:
     """Return what the columns of the table mean; only of those that are there."""
     [columns, *_] = summary_rows(results) or [{}]
+    embeddings = read_rows(results, EMBEDDINGS)
     words = {
-        "encoder": "The encoder are the layers: its share is that of the original's parameters.",
-        "STS": "STS is the rank correlation, times 100, of the cosines of 750 pairs of sentences with human judgement, "
-        "without fine-tuning: that of the original, then shares of it.",
-        "task score": "The task score is the mean of cola, sst2, mrpc and stsb, each fine-tuned: that of the original, "
-        "then shares of it.",
+        "model": "The percentage of a subnet is that of the parameters in the original's layers. The embeddings, which "
+        "are never cut, come on top: in brackets is the share of all, after scores the share of the original's.",
+        "STS": "STS is the rank correlation, times 100, of the cosines of 750 pairs of sentences (STS 2012 to 2015)"
+        " with human judgement, without fine-tuning. Its standard error is about 1.7.",
+        OF_RECTANGLE: f"The {OF_RECTANGLE} is that of the hand-crafted shape of the same size whose layers are as "
+        f"equally wide as that allows: {rectangle_text(embeddings)}. The search minimises the distance of all layers "
+        "from the original, which decides after fine-tuning.",
+        "task score": "The task score is the mean of cola, sst2, mrpc and stsb. Each model is fine-tuned, the subnets "
+        "with the fine-tuned original as their teacher. The examples are not GLUE's splits: the scores do not compare "
+        "with its leaderboard.",
         "STS, int8": "int8 is the file of 8-bit integers.",
         "ms": "Milliseconds are those of one sequence of 128 tokens on a CPU, in PyTorch and in the file of 8-bit "
         "integers.",
     }
     return " ".join(text for column, text in words.items() if column in columns)
+
+
+def rectangle_text(embeddings: Sequence[Row]) -> str:
+    """Say at how many budgets the rectangle has the better STS."""
+    pairs = [[first(embeddings, kind=kind, share=share) for kind in (SEARCHED, RECTANGLE)] for share in SHARES]
+    better = [own[PYTORCH] < other[PYTORCH] for own, other in pairs if own is not None and other is not None]
+    return f"it is better at {sum(better)} of {len(better)} sizes"
 
 
 def summary_table(results: Path) -> str:

@@ -15,11 +15,11 @@ import argparse
 import itertools
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +43,7 @@ from supershaper_hf.training.teacher import OutsideTeacher
 
 from .head import bert_with_head
 from .material import Material, add_options, load_material, mean_length, measure, measured_shapes
-from .study import FORMAT, STS, Results, Row, cell, encoder_parameters, make_parser
+from .study import Results, Row, encoder_parameters, make_parser
 
 
 QUESTION = "runs"
@@ -292,70 +292,6 @@ def run_flops(config: SuperShaperConfig, options: SuperPretrainingArguments, pro
         weights = 3 * sum(weight_flops(config, shape) for shape in shapes if shape is not None)
     teacher = original_flops(config, progress) if is_taught(options) else 0
     return {"passes": progress.flops, "weights": weights, "teacher": teacher}
-
-
-# Reading
-
-
-class Found(NamedTuple):
-    """What the file of results holds."""
-
-    settings: Mapping[str, Any]
-    machine: Mapping[str, Any]
-    rows: Sequence[Row]
-
-    def of(self, recipe: Recipe, quarters: int = 4) -> list[Row]:
-        """Return the rows of a recipe, one for each seed. Before the first step they are those of its start."""
-        own = Recipe(recipe.start, recipe.start) if quarters == 0 else recipe
-        key = {**own.key(), "quarters": quarters}
-        return [row for row in self.rows if all(row[name] == value for name, value in key.items())]
-
-
-def read_runs(folder: Path) -> Found:
-    """Return what was measured so far."""
-    file = folder / f"{QUESTION}.json"
-    if not file.exists():
-        return Found({}, {}, [])
-    content = read_json(file, FORMAT)
-    return Found(content["settings"], content["machine"], content["rows"])
-
-
-def mean_of(row: Row, group: str, figure: str) -> float | None:
-    """Return the mean of a figure over the shapes of a group that have it; None if none has."""
-    values = row[group][figure]
-    return sum(values) / len(values) if values else None
-
-
-def over_seeds(rows: Sequence[Row], group: str, figure: str, index: int | None = None) -> list[float]:
-    """Return a figure of each row that has it: of one shape of a group, or the mean of all."""
-    if index is None:
-        found = [mean_of(row, group, figure) for row in rows]
-        return [value for value in found if value is not None]
-    return [row[group][figure][index] for row in rows if len(row[group][figure]) > index]
-
-
-def figure_columns(rows: Sequence[Row], group: str = "random", index: int | None = None) -> dict[str, str]:
-    """Return the cells of a table with the four figures of the shapes of a group."""
-    titles = {"distance": "distance", "cosine": "cosine", "loss": "masked-LM loss", STS: "STS"}
-    return {title: cell(over_seeds(rows, group, figure, index), figure) for figure, title in titles.items()}
-
-
-def how_measured(found: Found, script: str, recipes: Iterable[Recipe]) -> str:
-    """Return the sentences that say how the numbers of some recipes came about."""
-    ends = [row for recipe in recipes for row in found.of(recipe)]
-    get, seeds = found.settings, sorted({row["seed"] for row in ends})
-    tokens, steps = (max(row[name] for row in ends) for name in ("tokens", "steps"))
-    return (
-        f"Command: `python -m benchmarks.study.{script} --data DATA --bert MINILM`. The paper trains on 4.6e10 tokens: "
-        f"these runs say what a start gives and how a recipe begins, not where it ends. Each run has {steps} steps "
-        f"of {get['batch_size']} sequences of at most {get['max_length']} tokens, up to {tokens:,} tokens in all, in "
-        f"precision {get['mixed_precision']}. Starts are calibrated on {get['calibration_tokens']:,} tokens. Held out "
-        f"are {get['clean_tokens']:,} tokens for distance and cosine, {get['masked_tokens']:,} tokens for the loss, 15 "
-        f"% of them masked, and {get['num_pairs']} pairs of sentences for STS: a correlation times 100, whose standard "
-        f"error is about {100 * (1 - 0.7**2) / get['num_pairs'] ** 0.5:.0f}. Figures of random shapes are means of "
-        f"{get['num_random']}, those of STS of {get['num_sts']} of them. Seeds: {', '.join(map(str, seeds))}. Machine: "
-        f"{found.machine['device']}."
-    )
 
 
 def run_script(

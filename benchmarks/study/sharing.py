@@ -13,18 +13,8 @@ from pathlib import Path
 from supershaper_hf import markdown_table
 from supershaper_hf.report.plots import new_figure
 
-from .runs import (
-    COMMON,
-    OURS_BY_WIDTH,
-    STATES,
-    Found,
-    Recipe,
-    figure_columns,
-    how_measured,
-    over_seeds,
-    read_runs,
-    run_script,
-)
+from .found_runs import AS_IN_QUESTION_1, Found, figure_columns, how_measured, over_seeds, read_runs
+from .runs import COMMON, OURS_BY_WIDTH, STATES, Recipe, run_script
 from .study import save_picture
 
 
@@ -121,7 +111,7 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     if not any(trained):
         return ""
     draw(pictures_folder / PICTURE, found)
-    text = [how_measured(found, "sharing", [recipe for recipe in trained if recipe is not None])]
+    text = [how_measured(found, "sharing", [recipe for recipe in trained if recipe is not None]), AS_IN_QUESTION_1]
     text += [
         table(found),
         verdict(found),

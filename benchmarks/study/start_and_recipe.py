@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from supershaper_hf import markdown_table
 
+from .found_runs import Found, figure_columns, how_all_are_measured, how_measured, over_seeds, read_runs
 from .runs import (
     FOLLOWED,
     OURS,
@@ -22,12 +23,7 @@ from .runs import (
     OURS_WITH_LABELS,
     PAPER,
     PAPER_BY_WIDTH,
-    Found,
     Recipe,
-    figure_columns,
-    how_measured,
-    over_seeds,
-    read_runs,
     run_script,
 )
 from .study import FLOPS, STS, cell, number, save_picture
@@ -106,7 +102,7 @@ def cost_table(found: Found) -> str:
             row["of which for the start"] = cell([end["flops_of"]["start"] for end in ends], FLOPS)
             for figure in shares:
                 share = shares[figure][name]
-                column = f"share of the paper's operations to its best {figure}"
+                column = f"until as good as the paper's run ever was, by {figure}: % of its operations"
                 row[column] = "not reached" if share is None else f"{share:.1%}"
             rows.append(row)
     return markdown_table(rows)
@@ -126,11 +122,10 @@ def verdict(found: Found) -> str:
                 start = curve(found, RECIPES[name], figure)[0][1]
                 reached = "never reaches it" if share is None else f"reaches it after {share:.1%} of the operations"
                 if start <= goal:
-                    reached = f"has {start:.3f} before training, whose making took {share:.1%} of the operations"
+                    reached = f"has {start:.3f} before training, whose start took {share:.1%} of the operations"
                 met = "met" if share is not None and share <= TARGET else "missed"
-                words.append(f'"{name}" {reached}: the target, {TARGET:.0%}, is {met}.')
-    if words:
-        words.append("Where a start alone is as good, the figure says what the start is worth, not the recipe.")
+                by = ", by the start alone; the recipe is not tested by it" if start <= goal and met == "met" else ""
+                words.append(f'"{name}" {reached}: the target, {TARGET:.0%}, is {met}{by}.')
     return " ".join(words)
 
 
@@ -179,7 +174,7 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     if not any(found.of(recipe) for recipe in RECIPES.values()):
         return ""
     draw(pictures_folder / PICTURE, found)
-    text = [how_measured(found, "start_and_recipe", RECIPES.values())]
+    text = [how_measured(found, "start_and_recipe", RECIPES.values()), how_all_are_measured(found)]
     text += ["Random shapes:", points_table(found)]
     text += ["Rectangles after all tokens, distance / masked-LM loss / STS:", rectangles_table(found)]
     text += ["Operations:", cost_table(found), verdict(found)]

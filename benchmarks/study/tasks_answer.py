@@ -17,7 +17,8 @@ QUESTION = "tasks"
 PICTURE = "tasks.png"
 TASKS = ("cola", "sst2", "mrpc", "stsb")
 GUESSED = "rte"  # measured of the original only
-MOST_FREQUENT = 52.7  # score on rte of the answer that most validation examples have
+DATA = "data"  # the file of results of data.py, which has the score of guessing on each task
+GUESS = "always the same answer"
 TUNED, UNTAUGHT, SUPER = "fine-tuned", "untaught", "super"  # ways to a fine-tuned model
 RANDOM = "random"
 KEPT = {0.60: 0.98, 0.30: 0.94}  # share of the encoder -> share of the original's mean score to keep
@@ -38,11 +39,12 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     if not rows:
         return ""
     settings = read_settings(results_folder, QUESTION)
-    tuned = [row for row in rows if row["way"] == TUNED]
+    tuned = whole_seeds([row for row in rows if row["way"] == TUNED])
     text = [command_and_machine(results_folder, QUESTION, "tasks"), recipe_text(settings["recipe"], rows)]
     if tuned:
-        text += [scores_table(tuned), targets_table(tuned)]
-        text += ["8-bit integers (the same models, exported):", int8_table(tuned), guessed_text(tuned)]
+        guesses = scores_of_guesses(results_folder)
+        text += [scores_table(tuned, guesses), targets_table(tuned)]
+        text += ["8-bit integers (the same models, exported):", int8_table(tuned), guessed_text(tuned, guesses)]
     text += [untaught_text(rows), super_text(rows)]
     if any(mean_scores(tuned, model) for model in models_of(tuned)):
         draw(pictures_folder / PICTURE, tuned)
@@ -55,30 +57,38 @@ def recipe_text(recipe: Mapping[str, Any], rows: Sequence[Row]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     weight = next((row["weight"] for row in rows if row.get("weight")), None)
     of_states = next((row["state_weight"] for row in rows if row.get("state_weight")), None)
-    states = f", and the relative error of its last hidden states is added with the weight {of_states}"
+    states = f", and the relative error to its last hidden states is added with the weight {of_states}"
     taught = (
-        f"{weight:.0%} of the loss of supernet and subnets is the distance to the logits of the original of the best "
-        f"seed, which is fine-tuned on the same task{states if of_states else ''}. "
+        f"Supernet and subnets have a teacher: the fine-tuned original, of the seed that scored best. {weight:.0%} of "
+        f"the loss is the distance to its logits{states if of_states else ''}. "
         if weight
         else ""
     )
     return (
-        f"{SCORES} All models are fine-tuned alike: as many epochs as come nearest to {recipe['steps']:,} steps, with "
+        f"{SCORES} Common to all models: as many epochs as come nearest to {recipe['steps']:,} steps, with "
         f"AdamW, a learning rate of {recipe['learning_rate']:g}, {recipe['batch_size']} examples of similar length in "
         f"a step, at most {recipe['max_length']} tokens, bfloat16. {taught}Scores are computed in float32. Seeds "
-        f"{', '.join(map(str, seeds))}: mean ± standard deviation."
+        f"{', '.join(map(str, seeds))}: mean ± standard deviation; a number without ± is of one seed. Processor "
+        "seconds are those of fine-tuning on the four tasks with one seed, with what the teacher is asked."
     )
 
 
-def guessed_text(rows: Sequence[Row]) -> str:
+def scores_of_guesses(folder: Path) -> dict[str, float]:
+    """Return the score of always giving the same answer on the validation examples of each task."""
+    files = {row["file"]: row["guess"] for row in read_rows(folder, DATA)}
+    found = {task: files.get(f"tasks/{task}/validation.csv") for task in (*TASKS, GUESSED)}
+    return {task: score for task, score in found.items() if score is not None}
+
+
+def guessed_text(rows: Sequence[Row], guesses: Mapping[str, float]) -> str:
     """Return why there are no subnets on one of the five tasks."""
     scores = scores_of(rows, ORIGINAL, GUESSED).values()
-    if not scores:
+    if not scores or GUESSED not in guesses:
         return ""
     return (
-        f"On rte, fine-tuned in the same way, the original itself has {shown(scores)}, where the more frequent answer "
-        f"has {MOST_FREQUENT}: it guesses. A subnet that guesses, too, would keep all of that, so rte is left out of "
-        "the tables and of the means."
+        f"On rte, fine-tuned in the same way (`--only original --tasks rte`), the original itself has {shown(scores)}, "
+        f"where the more frequent answer has {guesses[GUESSED]:.1f}: it guesses. A subnet that guesses, too, would "
+        "keep all of that, so rte is left out of the tables and of the means."
     )
 
 
@@ -90,6 +100,16 @@ def models_of(rows: Sequence[Row]) -> list[str]:
     first = {row["model"]: row for row in rows}
     kinds = [ORIGINAL, SUPERNET, *KINDS, RANDOM]
     return sorted(first, key=lambda name: (-(first[name]["share"] or 2), kinds.index(first[name]["kind"])))
+
+
+def whole_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows without those of seeds of a model that lack a task, unless the model has no other seed."""
+    tasks: dict[tuple[str, int], set[str]] = {}
+    for row in rows:
+        tasks.setdefault((row["model"], row["seed"]), set()).add(row["task"])
+    whole = {key for key, own in tasks.items() if own >= set(TASKS)}
+    models = {model for model, _ in whole}
+    return [row for row in rows if row["model"] not in models or (row["model"], row["seed"]) in whole]
 
 
 def model_named(rows: Sequence[Row], kind: str, share: float) -> str | None:
@@ -133,25 +153,28 @@ def percent(share: float | None) -> str:
 # Tables
 
 
-def scores_table(rows: Sequence[Row]) -> str:
-    """Return a table of the scores of every model."""
+def scores_table(rows: Sequence[Row], guesses: Mapping[str, float]) -> str:
+    """Return a table of the scores of every model, and of guessing."""
     first = {row["model"]: row for row in rows}
-    return markdown_table(
-        [
-            {
-                "model": name,
-                "shape": MISSING if first[name]["shape"] is None else str(first[name]["shape"]),
-                "encoder": percent(first[name]["encoder"]),
-                **{task: shown(scores_of(rows, name, task).values()) for task in TASKS},
-                "mean": shown(mean_scores(rows, name)),
-                "of the original": percent(share_kept(rows, name)),
-                "int8": shown(mean_scores(rows, name, INT8)),
-                "int8 of the original": percent(share_kept(rows, name, INT8)),
-                "processor seconds": shown_seconds(rows, name),
-            }
-            for name in models_of(rows)
-        ]
-    )
+    table = [
+        {
+            "model": name,
+            "shape": MISSING if first[name]["shape"] is None else str(first[name]["shape"]),
+            "encoder": percent(first[name]["encoder"]),
+            **{task: shown(scores_of(rows, name, task).values()) for task in TASKS},
+            "mean": shown(mean_scores(rows, name)),
+            "of the original": percent(share_kept(rows, name)),
+            "int8": shown(mean_scores(rows, name, INT8)),
+            "int8 of the original": percent(share_kept(rows, name, INT8)),
+            "processor seconds": shown_seconds(rows, name),
+        }
+        for name in models_of(rows)
+    ]
+    if guesses.keys() >= set(TASKS):
+        scores = {task: [guesses[task]] for task in TASKS} | {"mean": [statistics.fmean(map(guesses.get, TASKS))]}
+        empty = dict.fromkeys(table[0], MISSING)
+        table.append(empty | {"model": GUESS} | {name: shown(values) for name, values in scores.items()})
+    return markdown_table(table)
 
 
 def shown_seconds(rows: Sequence[Row], model: str) -> str:
@@ -170,7 +193,7 @@ def int8_table(rows: Sequence[Row]) -> str:
         own, whole = mean_scores(rows, name, INT8), mean_scores(rows, name)
         change = f"{statistics.fmean(own) - statistics.fmean(whole):+.1f}" if own and whole else MISSING
         scores = {task: shown(scores_of(rows, name, task, INT8).values()) for task in TASKS}
-        table.append({"model": name, **scores, "mean": shown(own), "less float32": change})
+        table.append({"model": name, **scores, "mean": shown(own), "minus float32": change})
     return markdown_table(table)
 
 

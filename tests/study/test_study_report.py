@@ -135,26 +135,28 @@ def test_the_table_has_what_was_measured(report, tmp_path):
     assert report.summary_table(tmp_path) == report.NO_TABLE  # the original alone says nothing of the supernet
     write_embeddings(tmp_path)
     header, _, *rows = table_cells(report.summary_table(tmp_path))
-    assert header == ["encoder", "parameters", "shape", "STS", "STS, int8"]
+    assert header == ["model", "parameters", "shape", "STS", "STS, int8", "STS of the rectangle"]
     assert rows == [
-        ["the original", "1,000", "-", "80.0", "98.8 %"],
-        ["60 %", "700", "[700]", "97.5 %", "95.0 %"],
-        ["30 %", "400", "[400]", "90.0 %", "87.5 %"],
+        ["original", "1,000", "-", "80.0", "79.0 (98.8 %)", "-"],
+        ["subnet, 60 %", "700 (70 %)", "[700]", "78.0 (97.5 %)", "76.0 (95.0 %)", "60.0 (75.0 %)"],
+        ["subnet, 30 %", "400 (40 %)", "[400]", "72.0 (90.0 %)", "70.0 (87.5 %)", "-"],
     ]
-    assert "Milliseconds" not in report.summary_table(tmp_path)
+    text = " ".join(report.summary_table(tmp_path).split())
+    assert "Milliseconds" not in text
+    assert "it is better at 0 of 1 sizes" in text
 
     write_tasks(tmp_path)
     header, _, *rows = table_cells(report.summary_table(tmp_path))
-    assert header[5:] == ["task score", "task score, int8"]
-    assert [row[5:] for row in rows] == [["80.5", "98.8 %"], ["95.0 %", "93.8 %"], ["-", "-"]]
+    assert header[6:] == ["task score", "task score, int8"]
+    assert [row[6:] for row in rows] == [["80.5", "79.5 (98.8 %)"], ["76.5 (95.0 %)", "75.5 (93.8 %)"], ["-", "-"]]
 
     write_latency(tmp_path)
     header, _, *rows = table_cells(report.summary_table(tmp_path))
-    assert header[7:] == ["ms", "ms, int8", "MB, int8"]
-    assert [row[7:] for row in rows] == [["20.0", "2.0", "1.0"], ["14.0", "1.4", "0.7"], ["8.0", "0.8", "0.4"]]
+    assert header[8:] == ["ms", "ms, int8", "MB, int8"]
+    assert [row[8:] for row in rows] == [["20.0", "2.0", "1.0"], ["14.0", "1.4", "0.7"], ["8.0", "0.8", "0.4"]]
     card = report.card_table(tmp_path)
     assert card.startswith("Subnets of this supernet")
-    assert table_cells(card) == [header, ["---"] * 10, *rows]
+    assert table_cells(card) == [header, ["---"] * 11, *rows]
     assert "Milliseconds are those of one sequence" in card
 
 

@@ -13,6 +13,7 @@ from studies import write_study
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from supershaper_hf import SearchSpace, SuperShaperForSequenceClassification, SuperShaperModel
+from supershaper_hf.files import write_json
 
 
 ROOT = Path(__file__).parents[2]
@@ -320,12 +321,26 @@ def test_without_all_tasks_there_is_no_mean(modules, tmp_path):
 
 def test_a_task_that_the_original_guesses_is_left_out_of_the_means(modules, tmp_path):
     rows = made_up_rows(modules, SCORES)
-    assert "guesses" not in modules["tasks_answer"].guessed_text(rows)
+    assert modules["tasks_answer"].guessed_text(rows, {"rte": 52.7}) == ""
     guessed = [{**row, "task": "rte", "score": 54.0 + row["seed"]} for row in rows if row["task"] == "cola"]
     write_rows(modules, tmp_path / "results", [*rows, *guessed])
+    assert "it guesses" not in modules["tasks"].answer(tmp_path / "results", tmp_path)  # guessing was not scored
+    scores = {"cola": 0.0, "sst2": 50.0, "mrpc": 76.0, "stsb": 0.0, "rte": 52.7}
+    files = [{"file": f"tasks/{task}/validation.csv", "guess": score} for task, score in scores.items()]
+    write_json(tmp_path / "results" / "data.json", modules["study"].FORMAT, {"rows": files})
     text = modules["tasks"].answer(tmp_path / "results", tmp_path)
     assert "the original itself has 54.5 ± 0.7, where the more frequent answer has 52.7: it guesses." in text
     assert cells(text, "original")[7] == "80.0 ± 0.7"
+    assert cells(text, "always the same answer")[3:8] == ["0.0", "50.0", "76.0", "0.0", "31.5"]
+
+
+def test_a_seed_that_lacks_a_task_does_not_count_where_another_is_whole(modules, tmp_path):
+    rows = made_up_rows(modules, SCORES)
+    rows = [row for row in rows if (row["model"], row["task"], row["seed"]) != ("searched 60%", "mrpc", 1)]
+    write_rows(modules, tmp_path / "results", rows)
+    text = modules["tasks"].answer(tmp_path / "results", tmp_path)
+    assert " ± " in "".join(cells(text, "original"))
+    assert " ± " not in "".join(cells(text, "searched 60%"))
 
 
 def test_ways_are_compared(modules, tmp_path):
