@@ -51,7 +51,9 @@ def test_command_writes_the_card_of_a_supernet(tokenizer, tmp_path, capsys):
     assert section(printed, "Training") == "One epoch."
     assert section(printed, "Limits") == "None."
     assert "| parameters | measured perplexity | predicted perplexity | shape |" in section(printed, "Evaluation")
-    (best,) = re.findall(r"^subnet = model\.extract_subnet\((\[[\d, ]+\])\)  # of the search", printed, re.MULTILINE)
+    (best,) = re.findall(
+        r"^subnet = model\.extract_subnet\((\[[\d, ]+\])\)  # the best of its search for", printed, re.MULTILINE
+    )
     assert model.extract_subnet(json.loads(best)).num_parameters() < model.num_parameters()
     size = (tmp_path / "net" / "model.safetensors").stat().st_size
     assert f"| weights on disk | {megabytes(size)}, float32 |" in printed

@@ -1,6 +1,7 @@
 """What is read from the files of a fine-tuning or a search: of this very model, with its main score first."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,6 +132,18 @@ def test_rows_of_the_front_are_its_shapes(findings):
     assert sizes == sorted(sizes)
     assert sizes[0] == findings.space.num_parameters(findings.space.smallest)
     assert len(sizes) == 4
+
+
+@pytest.mark.parametrize(("layers", "words"), [("last", "of the last layer"), ("all", "the mean of all layers")])
+def test_a_distance_is_explained(findings, layers, words):
+    """As cut, beside the best shapes, and on the page of the search."""
+    distances = findings.measure.name == "distance"
+    assert findings.layers == ("last" if distances else None)
+    findings = replace(findings, layers=layers if distances else None)
+    texts = [front_results(findings).text, search_results(findings, findings.space.largest, "t").text]
+    for text in texts:
+        assert (f"hidden states, {words}, relative to their variance: 0 for" in text) == distances
+        assert " \n" not in text
 
 
 def test_results_are_joined():

@@ -244,7 +244,8 @@ def export_rows(exports: Sequence[Any]) -> list[Mapping[str, str]]:
 def subnet_example(model: SuperShaperPreTrainedModel, shape: Sequence[int] | None) -> str:
     """Return the lines of Python that cut a subnet out of a supernet: at `shape`, or at a hand-crafted one."""
     if shape is not None:
-        return f'subnet = model.extract_subnet({list(shape)})  # of the search: see "Evaluation"'
+        size = SearchSpace.from_model(model).num_parameters(shape)
+        return f"subnet = model.extract_subnet({list(shape)})  # the best of its search for {size:,} parameters"
     return (
         "from supershaper_hf import SearchSpace\n\n"
         f'shape = SearchSpace.from_model(model).named_shape("supershaper", max_parameters={middle_budget(model)})\n'

@@ -74,18 +74,18 @@ def search_results(findings: Findings, shape: Sequence[int], task_type: str) -> 
     row, remarks = found[0], []
     if row[f"measured_{measure.shown}"] is None:
         remarks.append("This subnet was not measured. One that is chosen by its prediction is often worse than that.")
-    if measure.name == "distance":
-        remarks.append("The distance is 0 for the states of the original, and 1 for the same guess for every token.")
+    if findings.explanation:
+        remarks.append(findings.explanation)
     text = (
         f"As cut out of the supernet, on held-out {measure.text} ({len(findings.records):,} shapes were measured; the "
-        f"others are predicted from them). {' '.join(remarks)}\n\n{markdown_table(rows)}"
+        f"others are predicted from them). {' '.join(remarks)}"
     )
     value = row[f"measured_{measure.shown}"]
     scores = []
     if value is not None and np.isfinite(value):
         name = f"Held-out {measure.text} of the search"
         scores.append(EvalResult(task_type, HELD_OUT, name, measure.shown, round(float(value), 6)))
-    return Results(text, scores)
+    return Results(f"{text.rstrip()}\n\n{markdown_table(rows)}", scores)
 
 
 def front_results(findings: Findings, rows: int = 8) -> Results:
@@ -98,11 +98,12 @@ def front_results(findings: Findings, rows: int = 8) -> Results:
     shapes = np.unique(shapes_at(findings.front("parameters"), rows), axis=0)
     found = sorted(findings.rows(shapes), key=lambda row: row["parameters"])
     table = [{"parameters": row["parameters"], **_values(row, findings), "shape": str(row["shape"])} for row in found]
-    return Results(
+    text = (
         f"The best shapes for some budgets, by a predictor that was fitted on measured shapes ("
-        f"{len(findings.records):,} were measured on the same held-out {findings.measure.text}: `{RECORDS_FILE}`):"
-        f"\n\n{markdown_table(table)}"
+        f"{len(findings.records):,} were measured on the same held-out {findings.measure.text}: `{RECORDS_FILE}`). "
+        f"{findings.explanation}"
     )
+    return Results(f"{text.rstrip()}\n\n{markdown_table(table)}")
 
 
 def _values(row: Mapping[str, Any], findings: Findings) -> dict[str, str]:

@@ -51,6 +51,7 @@ class Findings:
         comparisons: The comparisons of shapes of equal size, if they were made.
         sequence_length: Tokens per sequence, for FLOPs and latency.
         score: The name of the score in the records of losses on a task, if it has one.
+        layers: Which layers' distance was measured, "last" or "all"; `None` for other measures.
     """
 
     space: SearchSpace
@@ -60,6 +61,7 @@ class Findings:
     comparisons: list[Insensitivity]
     sequence_length: int
     score: str | None = None
+    layers: str | None = None
 
     @classmethod
     def read(cls, folder: str | Path, sequence_length: int = 128) -> "Findings":
@@ -85,7 +87,7 @@ class Findings:
         config = SuperShaperConfig.from_pretrained(folder)
         space = SearchSpace.from_config(config, *(config.architectures or []))
         table = LatencyTable.load(folder / LATENCY_FILE) if (folder / LATENCY_FILE).exists() else None
-        file = folder / INSENSITIVITY_FILE
+        file, header = folder / INSENSITIVITY_FILE, parse(folder / RECORDS_FILE).header
         findings = cls(
             space=space,
             records=read_records(folder / RECORDS_FILE),
@@ -95,7 +97,8 @@ class Findings:
             sequence_length=min(sequence_length, space.config.max_position_embeddings)
             if table is None
             else table.sequence_length,
-            score=parse(folder / RECORDS_FILE).header["score"],
+            score=header["score"],
+            layers=header["layers"],
         )
         findings._check_that_files_belong_together(folder)
         return findings
@@ -138,6 +141,17 @@ class Findings:
     def measure(self) -> Measure:
         """What was measured and is predicted."""
         return MEASURES[self.predictor.measure]
+
+    @property
+    def explanation(self) -> str:
+        """What the measured values are, in a sentence; nothing for a measure that needs none."""
+        if self.layers is None:
+            return ""
+        of = {"last": "of the last layer", "all": "the mean of all layers"}[self.layers]
+        return (
+            f"The distance is the squared error of the hidden states, {of}, relative to their variance: 0 for those of "
+            "the original, 1 for the same guess for every token."
+        )
 
     def num_possible(self) -> int:
         """Return the number of shapes that could be measured: with dropped layers if some shape drops one."""

@@ -173,8 +173,9 @@ def _front_section(folder: Path, findings: Findings, cost: str, rows: Sequence[M
     explained = (
         "Each row is a shape of this front: no shape that costs the same or less is predicted to be better. The number "
         "after ± is the standard deviation of a measurement around its prediction. "
-        f"`best measured` is the lowest {measure.shown} of all measured shapes that cost no more."
-    )
+        f"`best measured` is the lowest {measure.shown} of all measured shapes that cost no more. "
+        f"{findings.explanation}"
+    ).rstrip()
     chosen = {tuple(row["shape"]) for row in rows}
     axes = dict.fromkeys([cost, "parameters", *(["latency"] if findings.table else [])])
     plots = [_front_plot(folder, findings, finite, axis, chosen if axis == cost else set()) for axis in axes]
