@@ -1,7 +1,7 @@
 r"""Publish a family: a supernet, a subnet for each of some budgets, its search, a page to explore it, and a collection.
 
     python examples/publish_family.py --model outputs/supernet/last --max_cost 6e6 9e6 12e6 --name user/net \
-        --output_dir outputs/family
+        --output_dir outputs/net
     python examples/publish_family.py ... --dry_run        # writes the folders only
 
 The supernet has been searched with search_shapes.py: its results are in the folder `search` of the supernet, or in the

@@ -30,7 +30,6 @@ from ..sentence_similarity import load_pairs, read_shape, similarity_score
 from .study import held_out_text, task_file, training_text
 
 
-FIGURES = ("distance", "cosine", "loss", "sts")
 DIGITS = 5  # of figures in the results
 SHAPES_SEED = 2021
 

@@ -11,8 +11,8 @@
    of the same random shapes. The scores are those of question 6 (`tasks.json`).
 
 Alone, a shape is first refitted in closed form and then trained, as by examples/polish_subnet.py. Without the refit,
-first_layers would be a straw man: its last bottleneck has only seen the states of the last layer, and the few steps of
-training do not make up for that.
+first_layers would be an unfairly weak baseline: its last bottleneck has only seen the states of the last layer, and the
+few steps of training do not make up for that.
 """
 
 import argparse
@@ -167,7 +167,7 @@ class Study:
 
     @cached_property
     def pairs(self) -> tuple[list[tuple[str, str]], np.ndarray]:
-        """Pairs of sentences of STS-B's validation set, and their similarity."""
+        """Pairs of sentences of the validation examples of stsb, and their similarity."""
         pairs, labels = load_pairs(task_file(self.args.data, "stsb", "validation"))
         chosen = np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), self.args.num_pairs)).astype(int))
         return [pairs[index] for index in chosen], labels[chosen]

@@ -13,9 +13,9 @@
 # limitations under the License.
 """How one linear map is narrowed and merged, and how a subnet is cut out of its supernet: tensors in, tensors out.
 
-In reading order: `replacement` tells whether the weights of a layer say all that it computes, `channels`, `write` and
-`read` narrow one linear map, `merge` multiplies two bottlenecks, and `subnet_tensors` stores what the encoder would
-have used. The modules that are narrowed are in `elastic.py`. This file travels to the Hub beside
+In reading order: `why_not_ordinary` says whether the weights of a layer are all that it computes with, `channels`,
+`write` and `read` narrow one linear map, `merge` multiplies two bottlenecks, and `subnet_tensors` stores what the
+encoder would have used. The modules that are narrowed are in `elastic.py`. This file travels to the Hub beside
 `modeling_supershaper.py`.
 """
 
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from .configuration_supershaper import SuperShaperConfig
 
 
-def replacement(layer: nn.Module) -> str | None:
+def why_not_ordinary(layer: nn.Module) -> str | None:
     """Say what `layer` is, if it computes with more than its `weight` and `bias`; `None` for an ordinary layer.
 
     Adapters, quantised layers and hooks that prune keep a weight which they do not use alone: a part of it is not a
@@ -55,7 +55,7 @@ def replacement(layer: nn.Module) -> str | None:
 
 def check_ordinary(layer: nn.Module, name: str = "a layer") -> None:
     """Raise TypeError if `layer`, which is called `name` in the message, is not one that can be narrowed or copied."""
-    found = replacement(layer)
+    found = why_not_ordinary(layer)
     if found is not None:
         raise TypeError(
             f"Only ordinary layers are narrowed or cut, but {name} is {found}. Allowed are nn.Linear, nn.LayerNorm and "

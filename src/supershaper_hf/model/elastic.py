@@ -37,7 +37,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_supershaper import SuperShaperConfig
-from .narrowing import channels, check_ordinary, merge, read, replacement, write
+from .narrowing import channels, check_ordinary, merge, read, why_not_ordinary, write
 
 
 # How many tokens each thread of a CPU takes at a time, see `in_pieces`. Anything from 256 to 512 is equally fast.
@@ -396,7 +396,7 @@ class SuperShaperEncoder(nn.Module):
         # An exported program has one way for all sizes: asking for the number of tokens would fix it.
         exporting = torch.compiler.is_exporting()
         cheaper = not exporting and source * width * (full + tokens) < tokens * full * (source + width)
-        if cheaper and replacement(entry) is None and replacement(exit) is None:
+        if cheaper and why_not_ordinary(entry) is None and why_not_ordinary(exit) is None:
             kept = entry.weight[:width], entry.bias[:width]
             into = kept if code is None else code.write(entry.weight, entry.bias)
             return nn.functional.linear(hidden_states, *merge(exit.weight[:, :source], exit.bias, *into))

@@ -202,14 +202,14 @@ class _Partial:
         costs: (n, costs).
         losses: (n,) in nats.
         position: (n,) position of this layer's width, or 0 if the layer is dropped.
-        state: (n,) the state before this layer: position of the last kept width, or 0 if no layer was kept.
+        previous: (n,) the state before this layer: position of the last kept width, or 0 if no layer was kept.
         index: (n,) row of the partial shape in that state that was extended by this layer.
     """
 
     costs: np.ndarray
     losses: np.ndarray
     position: np.ndarray
-    state: np.ndarray
+    previous: np.ndarray
     index: np.ndarray
 
     def __len__(self) -> int:
@@ -265,14 +265,14 @@ def _leave(terms: Sequence[ChainCost], space: SearchSpace, states: dict[int, _Pa
 
 def _trace(layers: list[dict[int, _Partial]], front: _Partial) -> np.ndarray:
     """Follow the front's points back to the first layer: (n, layers) positions, from 1 in the width choices."""
-    state, index = front.state, front.index
+    state, index = front.previous, front.index
     columns = []
     for states in reversed(layers):
         position, before, index_before = (np.empty(len(front), dtype=np.int64) for _ in range(3))
         for number, partial in states.items():
             here = state == number
             position[here] = partial.position[index[here]]
-            before[here], index_before[here] = partial.state[index[here]], partial.index[index[here]]
+            before[here], index_before[here] = partial.previous[index[here]], partial.index[index[here]]
         state, index = before, index_before
         columns.append(position)
     return np.column_stack(columns[::-1])
