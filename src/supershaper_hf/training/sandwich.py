@@ -57,8 +57,8 @@ def sandwich_step(
 
     For each micro-batch the shapes run one after the other. By the sandwich rule the largest is the first, because the
     others learn from it. Each is backpropagated before the next one runs, so that the memory holds the activations of
-    one shape only. Processes exchange gradients once, after the last backward pass, and a parameter that no shape of the
-    step has used keeps `grad=None`.
+    one shape only. Processes exchange gradients once, after the last backward pass, and a parameter that no shape of
+    the step has used keeps `grad=None`.
 
     Args:
         accelerator: Knows the device and the other processes.
