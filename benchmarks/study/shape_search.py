@@ -52,8 +52,8 @@ from supershaper_hf.search.records import Contents, Record, parse
 from supershaper_hf.training.teacher import OutsideTeacher
 
 from ..sentence_similarity import load_pairs, similarity_score
-from .shape_search_answer import ALL_LAYERS, EVOLUTIONARY, HEURISTIC, QUESTION, SHARES, TASK_SHAPES, answer
-from .shapes import HAND_CRAFTED, RECTANGLE, SEARCHED, budget, hand_crafted
+from .shape_search_answer import ALL_LAYERS, EVOLUTIONARY, HEURISTIC, QUESTION, SHARES, answer
+from .shapes import HAND_CRAFTED, NUM_RANDOM, RECTANGLE, SEARCHED, budget, hand_crafted, random_shapes
 from .study import Results, held_out_text, make_parser, task_file, training_text
 
 
@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_eval_samples", type=int, default=200, help="sequences that shapes are measured on")
     parser.add_argument("--num_pairs", type=int, default=750, help="pairs of sentences for STS")
     parser.add_argument("--num_held_out", type=int, default=50, help="random shapes that the predictor is tested on")
-    parser.add_argument("--num_task_shapes", type=int, default=30, help="shapes of question 6 that have task scores")
+    parser.add_argument("--num_task_shapes", type=int, default=NUM_RANDOM, help="shapes of question 6 with scores")
     parser.add_argument("--tokens", type=int, default=60_000, help="tokens that each shape is trained on alone")
     parser.add_argument("--calibration_tokens", type=int, default=10_000, help="tokens that each shape is refitted on")
     parser.add_argument("--max_length", type=int, default=64, help="tokens of a sequence in that training")
@@ -250,7 +250,7 @@ def measure_inherited(study: Study) -> None:
         parameters = study.original.num_parameters()
         study.results.add({"kind": "original", "parameters": parameters, "sts": study.sts(study.original)})
     compared = [row["shape"] for row in study.results.find(kind="shape")]
-    others = study.space.sample(study.args.num_task_shapes, **TASK_SHAPES).tolist()
+    others = random_shapes(study.space, study.args.num_task_shapes)
     wanted = dict.fromkeys(map(tuple, [*compared, *others]))
     missing = [list(shape) for shape in wanted if not study.results.find(kind="inherited", shape=list(shape))]
     if not missing:

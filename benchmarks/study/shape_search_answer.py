@@ -22,7 +22,6 @@ QUESTION = "shape_search"
 SHARES = (0.60, 0.45, 0.30)
 EVOLUTIONARY, HEURISTIC = "evolutionary", "heuristic"
 NAMES = (SEARCHED, EVOLUTIONARY, HEURISTIC, *HAND_CRAFTED)
-TASK_SHAPES: dict[str, Any] = {"seed": 0, "distribution": "budget"}  # how question 6 draws its shapes
 MEAN = "mean of the tasks"
 DISTANCE, ALL_LAYERS = "distance", "all_layers"  # in the last layer; in all layers, which subnets do not have
 FIGURES = {ALL_LAYERS: "distance in all layers", DISTANCE: "distance", "cosine": "cosine", STS: "STS"}

@@ -9,6 +9,7 @@ from .study import encoder_parameters
 
 
 SHARES = (0.75, 0.60, 0.45, 0.30)  # of the parameters in the layers of the original
+NUM_RANDOM = 30  # shapes that are ranked by task scores and by distance
 SEARCHED, FIRST_LAYERS, RECTANGLE = "searched", "first_layers", "rectangle"
 HAND_CRAFTED = (RECTANGLE, "diamond", "bottle", "lower_triangle", "upper_triangle", FIRST_LAYERS)
 
@@ -23,6 +24,11 @@ def budget(original: Any, share: float, bare_parameters: int) -> int:
     """
     layers = encoder_parameters(original)
     return int(bare_parameters - layers + share * layers)
+
+
+def random_shapes(space: SearchSpace, num_shapes: int) -> list[list[int]]:
+    """Return the shapes that question 6 fine-tunes all at once and question 4 ranks, evenly over sizes."""
+    return space.sample(num_shapes, seed=0, distribution="budget").tolist()
 
 
 def hand_crafted(space: SearchSpace, name: str, max_parameters: int) -> list[int]:

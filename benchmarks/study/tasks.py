@@ -31,7 +31,7 @@ from supershaper_hf.search.fingerprints import fingerprint_encoder
 
 from . import compared, tuning
 from .compared import INT8, KINDS, ORIGINAL, SUPERNET, Compared, check_supernet, compared_models, export_files
-from .shapes import RECTANGLE, SEARCHED
+from .shapes import NUM_RANDOM, RECTANGLE, SEARCHED, random_shapes
 from .study import Results, Row, make_parser
 from .tasks_answer import GUESSED, QUESTION, RANDOM, SUPER, TASKS, TUNED, UNTAUGHT, answer
 from .tuning import Recipe, RememberingTeacher, fine_tune, load_task, onnx_run, pytorch_run, read_recipe, score
@@ -40,7 +40,6 @@ from .tuning import Recipe, RememberingTeacher, fine_tune, load_task, onnx_run, 
 SEEDS = (0, 1, 2)
 WITHOUT_TEACHER = ((SEARCHED, 0.60), (SEARCHED, 0.30))  # subnets that are fine-tuned once without the teacher
 AFTER_SUPER = (SEARCHED, RECTANGLE), (0.60, 0.30)  # kinds and shares that are scored after super fine-tuning
-NUM_RANDOM, RANDOM_SEED = 30, 0
 WEIGHTS = ("weight", "state_weight")  # of the teacher
 OF_TAUGHT = (*WEIGHTS, "sandwich_steps")  # fields of the recipe that are nothing to the original
 COPIED = ("score", INT8, "seconds", *WEIGHTS)  # to the row of another model with the same shape
@@ -196,7 +195,7 @@ def measure_super(study: Study, task: str, models: list[Compared], seed: int) ->
         if model.kind == SUPERNET or (model.kind in AFTER_SUPER[0] and model.share in AFTER_SUPER[1])
     ]
     space = SearchSpace.from_model(compared.load_supernet(study.args.supernet))
-    for number, shape in enumerate(space.sample(NUM_RANDOM, RANDOM_SEED, distribution="budget").tolist()):
+    for number, shape in enumerate(random_shapes(space, NUM_RANDOM)):
         row = {"model": f"{RANDOM} {number}", "kind": RANDOM, "share": None, "shape": shape}
         wanted.append(({**row, "parameters": space.num_parameters(shape)}, shape))
     missing = [each for each in wanted if not study.results.find(**key, model=each[0]["model"])]
