@@ -291,6 +291,7 @@ def draw(file: Path, rows: Sequence[Row]) -> None:
         if scores:
             axes.axhline(statistics.fmean(scores), color="0.4", linestyle=style, label=name)
     axes.set_xlabel("encoder, share of the original's parameters")
+    axes.set_xlim(min(SHARES) - 0.05, max(SHARES) + 0.05)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_ylabel("mean score of the tasks")
     axes.legend(frameon=False)
