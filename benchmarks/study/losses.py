@@ -52,13 +52,15 @@ LOSSES = {
         "layers", {**BY_LABELS, "hidden_weight": 1.0, "attention_weight": 1.0}
     ),
     "labels and attention relations of the original": by_width("relations", {**BY_LABELS, "teacher_weight": 1.0}),
-    "labels, last hidden state and its pooled form, 3 random by budget": OURS_WITH_LABELS,
-    "last hidden state of the original": by_width("states", BY_STATES),
-    "and its pooled form (ours)": by_width("states_pooled", {**BY_STATES, "pooled_weight": 1.0}),
-    "and its first token, .5": by_width("states_first", {**BY_STATES, "pooled_weight": 1.0, "first_token_weight": 0.5}),
+    "labels, last hidden state and its mean, 3 random by budget": OURS_WITH_LABELS,
+    "last hidden state": by_width("states", BY_STATES),
+    "last hidden state and its mean (ours)": by_width("states_pooled", {**BY_STATES, "pooled_weight": 1.0}),
+    "last hidden state, its mean, and the first token with .5": by_width(
+        "states_first", {**BY_STATES, "pooled_weight": 1.0, "first_token_weight": 0.5}
+    ),
 }
 SAMPLINGS = {
-    "the sandwich, 1 uniform": LOSSES["and its pooled form (ours)"],
+    "the sandwich, 1 uniform": LOSSES["last hidden state and its mean (ours)"],
     "3 random, uniform": by_width("ours_uniform", {**OURS, "distribution": "uniform"}),
     "3 random, by parameters": by_width("ours_parameters", {**OURS, "distribution": "parameters"}),
     "3 random, by budget (ours)": OURS_BY_WIDTH,
