@@ -199,14 +199,17 @@ def explanation(results: Path) -> str:
     """Return what the columns of the table mean; only of those that are there."""
     [columns, *_] = summary_rows(results) or [{}]
     embeddings = read_rows(results, EMBEDDINGS)
+    original = first(embeddings, kind=ORIGINAL)
+    pairs, score = (original["pairs"], original[PYTORCH] / 100) if original else (1, 0.0)
+    error = 100 * (1 - score**2) / pairs**0.5
     words = {
         "model": "The percentage of a subnet is that of the parameters in the original's layers. The embeddings, which "
         "are never cut, come on top: in brackets is the share of all, after scores the share of the original's.",
-        "STS": "STS is the rank correlation, times 100, of the cosines of 750 pairs of sentences (STS 2012 to 2015)"
-        " with human judgement, without fine-tuning. Its standard error is about 1.7.",
+        "STS": f"STS is the rank correlation, times 100, of the cosines of {pairs} pairs of sentences (STS 2012 to "
+        f"2015) with human judgement, without fine-tuning. Its standard error is about {error:.1f}.",
         OF_RECTANGLE: f"The {OF_RECTANGLE} is that of the hand-crafted shape of the same size whose layers are as "
         f"equally wide as that allows: {rectangle_text(embeddings)}. The search minimises the distance of all layers "
-        "from the original, which decides after fine-tuning.",
+        "from the original, which agrees with scores after fine-tuning.",
         "task score": "The task score is the mean of cola, sst2, mrpc and stsb. Each model is fine-tuned, the subnets "
         "with the fine-tuned original as their teacher. The examples are not GLUE's splits: the scores do not compare "
         "with its leaderboard.",
