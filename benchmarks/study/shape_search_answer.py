@@ -152,8 +152,8 @@ def verdict_on_search(compared: Sequence[dict[str, Any]]) -> str:
         "spread of seeds. Budgets at which it is better, not to be told apart, or worse:\n\n"
         f"{markdown_table(table)}\n\n"
         "No seed decides the distance in all layers of an inherited shape, so it has no spread, and its error was not "
-        "measured. It is what the search has minimised and what agrees with scores after fine-tuning; shapes that are wide at "
-        "the end copy the last states better."
+        "measured. It is what the search has minimised and what agrees with scores after fine-tuning; shapes that are "
+        "wide at the end copy the last states better."
     )
 
 
