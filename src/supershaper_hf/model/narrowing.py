@@ -161,40 +161,48 @@ def subnet_tensors(
         yield f"{prefix}{name}.bias", bias
 
 
-# Which linear maps of a layer read a code, and which modules write one.
-READS = {
-    "attention.self.query": "attention_code",
-    "attention.self.key": "attention_code",
-    "attention.self.value": "attention_code",
-    "intermediate.dense": "intermediate_code",
-}
-WRITES = {
-    "attention.output.dense": "attention_code",
-    "attention.output.LayerNorm": "intermediate_code",
-    "output.dense": "intermediate_code",
-}
 Load = Callable[[str], torch.Tensor]  # name in the encoder of the supernet -> tensor
+
+# What each module of a layer reads and what it writes. States are narrowed to the code of this name if the width has
+# codes of its own, and to their first channels if not. Heads are narrowed each by itself, with head_slicing="per_head".
+# The inner states of the FFN are never narrowed, and a LayerNorm reads no channel with its weight.
+CODES, HEADS, INNER = ("attention_code", "intermediate_code"), "heads", "inner states"
+READS_AND_WRITES: dict[str, tuple[str | None, str]] = {
+    "attention.self.query": ("attention_code", HEADS),
+    "attention.self.key": ("attention_code", HEADS),
+    "attention.self.value": ("attention_code", HEADS),
+    "attention.output.dense": (HEADS, "attention_code"),
+    "attention.output.LayerNorm": (None, "intermediate_code"),
+    "intermediate.dense": ("intermediate_code", INNER),
+    "output.dense": (INNER, "intermediate_code"),
+    "output.LayerNorm": (None, "states"),
+}
 
 
 def narrow_module(
     config: SuperShaperConfig, layer: int, width: int, name: str, load: Load
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weight and bias of the linear map or LayerNorm `name` of a layer at `width`."""
-    heads = config.num_attention_heads if config.head_slicing == "per_head" else 1
-    own = f"by_width.{layer}.{width}" if config.has_own_maps(width) else None
+    """Return weight and bias of the linear map or LayerNorm `name` of a layer at `width`.
+
+    The steps are those of `elastic_linear` and `elastic_layer_norm`, in the same order.
+    """
     weight, bias = load(f"layer.{layer}.{name}.weight"), load(f"layer.{layer}.{name}.bias")
-    if name == "attention.output.dense" or (name in READS and own is None):
-        weight = channels(weight, 1, width, heads if name == "attention.output.dense" else 1)
-    if own is not None and name in WRITES:
-        coded, bias = write(weight, bias, load(f"{own}.{WRITES[name]}.writer.weight"))
-        weight = coded if weight.ndim == 2 else weight[:width]  # of a LayerNorm, only the bias is coded
-    elif name != "intermediate.dense":  # the channels inside the FFN are never cut
-        out_heads = heads if name in READS else 1
-        weight, bias = channels(weight, 0, width, out_heads), channels(bias, 0, width, out_heads)
-    if own is not None and name in READS:
-        code = f"{own}.{READS[name]}"
-        reader = load(f"{code}.reader.weight"), load(f"{code}.reader.bias")
-        weight, bias = read(weight, bias, load(f"{code}.writer.weight"), *reader)
+    reads, writes = READS_AND_WRITES[name]
+    codes = CODES if config.has_own_maps(width) else ()
+    heads = {HEADS: config.num_attention_heads} if config.head_slicing == "per_head" else {}
+
+    def of_code(code: str, *tensors: str) -> list[torch.Tensor]:
+        return [load(f"by_width.{layer}.{width}.{code}.{tensor}") for tensor in tensors]
+
+    if reads not in (None, INNER, *codes):
+        weight = channels(weight, 1, width, heads.get(reads, 1))
+    if writes in codes:
+        coded, bias = write(weight, bias, *of_code(writes, "writer.weight"))
+        weight = weight[:width] if reads is None else coded  # of a LayerNorm, only the bias is coded
+    elif writes != INNER:
+        weight, bias = (channels(tensor, 0, width, heads.get(writes, 1)) for tensor in (weight, bias))
+    if reads in codes:
+        weight, bias = read(weight, bias, *of_code(reads, "writer.weight", "reader.weight", "reader.bias"))
     if name == "attention.self.query" and config.full_head_scale:  # a subnet scales scores by its own head size
         factor = (width / config.hidden_size) ** 0.5
         weight, bias = weight * factor, bias * factor
