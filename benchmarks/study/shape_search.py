@@ -52,7 +52,7 @@ from supershaper_hf.search.records import Contents, Record, parse
 from supershaper_hf.training.teacher import OutsideTeacher
 
 from ..sentence_similarity import load_pairs, similarity_score
-from .shape_search_answer import ALL_LAYERS, EVOLUTIONARY, HEURISTIC, QUESTION, SHARES, answer
+from .shape_search_answer import ALL_LAYERS, EVOLUTIONARY, HEURISTIC, PARTS, QUESTION, SHARES, answer
 from .shapes import HAND_CRAFTED, NUM_RANDOM, RECTANGLE, SEARCHED, budget, hand_crafted, random_shapes
 from .study import Results, held_out_text, make_parser, task_file, training_text
 
@@ -70,6 +70,7 @@ RECIPE: dict[str, Any] = {  # as in examples/polish_subnet.py
 RATES = (1e-4, 3e-4)
 SEEDS = (0, 1, 2)
 REPEATED = {(0.60, SEARCHED), (0.60, RECTANGLE)}  # trained with every seed, all others with the first
+NUM_PARTS = 20  # of the held-out text, for the error of a distance
 HELD_OUT_SEED = 50  # of the shapes that the predictor is tested on
 TOLERANCE = 0.01  # between a distance in the records of the search and the same one here
 PATHS = ("data", "bert", "supernet", "search", "output_dir", "results", "seeds")  # options that rows do not depend on
@@ -153,12 +154,16 @@ class Study:
         return batches
 
     @cached_property
-    def other_text(self) -> list[dict[str, torch.Tensor]]:
+    def other_sequences(self) -> Dataset:
         """Held-out text that the search did not use."""
         used = self.searched.header["sequences"]
         rest = self.sequences.select(range(used, len(self.sequences))).shuffle(seed=0)
-        chosen = rest.select(range(min(len(rest), self.args.max_eval_samples)))
-        return fixed_masks(chosen, self.tokenizer, self.args.search_batch_size, mlm_probability=0)
+        return rest.select(range(min(len(rest), self.args.max_eval_samples)))
+
+    @cached_property
+    def other_text(self) -> list[dict[str, torch.Tensor]]:
+        """The same text in batches."""
+        return fixed_masks(self.other_sequences, self.tokenizer, self.args.search_batch_size, mlm_probability=0)
 
     @cached_property
     def training_sequences(self) -> Dataset:
@@ -263,6 +268,27 @@ def measure_inherited(study: Study) -> None:
         study.results.add({"kind": "inherited", "parameters": study.space.num_parameters(shape), **record, **sts})
 
 
+def measure_parts(study: Study) -> None:
+    """Add a row for each shape that is compared, with its distance in all layers on each part of the text.
+
+    The error of a difference between two shapes follows from its spread over the parts.
+    """
+    shapes = dict.fromkeys(tuple(row["shape"]) for row in study.results.find(kind="shape"))
+    missing = [list(shape) for shape in shapes if not study.results.find(kind=PARTS, shape=list(shape))]
+    if not missing:
+        return
+    sequences, size = study.other_sequences, study.args.search_batch_size
+    options: dict[str, Any] = {"measure": "distance", "original": study.original, "layers": "all"}
+    found: list[list[float]] = [[] for _ in missing]
+    for first in range(NUM_PARTS):
+        part = sequences.select(range(first, len(sequences), NUM_PARTS))
+        text = fixed_masks(part, study.tokenizer, size, mlm_probability=0)
+        for distances, record in zip(found, evaluate_shapes(study.supernet, text, missing, **options), strict=True):
+            distances.append(record["distance"])
+    for shape, distances in zip(missing, found, strict=True):
+        study.results.add({"kind": PARTS, "shape": shape, ALL_LAYERS: distances})
+
+
 # Training alone
 
 
@@ -328,6 +354,7 @@ def main() -> None:
     compared_shapes(study)
     measure_predictor(study)
     measure_inherited(study)
+    measure_parts(study)
     train_all(study)
     pictures = args.output_dir / QUESTION
     pictures.mkdir(parents=True, exist_ok=True)

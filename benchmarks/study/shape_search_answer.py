@@ -23,6 +23,7 @@ SHARES = (0.60, 0.45, 0.30)
 EVOLUTIONARY, HEURISTIC = "evolutionary", "heuristic"
 NAMES = (SEARCHED, EVOLUTIONARY, HEURISTIC, *HAND_CRAFTED)
 MEAN = "mean of the tasks"
+PARTS = "parts"  # rows with the distance of a shape on each part of the text
 DISTANCE, ALL_LAYERS = "distance", "all_layers"  # in the last layer; in all layers, which subnets do not have
 FIGURES = {ALL_LAYERS: "distance in all layers", DISTANCE: "distance", "cosine": "cosine", STS: "STS"}
 COMPARED = (ALL_LAYERS, DISTANCE, STS)
@@ -42,6 +43,7 @@ class Found:
         self.settings, self.machine, rows = content["settings"], content["machine"], content["rows"]
         self.shapes = {(row["share"], row["name"]): row for row in rows if row["kind"] == "shape"}
         self.inherited = {tuple(row["shape"]): row for row in rows if row["kind"] == "inherited"}
+        self.parts = {tuple(row["shape"]): row[ALL_LAYERS] for row in rows if row["kind"] == PARTS}
         self.held_out = [row for row in rows if row["kind"] == "held_out"]
         self.original = next((row for row in rows if row["kind"] == "original"), None)
         self.trained = best_rates([row for row in rows if row["kind"] == "trained"])
@@ -54,6 +56,17 @@ class Found:
         key = tuple(row["shape"])
         rows = self.trained.get(key, []) if trained else [self.inherited[key]] if key in self.inherited else []
         return [row[figure] for row in rows if figure in row]
+
+    def error(self, share: float, first: str, second: str) -> float | None:
+        """Return twice the standard error of the difference between the distances in all layers of two shapes.
+
+        It is that of paired differences, one for each part of the text; `None` if they were not measured.
+        """
+        pair = [self.parts.get(tuple(self.shapes[share, name]["shape"])) for name in (first, second)]
+        if None in pair:
+            return None
+        differences = np.subtract(*pair)
+        return 2 * float(differences.std(ddof=1)) / len(differences) ** 0.5
 
     def spread(self, figure: str) -> float | None:
         """Return the largest standard deviation of a figure over seeds; `None` if nothing has several seeds."""
@@ -98,7 +111,7 @@ def comparisons(found: Found) -> list[dict[str, Any]]:
     """Compare the front's shape with the best hand-crafted one, for each budget, figure and stage that is measured.
 
     `gain` is positive if the front's shape is better. No seed decides what is inherited: the spread is that of trained
-    shapes, and 0 for the distance in all layers, which trained ones do not have.
+    shapes. Those have no distance in all layers, whose spread is the error of `Found.error` instead.
     """
     compared = []
     for share, figure, trained in itertools.product(SHARES, COMPARED, (False, True)):
@@ -109,7 +122,7 @@ def comparisons(found: Found) -> list[dict[str, Any]]:
             best = max(hands, key=lambda name: sign * mean_and_spread(hands[name])[0])
             gain = sign * (mean_and_spread(front)[0] - mean_and_spread(hands[best])[0])
             own = {"share": share, "figure": figure, "trained": trained, "front": front, "best": best}
-            spread = 0.0 if figure == ALL_LAYERS else found.spread(figure)  # of what no seed decides
+            spread = found.error(share, SEARCHED, best) if figure == ALL_LAYERS else found.spread(figure)
             compared.append({**own, "hand": hands[best], "gain": gain, "spread": spread})
     return compared
 
@@ -123,7 +136,7 @@ def comparison_table(compared: Sequence[dict[str, Any]]) -> str:
                 "front": cell(each["front"], each["figure"]),
                 "best hand-crafted": f"{cell(each['hand'], each['figure'])} ({each['best']})",
                 "difference": number(each["gain"], each["figure"], "+"),
-                "spread of seeds": "one seed" if each["spread"] is None else number(each["spread"], each["figure"]),
+                "spread": "not known" if each["spread"] is None else number(each["spread"], each["figure"]),
                 "the front is": judged(each),
             }
             for each in compared
@@ -148,12 +161,13 @@ def verdict_on_search(compared: Sequence[dict[str, Any]]) -> str:
             met = "yes" if counts["better"] == len(own) else "no"
             table.append({"by": FIGURES[figure] + (", trained" if trained else ""), **counts, "met": met})
     return (
+        "The spread is that of seeds in training. No seed decides the distance in all layers of an inherited shape: "
+        "its spread is twice the standard error of the difference between the two shapes, over parts of the text.\n\n"
         "The target is a shape of the front that is better than every hand-crafted one at every budget, outside the "
-        "spread of seeds. Budgets at which it is better, not to be told apart, or worse:\n\n"
+        "spread. Budgets at which it is better, not to be told apart, or worse:\n\n"
         f"{markdown_table(table)}\n\n"
-        "No seed decides the distance in all layers of an inherited shape, so it has no spread, and its error was not "
-        "measured. It is what the search has minimised and what agrees with scores after fine-tuning; shapes that are "
-        "wide at the end copy the last states better."
+        "The distance in all layers is what the search has minimised and what agrees with scores after fine-tuning; "
+        "shapes that are wide at the end copy the last states better."
     )
 
 

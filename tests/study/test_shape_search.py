@@ -84,6 +84,7 @@ def options(tmp_path, tokenizer):
 def run(script, answers, options, monkeypatch, capsys, tmp_path):
     for module in (script, answers):
         monkeypatch.setattr(module, "SHARES", (0.6, 0.5))
+    monkeypatch.setattr(script, "NUM_PARTS", 2)
 
     def run(*more):
         monkeypatch.setattr(sys, "argv", ["shape_search", *options, *more])
@@ -122,10 +123,15 @@ def test_the_study_is_measured_resumed_and_answered(script, answers, run, monkey
         assert row["parameters"] <= original - (1 - row["share"]) * 3 * layer_parameters()
         assert (row["predicted"] is None) == (0 in row["shape"])
     compared = {tuple(row["shape"]) for row in shapes}
+    parts = {tuple(row["shape"]): row["all_layers"] for row in of_kind(rows, "parts")}
+    assert parts.keys() == compared
     inherited = {tuple(row["shape"]): row for row in of_kind(rows, "inherited")}
     assert len(inherited) == len(of_kind(rows, "inherited"))
     assert compared <= inherited.keys()
     assert {shape for shape, row in inherited.items() if "sts" in row} == compared
+    for shape in compared:
+        assert len(parts[shape]) == 2
+        assert np.mean(parts[shape]) == pytest.approx(inherited[shape]["all_layers"], rel=0.2)
 
     # Each shape is trained once with the first seed, though several names may mean it, and two of them with all seeds.
     done = [(tuple(row["shape"]), row["rate"], row["seed"]) for row in of_kind(rows, "trained")]
@@ -236,6 +242,10 @@ def made_up_rows(answers, front=0.30, hand=0.35, heuristic=0.31, deviations=(-0.
             )
             figures = {"shape": shape, "distance": distance, "cosine": 1 - distance, "sts": 0.8 - distance}
             rows.append({"kind": "inherited", "parameters": 900, "all_layers": distance, **figures})
+            # A distance depends on the part of the text, the difference to the front's shape less.
+            own = 0 if shape[1] == 1 else 0.01
+            parts = [distance - 0.2 - own, distance + own, distance + 0.2]
+            rows.append({"kind": "parts", "shape": shape, "all_layers": parts})
             if name == answers.EVOLUTIONARY:
                 continue
             for seed, deviation in enumerate(deviations):
@@ -265,7 +275,7 @@ def test_targets_that_are_met(answers, tmp_path):
     assert "| searched | [60, 1] | 900 | 0.300 | 0.300 | 0.300 | 0.700 | 50.0 | 0.150 ± 0.010 |" in text
     assert "| 45 % | distance, trained | 0.150 ± 0.010 | 0.190 ± 0.010 (rectangle) | +0.040 | 0.012 | better |" in text
     assert "| 45 % | STS | 50.0 | 42.0 (rectangle) | +8.0 | 1.2 | better |" in text
-    assert "| 45 % | distance in all layers | 0.300 | 0.380 (rectangle) | +0.080 | 0.000 | better |" in text
+    assert "| 45 % | distance in all layers | 0.300 | 0.380 (rectangle) | +0.080 | 0.012 | better |" in text
     assert text.count(" | 3 | 0 | 0 | yes |") == 5
     assert "| distance, trained | 3 | 0 | 0 | yes |" in text
     assert "+1.7% at 60 %, +1.7% at 60 % (trained)" in text
@@ -293,10 +303,18 @@ def test_targets_that_are_missed(answers, tmp_path):
     assert "a Kendall of at least 0.85, is missed" in text
 
 
+def test_the_error_of_a_distance_decides(answers, tmp_path):
+    close = [row for row in made_up_rows(answers, front=0.372) if row["kind"] != "parts" or row["shape"][0] != 30]
+    write_rows(tmp_path / "results", "shape_search", close)
+    text = answers.answer(tmp_path / "results", tmp_path / "study")
+    assert "| 45 % | distance in all layers | 0.372 | 0.380 (rectangle) | +0.008 | 0.012 | within the spread |" in text
+    assert "| 30 % | distance in all layers | 0.372 | 0.380 (rectangle) | +0.008 | not known | - |" in text
+
+
 def test_one_seed_has_no_spread(answers, tmp_path):
     write_rows(tmp_path / "results", "shape_search", made_up_rows(answers, deviations=(0.0,)))
     text = answers.answer(tmp_path / "results", tmp_path / "study")
-    assert "| one seed | - |" in text
+    assert "| not known | - |" in text
     assert "| distance | 0 | 0 | 0 | no |" in text
     assert "±" not in text.partition("\n\n")[2]
 
