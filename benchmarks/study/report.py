@@ -57,6 +57,9 @@ benchmarks/study, which writes what it measures into a JSON file. `python -m ben
 section, its pictures and the table of the README out of these files. DATA is a folder with the folders `corpus` and
 `tasks`, whose files are listed after the questions; MINILM is that of all-MiniLM-L6-v2, which is called the original.
 Its six layers, the encoder, have 10,646,784 parameters; the share of a subnet is relative to them."""
+TARGETS = """\
+What was to be reached, before anything was measured, and what came out. The questions below say how each figure was
+measured, and what was tried where a target is missed:"""
 NOT_MEASURED = "This question has not been measured yet."
 OF_RECTANGLE, COSTS = "STS of the rectangle", ("ms", "ms, int8", "MB, int8")
 COLUMNS = ("model", "parameters", "shape", "STS", "STS, int8", OF_RECTANGLE, "task score", "task score, int8", *COSTS)
@@ -74,6 +77,8 @@ def study_section(results: Path, pictures: Path) -> str:
         pictures: The folder of the pictures. Its name stands in the links.
     """
     parts = ["## The study", INTRODUCTION]
+    if rows := target_rows(results):
+        parts += [TARGETS, markdown_table(rows)]
     for number, (name, title) in enumerate(QUESTIONS.items(), start=1):
         module = import_module(f".{name}", __package__)
         asked = (module.__doc__ or "").splitlines()[0].removeprefix(f"Question {number}: ")
@@ -82,6 +87,16 @@ def study_section(results: Path, pictures: Path) -> str:
     if files := data.answer(results):
         parts += ["### The data", files]
     return wrapped("\n\n".join(parts))
+
+
+def target_rows(results: Path) -> list[dict[str, str]]:
+    """Return the table of all targets that were measured, with the number of their question."""
+    rows = []
+    for number, name in enumerate(QUESTIONS, start=1):
+        module = import_module(f".{name}", __package__)
+        if hasattr(module, "targets"):
+            rows += [{"question": str(number), **target.row()} for target in module.targets(results)]
+    return rows
 
 
 def wrapped(text: str) -> str:

@@ -37,7 +37,7 @@ from .compared import (
     search_folder,
 )
 from .shapes import SEARCHED
-from .study import Results, Row, command_and_machine, make_parser, read_rows, save_picture, task_file
+from .study import Results, Row, Target, command_and_machine, make_parser, read_rows, save_picture, task_file
 
 
 QUESTION = "sentence_embeddings"
@@ -103,7 +103,7 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
         f"STS is Spearman's correlation, times 100, on {rows[0]['pairs']} pairs of the validation examples of stsb. "
         "Nothing was fine-tuned. Shares are of the original in float32.",
         markdown_table(table),
-        target_text(rows, original),
+        target_text(results_folder),
     ]
     draw(pictures_folder / PICTURE, rows, original)
     text.append(f"![STS over the parameters of the encoder]({pictures_folder.name}/{PICTURE})")
@@ -115,15 +115,23 @@ def share(value: float, original: Row | None) -> str:
     return MISSING if original is None else f"{value / original[PYTORCH]:.1%}"
 
 
-def target_text(rows: Sequence[Row], original: Row | None) -> str:
-    """Return whether the target is met, and by what; "" if it was not measured."""
+def targets(results_folder: Path) -> list[Target]:
+    """Return what was to be reached, as far as it was measured."""
+    rows = read_rows(results_folder, QUESTION)
     found = next((row for row in rows if (row["kind"], row["share"]) == (SEARCHED, TARGET_SHARE)), None)
+    original = next((row for row in rows if row["kind"] == ORIGINAL), None)
     if found is None or original is None:
-        return ""
-    kept = found[PYTORCH] / original[PYTORCH]
-    return (
-        f"Target: at {TARGET_SHARE:.0%} of the encoder at least {TARGET:.0%} of the original's STS. Measured: "
-        f"{kept:.1%}; {'met' if kept >= TARGET else 'missed'}."
+        return []
+    kept, what = found[PYTORCH] / original[PYTORCH], f"searched {TARGET_SHARE:.0%}: share of the original's STS"
+    return [Target(what, f"at least {TARGET:.0%}", f"{kept:.1%}", kept >= TARGET)]
+
+
+def target_text(results_folder: Path) -> str:
+    """Return whether the target is met, and by what; "" if it was not measured."""
+    return " ".join(
+        f"Target: at {TARGET_SHARE:.0%} of the encoder {target.to_reach} of the original's STS. Measured: "
+        f"{target.measured}; {'met' if target.met else 'missed'}."
+        for target in targets(results_folder)
     )
 
 

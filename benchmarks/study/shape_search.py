@@ -52,7 +52,7 @@ from supershaper_hf.search.records import Contents, Record, parse
 from supershaper_hf.training.teacher import OutsideTeacher
 
 from ..sentence_similarity import load_pairs, similarity_score
-from .shape_search_answer import ALL_LAYERS, EVOLUTIONARY, HEURISTIC, PARTS, QUESTION, SHARES, answer
+from .shape_search_answer import ALL_LAYERS, EVOLUTIONARY, HEURISTIC, PARTS, QUESTION, SHARES, answer, targets
 from .shapes import HAND_CRAFTED, NUM_RANDOM, RECTANGLE, SEARCHED, budget, hand_crafted, random_shapes
 from .study import Results, held_out_text, make_parser, task_file, training_text
 
@@ -76,6 +76,8 @@ TOLERANCE = 0.01  # between a distance in the records of the search and the same
 PATHS = ("data", "bert", "supernet", "search", "output_dir", "results", "seeds")  # options that rows do not depend on
 
 Shape = list[int]
+
+__all__ = ["answer", "main", "targets"]
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,7 +15,7 @@ from supershaper_hf.report.plots import new_figure
 from supershaper_hf.search.quality import Quality
 
 from .shapes import HAND_CRAFTED, SEARCHED
-from .study import FORMAT, STS, Row, cell, mean_and_spread, number, read_rows, save_picture
+from .study import FORMAT, STS, Row, Target, cell, mean_and_spread, number, read_rows, save_picture
 
 
 QUESTION = "shape_search"
@@ -27,6 +27,7 @@ PARTS = "parts"  # rows with the distance of a shape on each part of the text
 DISTANCE, ALL_LAYERS = "distance", "all_layers"  # in the last layer; in all layers, which subnets do not have
 FIGURES = {ALL_LAYERS: "distance in all layers", DISTANCE: "distance", "cosine": "cosine", STS: "STS"}
 COMPARED = (ALL_LAYERS, DISTANCE, STS)
+UNKNOWN = "-"
 FEWEST = 3  # shapes that a correlation needs
 PICTURE, TASKS_PICTURE = "shape_search.png", "distance_and_tasks.png"
 WITHIN, KENDALL, TASKS_KENDALL = 0.02, 0.85, 0.7  # targets: the heuristic; the predictor; distance against scores
@@ -147,7 +148,7 @@ def comparison_table(compared: Sequence[dict[str, Any]]) -> str:
 def judged(each: dict[str, Any]) -> str:
     """Return whether the front's shape is better or worse than the best hand-crafted one."""
     if each["spread"] is None:
-        return "-"
+        return UNKNOWN
     return "within the spread" if abs(each["gain"]) <= each["spread"] else "better" if each["gain"] > 0 else "worse"
 
 
@@ -171,14 +172,23 @@ def verdict_on_search(compared: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def verdict_on_others(found: Found) -> str:
-    """Say how far the heuristic and the evolutionary search are from the front."""
+def heuristic_gaps(found: Found) -> list[tuple[float, bool, float]]:
+    """Return how much further away the heuristic's shape is than the front's, relative to it.
+
+    One for each share of the encoder, as it was cut out (in all layers) and after training (in the last one).
+    """
     gaps = []
     for share, trained in itertools.product(SHARES, (False, True)):
         figure = DISTANCE if trained else ALL_LAYERS
         front, own = (found.values(share, name, figure, trained) for name in (SEARCHED, HEURISTIC))
         if front and own:
             gaps.append((share, trained, mean_and_spread(own)[0] / mean_and_spread(front)[0] - 1))
+    return gaps
+
+
+def verdict_on_others(found: Found) -> str:
+    """Say how far the heuristic and the evolutionary search are from the front."""
+    gaps = heuristic_gaps(found)
     words = [f"{gap:+.1%} at {percent(share)}{' (trained)' if trained else ''}" for share, trained, gap in gaps]
     met = all(gap <= WITHIN for _, _, gap in gaps)
     pairs = [
@@ -195,13 +205,18 @@ def verdict_on_others(found: Found) -> str:
     )
 
 
+def predictor_quality(found: Found) -> Quality:
+    """Return how well the predictor predicts random shapes."""
+    measured, predicted = ([row[name] for row in found.held_out] for name in ("distance", "predicted"))
+    return Quality.of(np.array(measured), np.array(predicted), "distance")
+
+
 def verdict_on_predictor(found: Found) -> str:
     """Say how well the predictor predicts random shapes."""
-    measured, predicted = ([row[name] for row in found.held_out] for name in ("distance", "predicted"))
-    quality = Quality.of(np.array(measured), np.array(predicted), "distance")
+    quality = predictor_quality(found)
     return (
-        f"The predictor, fitted on {found.settings['fitted_on']} shapes, on {len(measured)} random ones that were "
-        f"not measured in the search: R2 {quality.r2:.3f}, Spearman {quality.spearman:.3f}, Kendall "
+        f"The predictor, fitted on {found.settings['fitted_on']} shapes, on {len(found.held_out)} random ones that "
+        f"were not measured in the search: R2 {quality.r2:.3f}, Spearman {quality.spearman:.3f}, Kendall "
         f"{quality.kendall:.3f}, root mean square error {quality.rmse:.3f}. The target, a Kendall of at least "
         f"{KENDALL}, is {'met' if quality.kendall >= KENDALL else 'missed'}."
     )
@@ -275,6 +290,29 @@ def verdict_on_distance(rows: Sequence[dict[str, Any]]) -> str:
                 f"{met}."
             )
     return "\n\n".join(lines)
+
+
+def targets(results_folder: Path) -> list[Target]:
+    """Return what was to be reached, as far as it was measured."""
+    if not (results_folder / f"{QUESTION}.json").exists():
+        return []
+    found, targets = Found(results_folder), []
+    own = [judged(each) for each in comparisons(found) if each["figure"] == ALL_LAYERS]
+    if own and UNKNOWN not in own:
+        what = "searched shape, distance in all layers: better than every hand-crafted one"
+        better = own.count("better")
+        targets.append(Target(what, f"at {len(own)} budgets", f"at {better}", better == len(own)))
+    if gaps := [gap for _, _, gap in heuristic_gaps(found)]:
+        what = "heuristic: distance above that of the searched shape, largest"
+        targets.append(Target(what, f"at most {WITHIN:.0%}", f"{max(gaps):+.1%}", max(gaps) <= WITHIN))
+    if len(found.held_out) >= FEWEST:
+        kendall, what = predictor_quality(found).kendall, "predictor: Kendall, shapes that it was not fitted on"
+        targets.append(Target(what, f"at least {KENDALL}", f"{kendall:.3f}", kendall >= KENDALL))
+    correlations = rank_correlations(found, task_scores(results_folder))
+    if correlations and correlations[0]["task"] == MEAN:
+        value, what = correlations[0][FIGURES[ALL_LAYERS]], "distance in all layers against mean task score: Kendall"
+        targets.append(Target(what, f"at least {TASKS_KENDALL}", f"{value:.3f}", value >= TASKS_KENDALL))
+    return targets
 
 
 # Pictures

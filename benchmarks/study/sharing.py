@@ -15,7 +15,7 @@ from supershaper_hf.report.plots import new_figure
 
 from .found_runs import AS_IN_QUESTION_1, Found, figure_columns, how_measured, over_seeds, read_runs
 from .runs import COMMON, OURS_BY_WIDTH, STATES, Recipe, run_script
-from .study import save_picture
+from .study import Target, save_picture
 
 
 NUM_SHAPES = 3
@@ -71,9 +71,23 @@ def table(found: Found) -> str:
     return markdown_table(rows)
 
 
+def differences(found: Found) -> list[float]:
+    """Return by what share of the distance alone each inherited shape is further away, of those that were measured."""
+    each = [excess(found, shape) for shape in range(NUM_SHAPES)]
+    return [difference for difference in each if difference is not None]
+
+
+def targets(results_folder: Path) -> list[Target]:
+    """Return what was to be reached, as far as it was measured."""
+    known = differences(read_runs(results_folder))
+    if not known:
+        return []
+    what = "inherited: distance above that of the same shape trained alone, largest"
+    return [Target(what, f"at most {TARGET:.0%}", f"{max(known):+.1%}", max(known) <= TARGET)]
+
+
 def verdict(found: Found) -> str:
-    differences = [excess(found, shape) for shape in range(NUM_SHAPES)]
-    known = [each for each in differences if each is not None]
+    known = differences(found)
     if not known:
         return ""
     within = sum(each <= TARGET for each in known)

@@ -26,7 +26,7 @@ from .runs import (
     Recipe,
     run_script,
 )
-from .study import FLOPS, STS, cell, number, save_picture
+from .study import FLOPS, STS, Target, cell, number, save_picture
 
 
 RECIPES = {
@@ -106,6 +106,20 @@ def cost_table(found: Found) -> str:
                 row[column] = "not reached" if share is None else f"{share:.1%}"
             rows.append(row)
     return markdown_table(rows)
+
+
+def targets(results_folder: Path) -> list[Target]:
+    """Return what was to be reached, as far as it was measured."""
+    found, measured = read_runs(results_folder), []
+    for figure, shares in costs(found).items():
+        share = shares[CANDIDATES[0]]
+        what = f"ours: operations until as good as the paper's run ever was, by {figure}"
+        words = "never" if share is None else f"{share:.1%}"
+        start, best = (curve(found, RECIPES[name], figure) for name in (CANDIDATES[0], PAPERS))
+        if start and start[0][1] <= min(value for _, value in best):
+            words += ", by the start alone"
+        measured.append(Target(what, f"at most {TARGET:.0%}", words, share is not None and share <= TARGET))
+    return measured
 
 
 def verdict(found: Found) -> str:

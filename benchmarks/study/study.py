@@ -12,7 +12,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -37,6 +37,20 @@ STS, FLOPS = "sts", "flops"  # names of figures in rows: a correlation with huma
 SHOWN = {STS: (100, 1), FLOPS: (1e-12, 1)}  # figure -> its factor and its digits in tables; others have 1 and 3
 
 Row = dict[str, Any]
+
+
+class Target(NamedTuple):
+    """What was to be reached, and what was measured; `met` is `None` while that is open."""
+
+    what: str
+    to_reach: str
+    measured: str
+    met: bool | None
+
+    def row(self) -> dict[str, str]:
+        """Return the row of a table."""
+        words = {True: "yes", False: "no", None: "open"}
+        return {"target": self.what, "measured": self.measured, "to reach": self.to_reach, "met": words[self.met]}
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

@@ -7,7 +7,8 @@ Four tasks in GLUE's form are fine-tuned with every seed: the original, the whol
 45 and 30 % of the encoder, each as the searched shape, the rectangle and the first layers. Of every fine-tuned model,
 the file of 8-bit integers is scored too. The original of the best seed teaches the others. Beside it:
 
-- the subnets of `UNTAUGHT` once without the teacher, with the first seed;
+- other ways for the models of `OTHERWISE`, with the first seed, on the task on which small subnets lose the most:
+  without the teacher, with three times the steps, and after super fine-tuning;
 - super fine-tuning: the supernet is fine-tuned on the task with the first seed, all shapes at once, and shapes are
   scored without further training: those at 60 and 30 %, and 30 random ones.
 
@@ -17,7 +18,7 @@ Every score is a row of `tasks.json` as soon as it is there. The same command go
 import argparse
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,37 @@ from . import compared, tuning
 from .compared import INT8, KINDS, ORIGINAL, SUPERNET, Compared, check_supernet, compared_models, export_files
 from .shapes import NUM_RANDOM, RECTANGLE, SEARCHED, random_shapes
 from .study import Results, Row, make_parser
-from .tasks_answer import GUESSED, QUESTION, RANDOM, SUPER, TASKS, TUNED, UNTAUGHT, answer
-from .tuning import Recipe, RememberingTeacher, fine_tune, load_task, onnx_run, pytorch_run, read_recipe, score
+from .tasks_answer import (
+    GUESSED,
+    LONGER,
+    QUESTION,
+    RANDOM,
+    SUPER,
+    SUPER_FIRST,
+    TASKS,
+    TIMES_LONGER,
+    TRIED_ON,
+    TUNED,
+    UNTAUGHT,
+    answer,
+    targets,
+)
+from .tuning import Recipe, RememberingTeacher, Tuned, fine_tune, load_task, onnx_run, pytorch_run, read_recipe, score
 
 
 SEEDS = (0, 1, 2)
-WITHOUT_TEACHER = ((SEARCHED, 0.60), (SEARCHED, 0.30))  # subnets that are fine-tuned once without the teacher
+OTHERWISE = {  # way -> kinds and shares of the models that it is tried on
+    UNTAUGHT: ((SEARCHED, 0.60), (SEARCHED, 0.30)),
+    SUPER_FIRST: ((SEARCHED, 0.60), (SEARCHED, 0.30)),
+    LONGER: ((ORIGINAL, None), (SEARCHED, 0.60), (SEARCHED, 0.30)),
+}
 AFTER_SUPER = (SEARCHED, RECTANGLE), (0.60, 0.30)  # kinds and shares that are scored after super fine-tuning
 WEIGHTS = ("weight", "state_weight")  # of the teacher
 OF_TAUGHT = (*WEIGHTS, "sandwich_steps")  # fields of the recipe that are nothing to the original
 COPIED = ("score", INT8, "seconds", *WEIGHTS)  # to the row of another model with the same shape
-WAYS = (ORIGINAL, *KINDS, SUPERNET, UNTAUGHT, SUPER)
+WAYS = (ORIGINAL, *KINDS, SUPERNET, *OTHERWISE, SUPER)
 
-__all__ = ["answer", "main"]
+__all__ = ["answer", "main", "targets"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +152,10 @@ def plan(study: Study, models: list[Compared]) -> Iterator[Callable[[], object]]
             for task in args.tasks:
                 for seed in study.seeds:
                     yield partial(measure, study, task, model, seed)
-    for task in args.tasks:
-        if UNTAUGHT in args.only:
-            for model in models:
-                if (model.kind, model.share) in WITHOUT_TEACHER:
-                    yield partial(measure, study, task, model, study.seeds[0], UNTAUGHT)
+    for way, tried in OTHERWISE.items():
+        for model in models:
+            if way in args.only and TRIED_ON in args.tasks and (model.kind, model.share) in tried:
+                yield partial(measure, study, TRIED_ON, model, study.seeds[0], way)
     for task in args.tasks:
         if SUPER in args.only:
             yield partial(measure_super, study, task, models, study.seeds[0])
@@ -159,9 +177,11 @@ def measure(study: Study, task: str, model: Compared, seed: int, way: str = TUNE
     folder = study.run_folder(task, way, model.name)
     teacher = None if model.kind == ORIGINAL or way == UNTAUGHT else study.teacher(task)
     source = args.bert if model.kind == ORIGINAL else args.supernet
-    tuned = fine_tune(source, found, study.tokenizer, study.recipe, seed, folder, model.shape, teacher)
+    source = str(super_tuned(study, task, seed)) if way == SUPER_FIRST else source
+    recipe = replace(study.recipe, steps=study.recipe.steps * TIMES_LONGER) if way == LONGER else study.recipe
+    tuned = fine_tune(source, found, study.tokenizer, recipe, seed, folder, model.shape, teacher)
     scored = score(pytorch_run(tuned.model), found)
-    if model.kind == ORIGINAL:
+    if model.kind == ORIGINAL and way == TUNED:
         keep_teacher(study, task, tuned.model, scored)
     scores = {"score": scored}
     if way == TUNED:
@@ -178,12 +198,36 @@ def keep_teacher(study: Study, task: str, model: PreTrainedModel, scored: float)
     if any(row["score"] >= scored for row in earlier):
         return
 
+    keep(study, model, study.teacher_folder(task))
+
+
+def keep(study: Study, model: PreTrainedModel, folder: Path) -> None:
+    """Write a fine-tuned model with its tokenizer into a folder, in place of what is there."""
+
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         study.tokenizer.save_pretrained(folder)
 
-    study.teacher_folder(task).parent.mkdir(parents=True, exist_ok=True)
-    write_folder(study.teacher_folder(task), write, replace=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(folder, write, replace=True)
+
+
+def super_tune(study: Study, task: str, seed: int) -> Tuned:
+    """Fine-tune the supernet on a task, all shapes at once."""
+    found, folder = study.task(task), study.run_folder(task, SUPER, SUPERNET)
+    tuned = fine_tune(
+        study.args.supernet, found, study.tokenizer, study.recipe, seed, folder, None, study.teacher(task), True
+    )
+    shutil.rmtree(folder)
+    return tuned
+
+
+def super_tuned(study: Study, task: str, seed: int) -> Path:
+    """Return the folder of the supernet after super fine-tuning on a task. It is made once."""
+    folder: Path = study.args.output_dir / SUPER / f"{task}-{seed}"
+    if not folder.exists():
+        keep(study, super_tune(study, task, seed).model, folder)
+    return folder
 
 
 def measure_super(study: Study, task: str, models: list[Compared], seed: int) -> None:
@@ -201,15 +245,11 @@ def measure_super(study: Study, task: str, models: list[Compared], seed: int) ->
     missing = [each for each in wanted if not study.results.find(**key, model=each[0]["model"])]
     if not missing:
         return
-    found, folder = study.task(task), study.run_folder(task, SUPER, SUPERNET)
-    tuned = fine_tune(
-        study.args.supernet, found, study.tokenizer, study.recipe, seed, folder, None, study.teacher(task), True
-    )
+    tuned = super_tune(study, task, seed)
     for row, shape in missing:
-        scored = score(pytorch_run(tuned.model, shape), found)
+        scored = score(pytorch_run(tuned.model, shape), study.task(task))
         recipe = {name: getattr(study.recipe, name) for name in OF_TAUGHT}
         study.add(row, **key, score=scored, seconds=tuned.seconds, **recipe)
-    shutil.rmtree(folder)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from supershaper_hf.report.plots import new_figure
 
 from .compared import INT8, KINDS, ORIGINAL, SUPERNET
 from .shapes import FIRST_LAYERS, RECTANGLE, SEARCHED, SHARES
-from .study import Row, command_and_machine, mean_and_spread, read_rows, read_settings, save_picture
+from .study import Row, Target, command_and_machine, mean_and_spread, read_rows, read_settings, save_picture
 
 
 QUESTION = "tasks"
@@ -19,7 +19,16 @@ TASKS = ("cola", "sst2", "mrpc", "stsb")
 GUESSED = "rte"  # measured of the original only
 DATA = "data"  # the file of results of data.py, which has the score of guessing on each task
 GUESS = "always the same answer"
-TUNED, UNTAUGHT, SUPER = "fine-tuned", "untaught", "super"  # ways to a fine-tuned model
+TUNED, SUPER = "fine-tuned", "super"  # ways to a fine-tuned model: each by itself, and all shapes at once
+UNTAUGHT, SUPER_FIRST, LONGER = "untaught", "super_first", "longer"  # other ways, which are tried on one task
+TRIED_ON, TIMES_LONGER = "stsb", 3  # the task, and how many times the steps
+TRIED = {  # way -> its words
+    TUNED: "as above",
+    UNTAUGHT: "without the teacher",
+    SUPER: "super fine-tuning",
+    SUPER_FIRST: "super fine-tuning, then alone",
+    LONGER: f"alone, {TIMES_LONGER} times the steps",
+}
 RANDOM = "random"
 KEPT = {0.60: 0.98, 0.30: 0.94}  # share of the encoder -> share of the original's mean score to keep
 ABOVE_FIRST_LAYERS = {0.60: 1.5}  # share of the encoder -> points above the first layers
@@ -39,17 +48,24 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     if not rows:
         return ""
     settings = read_settings(results_folder, QUESTION)
-    tuned = whole_seeds([row for row in rows if row["way"] == TUNED])
+    tuned = fine_tuned(rows)
     text = [command_and_machine(results_folder, QUESTION, "tasks"), recipe_text(settings["recipe"], rows)]
     if tuned:
         guesses = scores_of_guesses(results_folder)
-        text += [scores_table(tuned, guesses), targets_table(tuned)]
+        text.append(scores_table(tuned, guesses))
+        if met := [target.row() for target in targets(results_folder)]:
+            text.append(markdown_table(met))
         text += ["8-bit integers (the same models, exported):", int8_table(tuned), guessed_text(tuned, guesses)]
-    text += [untaught_text(rows), super_text(rows)]
+    text += [super_text(rows), tried_text(rows)]
     if any(mean_scores(tuned, model) for model in models_of(tuned)):
         draw(pictures_folder / PICTURE, tuned)
         text.append(f"![Mean task score over the parameters of the encoder]({pictures_folder.name}/{PICTURE})")
     return "\n\n".join(part for part in text if part)
+
+
+def fine_tuned(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of models that were fine-tuned each by itself, see `whole_seeds`."""
+    return whole_seeds([row for row in rows if row["way"] == TUNED])
 
 
 def recipe_text(recipe: Mapping[str, Any], rows: Sequence[Row]) -> str:
@@ -197,14 +213,14 @@ def int8_table(rows: Sequence[Row]) -> str:
     return markdown_table(table)
 
 
-def targets_table(rows: Sequence[Row]) -> str:
-    """Return a table of what was to be reached, and whether it was; "" if nothing of it was measured."""
-    table = []
+def targets(results_folder: Path) -> list[Target]:
+    """Return what was to be reached, as far as it was measured. Without a spread of seeds it is open who is better."""
+    rows, found = fine_tuned(read_rows(results_folder, QUESTION)), []
     for share, least in KEPT.items():
         kept = share_kept(rows, model_named(rows, SEARCHED, share))
         if kept is not None:
             what = f"searched {share:.0%}: share of the original's mean score"
-            table.append(verdict(what, percent(kept), f"at least {least:.0%}", kept >= least))
+            found.append(Target(what, f"at least {least:.0%}", percent(kept), kept >= least))
     for share in SHARES:
         searched = mean_scores(rows, model_named(rows, SEARCHED, share))
         for kind in (FIRST_LAYERS, RECTANGLE):
@@ -218,33 +234,8 @@ def targets_table(rows: Sequence[Row]) -> str:
             known = "one seed" if spread is None else f"spread of the seeds: {spread:.1f}"
             what = f"searched {share:.0%}: points above {kind} ({known})"
             met = None if spread is None else difference >= max(least, spread)
-            table.append(verdict(what, f"{difference:+.1f}", f"at least {least:.1f}, and the spread", met))
-    return markdown_table(table) if table else ""
-
-
-def verdict(what: str, measured: str, target: str, met: bool | None) -> dict[str, str]:
-    """Return a row of the table of targets. Without a spread of seeds it is open whether one is met."""
-    words = {True: "yes", False: "no", None: "open"}
-    return {"target": what, "measured": measured, "to reach": target, "met": words[met]}
-
-
-def untaught_text(rows: Sequence[Row]) -> str:
-    """Return what the teacher brings: the same seed with and without it."""
-    table = []
-    for name in models_of([row for row in rows if row["way"] == UNTAUGHT]):
-        cells, with_teacher, without = {}, [], []
-        for task in TASKS:
-            alone = scores_of([row for row in rows if row["way"] == UNTAUGHT], name, task)
-            taught = scores_of([row for row in rows if row["way"] == TUNED], name, task)
-            pairs = [(taught[seed], alone[seed]) for seed in alone.keys() & taught.keys()]
-            with_teacher += [pair[0] for pair in pairs]
-            without += [pair[1] for pair in pairs]
-            cells[task] = " / ".join(f"{value:.1f}" for value in pairs[0]) if pairs else MISSING
-        mean = f"{statistics.fmean(with_teacher):.1f} / {statistics.fmean(without):.1f}" if without else MISSING
-        table.append({"model": name, **cells, "mean": mean})
-    if not table:
-        return ""
-    return f"With / without the teacher, one seed:\n\n{markdown_table(table)}"
+            found.append(Target(what, f"at least {least:.1f}, and the spread", f"{difference:+.1f}", met))
+    return found
 
 
 def super_text(rows: Sequence[Row]) -> str:
@@ -273,6 +264,23 @@ def super_text(rows: Sequence[Row]) -> str:
         else ""
     )
     return "\n\n".join(part for part in (text, markdown_table(table), summary) if part)
+
+
+def tried_text(rows: Sequence[Row]) -> str:
+    """Return what other ways to a fine-tuned model reach: scores of one task with the first seed."""
+    seed = min(row["seed"] for row in rows)
+    own = [row for row in rows if (row["task"], row["seed"]) == (TRIED_ON, seed)]
+    table = []
+    for name in models_of([row for row in own if row["way"] in (UNTAUGHT, SUPER_FIRST, LONGER)]):
+        scores = {row["way"]: row["score"] for row in own if row["model"] == name}
+        table.append(
+            {"model": name, **{words: shown([scores[way]] if way in scores else []) for way, words in TRIED.items()}}
+        )
+    if not table:
+        return ""
+    return (
+        f"Other ways, tried on {TRIED_ON}, where small subnets lose the most, seed {seed}:\n\n{markdown_table(table)}"
+    )
 
 
 def draw(file: Path, rows: Sequence[Row]) -> None:

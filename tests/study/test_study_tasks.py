@@ -43,22 +43,22 @@ def rows_of(modules, tmp_path):
 
 def test_everything_is_measured_once(modules, tasks, tokenizer, tmp_path, monkeypatch, capsys):
     options = [*write_study(tmp_path, tokenizer, ("sst2",)), *RECIPE, "--tasks", "sst2", "--seeds", "0"]
-    first = [*options, "--shares", "0.6", "--only", "original", "searched", "untaught", "super"]
+    first = [*options, "--shares", "0.6", "--only", "original", "searched", "super"]
     monkeypatch.setattr(tasks, "NUM_RANDOM", 3)
     tasks.main(first)
     rows = rows_of(modules, tmp_path)
     names = [(row["model"], row["way"]) for row in rows]
-    assert names[:3] == [("original", "fine-tuned"), ("searched 60%", "fine-tuned"), ("searched 60%", "untaught")]
-    assert {name for name, way in names[3:] if way == "super"} == {
+    assert names[:2] == [("original", "fine-tuned"), ("searched 60%", "fine-tuned")]
+    assert {name for name, way in names[2:] if way == "super"} == {
         *("supernet", "searched 60%", "rectangle 60%"),
         *(f"random {number}" for number in range(3)),
     }
-    assert len({(row["model"], row["way"]) for row in rows}) == len(rows) == 9
+    assert len({(row["model"], row["way"]) for row in rows}) == len(rows) == 8
     assert [row["model"] for row in rows if "int8" in row] == ["original", "searched 60%"]
     assert all(0 <= row["score"] <= 100 for row in rows)
     assert all(row["seconds"] > 0 for row in rows)
     assert [row["model"] for row in rows if row["supernet"] is None] == ["original"]
-    assert [row["weight"] for row in rows[:3]] == [None, 0.5, None]  # whom a teacher has taught
+    assert [row["weight"] for row in rows[:2]] == [None, 0.5]  # whom a teacher has taught
     teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "teachers" / "sst2")
     assert isinstance(teacher, BertForSequenceClassification)
     left = list((tmp_path / "out").rglob("*.safetensors"))
@@ -74,6 +74,40 @@ def test_everything_is_measured_once(modules, tasks, tokenizer, tmp_path, monkey
         with pytest.raises(AssertionError, match="measured again"):  # a seed that is missing
             tasks.main([*options[:-1], "1", "--shares", "0.6", "--only", "original"])
     assert "| searched 60% |" in capsys.readouterr().out
+
+
+def test_other_ways_are_tried_on_one_task(modules, tasks, tokenizer, tmp_path, monkeypatch, capsys):
+    options = [*write_study(tmp_path, tokenizer, ("sst2", "stsb")), *RECIPE, "--seeds", "0", "--shares", "0.6"]
+    tasks.main([*options, "--tasks", "sst2", "stsb", "--only", "original"])
+    teacher = (tmp_path / "out" / "teachers" / "stsb" / "model.safetensors").read_bytes()
+    fine_tune, runs = tasks.fine_tune, []
+
+    def recorded(source, task, tokenizer, recipe, seed, folder, shape=None, teacher=None, sandwich=False):
+        runs.append((Path(source).name, recipe.steps, shape, teacher is not None, sandwich))
+        return fine_tune(source, task, tokenizer, recipe, seed, folder, shape, teacher, sandwich)
+
+    monkeypatch.setattr(tasks, "fine_tune", recorded)
+    ways = [*options, "--tasks", "sst2", "stsb", "--only", "untaught", "super_first", "longer"]
+    tasks.main(ways)
+    rows = rows_of(modules, tmp_path)[2:]
+    assert [(row["model"], row["way"], row["task"]) for row in rows] == [
+        ("searched 60%", "untaught", "stsb"),
+        ("searched 60%", "super_first", "stsb"),
+        ("original", "longer", "stsb"),
+        ("searched 60%", "longer", "stsb"),
+    ]
+    shape = rows[0]["shape"]
+    assert runs == [
+        ("supernet", 3, shape, False, False),
+        ("supernet", 3, None, True, True),  # all shapes at once
+        ("stsb-0", 3, shape, True, False),
+        ("bert", 9, None, False, False),
+        ("supernet", 9, shape, True, False),
+    ]
+    assert (tmp_path / "out" / "teachers" / "stsb" / "model.safetensors").read_bytes() == teacher
+    tasks.main(ways)
+    assert len(runs) == 5
+    assert "Other ways, tried on stsb" in capsys.readouterr().out
 
 
 def test_a_shape_that_was_measured_under_another_name_is_not_measured_again(modules, tasks, tokenizer, tmp_path):
@@ -345,16 +379,14 @@ def test_a_seed_that_lacks_a_task_does_not_count_where_another_is_whole(modules,
 
 def test_ways_are_compared(modules, tmp_path):
     rows = made_up_rows(modules, SCORES)
-    rows += [row for row in made_up_rows(modules, {("searched", 0.6): 78.0}, way="untaught") if row["seed"] == 0]
+    for way, mean in (("untaught", 78.0), ("longer", 79.7)):
+        rows += [row for row in made_up_rows(modules, {("searched", 0.6): mean}, way=way) if row["seed"] == 0]
     at_once = made_up_rows(modules, {("searched", 0.6): 70.0, ("random", None): 60.0}, way="super")
     rows += [row for row in at_once if row["seed"] == 0]
     write_rows(modules, tmp_path / "results", rows)
     text = modules["tasks"].answer(tmp_path / "results", tmp_path)
-    with_and_without = text[text.index("With / without") :]
-    assert cells(with_and_without, "searched 60%")[1:] == [
-        *(f"{78.5 + step:.1f} / {77.5 + step:.1f}" for step in STEPS),
-        "78.5 / 77.5",
-    ]
+    tried = text[text.index("Other ways, tried on stsb") :]
+    assert cells(tried, "searched 60%")[1:] == ["93.5", "92.5", "84.5", "-", "94.2"]
     at_once = text[text.index("Super fine-tuning (") :]
     assert cells(at_once, "searched 60%")[1:] == [
         *(f"{69.5 + step:.1f} / {79 + step:.1f}" for step in STEPS),
