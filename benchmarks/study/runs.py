@@ -183,7 +183,11 @@ class Runs:
         began, made = time.perf_counter(), read_json(start / START_FILE, START_FORMAT)
         alone = identity["shape"] is not None
         groups = {"chosen": [None]} if alone else measured_shapes(self.args, model.config)
-        scored = {"chosen": len(groups["chosen"]), "rectangles": 6, "random": self.args.num_sts}
+        scored = {
+            "chosen": len(groups["chosen"]),
+            "rectangles": len(groups.get("rectangles", ())),
+            "random": self.args.num_sts,
+        }
         ends = identity["quarters"] in (0, 4)
         found = measure(model, self.material, groups, scored if ends else {})
         counted = {"start": made["flops"], **flops}

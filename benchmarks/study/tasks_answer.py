@@ -36,10 +36,9 @@ MISSING = "-"
 
 SCORES = (
     "The scores are those of GLUE, times 100, on the validation examples: Matthews correlation for cola, accuracy for "
-    "sst2, the mean of accuracy and F1 for mrpc, and the mean of both correlations for stsb. Examples to train on and "
-    "to score: cola 8,551 and 1,043, sst2 (sentences) 6,920 and 872, mrpc 3,576 and 500 (not GLUE's split), stsb "
-    "2,933 and 750 pairs of STS 2012 to 2015 (not GLUE's STS-B)."
+    "sst2, the mean of accuracy and F1 for mrpc, and the mean of both correlations for stsb."
 )
+NOT_GLUE = {"sst2": "sentences", "mrpc": "not GLUE's split", "stsb": "pairs of STS 2012 to 2015, not GLUE's STS-B"}
 
 
 def answer(results_folder: Path, pictures_folder: Path) -> str:
@@ -49,7 +48,9 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
         return ""
     settings = read_settings(results_folder, QUESTION)
     tuned = fine_tuned(rows)
-    text = [command_and_machine(results_folder, QUESTION, "tasks"), recipe_text(settings["recipe"], rows)]
+    text = [command_and_machine(results_folder, QUESTION, "tasks")]
+    text.append(" ".join(part for part in (SCORES, examples_text(results_folder)) if part))
+    text.append(recipe_text(settings["recipe"], rows))
     if tuned:
         guesses = scores_of_guesses(results_folder)
         text.append(scores_table(tuned, guesses))
@@ -81,12 +82,25 @@ def recipe_text(recipe: Mapping[str, Any], rows: Sequence[Row]) -> str:
         else ""
     )
     return (
-        f"{SCORES} Common to all models: as many epochs as come nearest to {recipe['steps']:,} steps, with "
+        f"Common to all models: as many epochs as come nearest to {recipe['steps']:,} steps, with "
         f"AdamW, a learning rate of {recipe['learning_rate']:g}, {recipe['batch_size']} examples of similar length in "
         f"a step, at most {recipe['max_length']} tokens, bfloat16. {taught}Scores are computed in float32. Seeds "
         f"{', '.join(map(str, seeds))}: mean ± standard deviation; a number without ± is of one seed. Processor "
         "seconds are those of fine-tuning on the four tasks with one seed, with what the teacher is asked."
     )
+
+
+def examples_text(folder: Path) -> str:
+    """Return how many examples each task has; "" if they were not counted."""
+    counts = {row["file"]: row["examples"] for row in read_rows(folder, DATA)}
+    words = []
+    for task in TASKS:
+        of = [counts.get(f"tasks/{task}/{split}.csv") for split in ("train", "validation")]
+        if None in of:
+            return ""
+        note = f" ({NOT_GLUE[task]})" if task in NOT_GLUE else ""
+        words.append(f"{task}{note} {of[0]:,} and {of[1]:,}")
+    return f"Examples to train on and to score: {', '.join(words)}."
 
 
 def scores_of_guesses(folder: Path) -> dict[str, float]:

@@ -360,10 +360,15 @@ def test_a_task_that_the_original_guesses_is_left_out_of_the_means(modules, tmp_
     write_rows(modules, tmp_path / "results", [*rows, *guessed])
     assert "it guesses" not in modules["tasks"].answer(tmp_path / "results", tmp_path)  # guessing was not scored
     scores = {"cola": 0.0, "sst2": 50.0, "mrpc": 76.0, "stsb": 0.0, "rte": 52.7}
-    files = [{"file": f"tasks/{task}/validation.csv", "guess": score} for task, score in scores.items()]
+    splits = [(task, split) for task in scores for split in ("train", "validation")]
+    files = [
+        {"file": f"tasks/{task}/{split}.csv", "guess": scores[task], "examples": 1000 + 10 * number}
+        for number, (task, split) in enumerate(splits)
+    ]
     write_json(tmp_path / "results" / "data.json", modules["study"].FORMAT, {"rows": files})
     text = modules["tasks"].answer(tmp_path / "results", tmp_path)
     assert "the original itself has 54.5 ± 0.7, where the more frequent answer has 52.7: it guesses." in text
+    assert "score: cola 1,000 and 1,010, sst2 (sentences) 1,020 and 1,030, mrpc" in text
     assert cells(text, "original")[7] == "80.0 ± 0.7"
     assert cells(text, "always the same answer")[3:8] == ["0.0", "50.0", "76.0", "0.0", "31.5"]
 
