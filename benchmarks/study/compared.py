@@ -155,6 +155,17 @@ def check_supernet(rows: Sequence[Row], supernet: str) -> str:
     return fingerprint
 
 
+def check_shapes(rows: Sequence[Row], models: Sequence[Compared]) -> None:
+    """Raise a ValueError if some of `rows` have the name of a model but another shape: of another search."""
+    shapes = {model.name: model.shape for model in models}
+    for row in rows:
+        if "shape" in row and row["shape"] != shapes.get(row["model"], row["shape"]):
+            raise ValueError(
+                f"There are rows of {row['model']} with the shape {row['shape']}, but it is {shapes[row['model']]} in "
+                "this search. Give the search that they were measured with, or another folder with --results."
+            )
+
+
 def export_files(model: PreTrainedModel, folder: Path, tokenizer_folder: str | Path) -> dict[str, Path]:
     """Write the files of `add_exports` for any BERT: 32-bit floats and 8-bit integers.
 

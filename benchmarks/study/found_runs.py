@@ -8,7 +8,7 @@ from supershaper_hf import markdown_table
 from supershaper_hf.files import read_json
 
 from .runs import COMMON, QUESTION, Recipe
-from .study import FORMAT, STS, Row, cell
+from .study import FORMAT, STS, Row, cell, mean_and_spread, rank_correlation_error
 
 
 WORDS = {
@@ -85,17 +85,18 @@ def how_all_are_measured(found: Found) -> str:
     tokens, steps = (max(row[name] for row in ends) for name in ("tokens", "steps"))
     starts = [row for row in found.rows if row["quarters"] == 0 and row["start"] != "identity"]
     original = next((over_seeds([row], "rectangles", STS, 0) for row in starts), [])
+    rate = COMMON["learning_rate"]
+    error = 100 * rank_correlation_error(mean_and_spread(original)[0], get["num_pairs"])
     text = (
         "The paper trains on 4.6e10 tokens: these runs say what a start gives and how a recipe begins, not where it "
         f"ends. Each run has {steps} steps of {get['batch_size']} sequences of at most {get['max_length']} tokens, up "
-        f"to {tokens:,} tokens in all, in precision {get['mixed_precision']}. All runs read the same batches, without "
-        f"dropout, with the learning rate {COMMON['learning_rate']:g}, and "
-        f"{COMMON['learning_rate'] * COMMON['shared_learning_rate_scale']:g} for weights that all widths share. Starts "
-        f"are calibrated on {get['calibration_tokens']:,} tokens. Held out are {get['clean_tokens']:,} tokens for "
-        f"distance and cosine (of the last hidden states), {get['masked_tokens']:,} tokens for the loss, 15 % of them "
-        f"masked, and {get['num_pairs']} pairs of sentences for STS: a correlation times 100, whose standard error is "
-        f"about {100 * (1 - 0.7**2) / get['num_pairs'] ** 0.5:.0f}; the original has {cell(original, STS)} there. "
-        f"Figures of random shapes are means of {get['num_random']}, those of STS of {get['num_sts']} of them. "
-        f"Machine: {found.machine['device']}."
+        f"to {tokens:,} tokens in all, in precision {get['mixed_precision']}. All runs of a seed read the same "
+        f"batches, without dropout. Unless another one is named, the learning rate is {rate:g}, for weights that all "
+        f"widths share {rate * COMMON['shared_learning_rate_scale']:g}. Starts are calibrated on "
+        f"{get['calibration_tokens']:,} tokens. Held out are {get['clean_tokens']:,} tokens for distance and cosine "
+        f"(of the last hidden states), {get['masked_tokens']:,} tokens for the loss, 15 % of them masked, and "
+        f"{get['num_pairs']} pairs of sentences for STS: a correlation times 100, whose standard error is about "
+        f"{error:.0f}; the original has {cell(original, STS)} there. Figures of random shapes are means of "
+        f"{get['num_random']}, those of STS of {get['num_sts']} of them. Machine: {found.machine['device']}."
     )
     return f"{text}\n\n{markdown_table([{'word': word, 'meaning': meaning} for word, meaning in WORDS.items()])}"

@@ -32,6 +32,7 @@ from .compared import (
     INT8,
     ONNX,
     Compared,
+    check_shapes,
     check_supernet,
     compared_models,
     export_files,
@@ -55,7 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, nargs="+", default=[30, 9], help="sweeps for each batch size")
     parser.add_argument("--sequence_length", type=int, default=128, help="tokens in a sequence, none of them padding")
     parser.add_argument("--num_equal_shapes", type=int, default=10, help="shapes of each size for the comparison")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="how far equal sizes may be from the budget")
+    parser.add_argument("--tolerance", type=float, default=0.002, help="how far equal sizes may be from the budget")
     parser.add_argument("--equal_repeats", type=int, default=15, help="sweeps over shapes of equal size")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch and of ONNX Runtime")
     args = parser.parse_args(arguments)
@@ -88,6 +89,12 @@ def measure_models(args: argparse.Namespace, results: Results, models: Sequence[
     missing = []
     for batch_size, repeats in zip(args.batch_sizes, args.repeats):
         found = {(row["model"], row["format"]) for row in results.find(what=MODELS, batch_size=batch_size)}
+        others = found - names
+        if others and not names <= found:
+            raise ValueError(
+                f"{results.file} has rows of {', '.join(sorted({model for model, _ in others}))} in batches of "
+                f"{batch_size}, and all models of a batch size are measured together. Give their --shares, too."
+            )
         if not names <= found:
             results.rows = [row for row in results.rows if row.get("batch_size") != batch_size]  # of other sweeps
             missing.append((batch_size, repeats))
@@ -138,12 +145,15 @@ def main(arguments: list[str] | None = None) -> None:
         "sequence_length": args.sequence_length,
         "repeats": dict(zip(map(str, args.batch_sizes), args.repeats)),
         "equal_repeats": args.equal_repeats,
+        "num_equal_shapes": args.num_equal_shapes,
+        "tolerance": args.tolerance,
         "threads": args.threads,
     }
     results = Results(args.results, QUESTION, settings)
     supernet = check_supernet(results.rows, args.supernet)
     shares = [share for share in SHARES if share in args.shares]
     models = compared_models(args.bert, args.supernet, search_folder(args), shares)
+    check_shapes(results.rows, models)
     measure_models(args, results, models, supernet)
     measure_equal_sizes(args, results, supernet)
     print(answer(args.results, args.output_dir))

@@ -54,17 +54,18 @@ LOSSES = {
     "labels and attention relations of the original": by_width("relations", {**BY_LABELS, "teacher_weight": 1.0}),
     "labels, last hidden state and its mean, 3 random by budget": OURS_WITH_LABELS,
     "last hidden state": by_width("states", BY_STATES),
-    "last hidden state and its mean (ours)": by_width("states_pooled", {**BY_STATES, "pooled_weight": 1.0}),
+    "last hidden state and its mean": by_width("states_pooled", {**BY_STATES, "pooled_weight": 1.0}),
     "last hidden state, its mean, and the first token with .5": by_width(
         "states_first", {**BY_STATES, "pooled_weight": 1.0, "first_token_weight": 0.5}
     ),
 }
 SAMPLINGS = {
-    "the sandwich, 1 uniform": LOSSES["last hidden state and its mean (ours)"],
+    "the sandwich, 1 uniform": LOSSES["last hidden state and its mean"],
     "3 random, uniform": by_width("ours_uniform", {**OURS, "distribution": "uniform"}),
     "3 random, by parameters": by_width("ours_parameters", {**OURS, "distribution": "parameters"}),
     "3 random, by budget (ours)": OURS_BY_WIDTH,
 }
+SAMPLING = "Sampling, with the last hidden state and its mean as the loss:"
 PICTURE = "losses.png"
 
 
@@ -134,9 +135,12 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     draw(pictures_folder / PICTURE, found)
     text = [how_measured(found, "losses", {**LOSSES, **SAMPLINGS}.values()), AS_IN_QUESTION_1]
     text.append(
-        "Losses. Without labels, the masked-LM head is that of the original, frozen, on the states of each shape:"
+        "Losses. Every step trains the largest shape, the smallest and a random one, as in the paper, unless others "
+        "are named. Without labels, nothing teaches the masked-LM head, which is that of the original and reads the "
+        "states of each shape:"
     )
-    text += [table(found, "loss", LOSSES), verdict(found), "Sampling:", table(found, "shapes of a step", SAMPLINGS)]
+    text += [table(found, "loss", LOSSES), verdict(found)]
+    text += [SAMPLING, table(found, "shapes of a step", SAMPLINGS)]
     text.append(
         f"![Masked-LM loss of the largest shape and of random shapes, by recipe]({pictures_folder.name}/{PICTURE})"
     )

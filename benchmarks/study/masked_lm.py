@@ -30,7 +30,16 @@ from ..sentence_similarity import load_pairs, similarity_score
 from .head import MAX_LENGTH, supernet_with_head
 from .head import STEPS as HEAD_STEPS
 from .material import take
-from .study import Results, command_and_machine, held_out_text, make_parser, read_rows, task_file, training_text
+from .study import (
+    Results,
+    command_and_machine,
+    held_out_text,
+    make_parser,
+    read_rows,
+    read_settings,
+    task_file,
+    training_text,
+)
 
 
 QUESTION = "masked_lm"
@@ -110,10 +119,11 @@ def answer(results_folder: Path, _: Path) -> str:
         }
         for row in rows
     ]
+    get = read_settings(results_folder, QUESTION)
     command = command_and_machine(results_folder, QUESTION, f"{QUESTION} --trained LONGER/last")
     text = [
-        f"{command} Together they learn for {STEPS} steps of {BATCH_SIZE} sequences. The loss is in nats, on "
-        f"{TOKENS:,} tokens of held-out text, 15 % of them masked. The distance is that of the last "
+        f"{command} Together they learn for {get['steps']} steps of {BATCH_SIZE} sequences. The loss is in nats, on "
+        f"{get['tokens']:,} tokens of held-out text, 15 % of them masked. The distance is that of the last "
         "hidden states from those of the original.",
         markdown_table(table),
     ]
@@ -126,7 +136,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     before, after = (found.get((name, WIDTHS[1])) for name in (FROZEN, TOGETHER))
     if before is None or after is None:
         return ""
-    worse = after["sts"] < before["sts"] and after["distance"] > before["distance"]
+    worse = after["sts"] < before["sts"] or after["distance"] > before["distance"]
     return (
         f"At width {WIDTHS[1]} training together changes the loss by {after['loss'] - before['loss']:+.2f} nats, the "
         f"distance by {after['distance'] - before['distance']:+.3f} and STS by "

@@ -33,14 +33,12 @@ TRAINING = """\
 Made of all-MiniLM-L6-v2 by `examples/make_supernet.py`: calibrated in closed form on 50,000 tokens, then trained at
 three random shapes in each step, which learn the last hidden states of the original. The text, without labels, are US
 presidential addresses, documentation of SQLite, Apache, Python and PostgreSQL, WordNet's glosses, and the first
-paragraphs of Wikipedia articles: 1,500 and then 4,000 steps, 7.5 million tokens. `AutoModelForMaskedLM` loads it with a
-masked-LM head, which was trained on the frozen encoder of the original. docs/results.md of the project has the commands
-and the figures."""
+paragraphs of Wikipedia articles: 1,500 and then 4,000 steps, 7.5 million tokens. In the latter the first token of a
+sequence counted half as much again. docs/results.md of the project has the commands and the figures."""
 LIMITS = """\
 The original was made to embed English sentences: it was distilled, then tuned by contrast on pairs of sentences. So its
-token states say little about single words, and the masked-LM head that this supernet has is weak: it makes the
-training of the paper possible, not a good `fill-mask`. Texts of more than 128 tokens had no part in the training. A
-language model repeats the statistics of its training text, including its biases."""
+token states say little about single words. Texts of more than 128 tokens had no part in the training. A language model
+repeats the statistics of its training text, including its biases."""
 WIDTHS = [96, 144, 240, 288, 384]  # with 336 the folder would pass 60 MB; without, its weights have 58.9 MB
 SEARCH = {"num_shapes": 200, "max_eval_samples": 200, "num_budgets": 8}
 

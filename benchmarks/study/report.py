@@ -26,10 +26,12 @@ from . import data
 from .compared import INT8, ORIGINAL
 from .latency_answer import MODELS
 from .latency_answer import QUESTION as LATENCY
+from .masked_lm import FROZEN, WIDTHS
+from .masked_lm import QUESTION as MASKED_LM
 from .sentence_embeddings import PYTORCH
 from .sentence_embeddings import QUESTION as EMBEDDINGS
 from .shapes import RECTANGLE, SEARCHED, SHARES
-from .study import RESULTS, SUPERNET, Row, read_rows
+from .study import RESULTS, SUPERNET, Row, rank_correlation_error, read_rows
 from .tasks_answer import QUESTION as TASKS
 from .tasks_answer import TUNED, mean_scores, model_named, whole_seeds
 
@@ -215,8 +217,8 @@ def explanation(results: Path) -> str:
     [columns, *_] = summary_rows(results) or [{}]
     embeddings = read_rows(results, EMBEDDINGS)
     original = first(embeddings, kind=ORIGINAL)
-    pairs, score = (original["pairs"], original[PYTORCH] / 100) if original else (1, 0.0)
-    error = 100 * (1 - score**2) / pairs**0.5
+    pairs, score = (original["pairs"], original[PYTORCH] / 100) if original else (4, 0.0)
+    error = 100 * rank_correlation_error(score, pairs)
     words = {
         "model": "The percentage of a subnet is that of the parameters in the original's layers. The embeddings, which "
         "are never cut, come on top: in brackets is the share of all, after scores the share of the original's.",
@@ -253,7 +255,20 @@ def card_table(results: Path) -> str:
     if not summary_rows(results):
         return NO_TABLE
     title = "Subnets of this supernet, each the best shape of its search for a share of the original's encoder:"
-    return f"{title}\n\n{summary_table(results)}"
+    return f"{title}\n\n{summary_table(results)}\n\n{wrapped(head_text(results))}".rstrip()
+
+
+def head_text(results: Path) -> str:
+    """Return what the masked-LM head of the supernet is good for; "" if it was not measured."""
+    row = first(read_rows(results, MASKED_LM), model=FROZEN, width=max(WIDTHS))
+    if row is None:
+        return ""
+    return (
+        "`AutoModelForMaskedLM` loads the supernet with a masked-LM head, which was trained on the frozen encoder of "
+        f"the original. At full width its loss is {row['loss']:.2f} nats on held-out text, and it finds "
+        f"{row['accuracy']:.0%} of the masked tokens: it makes the training of the paper possible, not a good "
+        "`fill-mask`."
+    )
 
 
 def released_card(root: Path, results: Path) -> str:

@@ -29,6 +29,7 @@ from .compared import (
     ORIGINAL,
     Compared,
     by_size,
+    check_shapes,
     check_supernet,
     compared_models,
     export_files,
@@ -163,7 +164,9 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.bert)
     pairs, labels = load_pairs(task_file(args.data, "stsb", "validation"))
     pairs, labels = pairs[: args.num_pairs], labels[: args.num_pairs]
-    for model in compared_models(args.bert, args.supernet, search_folder(args), args.shares):
+    models = compared_models(args.bert, args.supernet, search_folder(args), args.shares)
+    check_shapes(results.rows, models)
+    for model in models:
         if not results.find(model=model.name):
             figures = measure(model, args, tokenizer, pairs, labels)
             of = None if model.kind == ORIGINAL else supernet

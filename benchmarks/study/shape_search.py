@@ -52,9 +52,20 @@ from supershaper_hf.search.records import Contents, Record, parse
 from supershaper_hf.training.teacher import OutsideTeacher
 
 from ..sentence_similarity import load_pairs, similarity_score
-from .shape_search_answer import ALL_LAYERS, EVOLUTIONARY, HEURISTIC, PARTS, QUESTION, SHARES, answer, targets
+from .shape_search_answer import (
+    ALL_LAYERS,
+    BUDGETS,
+    DISTANCE,
+    EVOLUTIONARY,
+    HEURISTIC,
+    PARTS,
+    QUESTION,
+    SHARES,
+    answer,
+    targets,
+)
 from .shapes import HAND_CRAFTED, NUM_RANDOM, RECTANGLE, SEARCHED, budget, hand_crafted, random_shapes
-from .study import Results, held_out_text, make_parser, task_file, training_text
+from .study import STS, Results, Row, held_out_text, make_parser, task_file, training_text
 
 
 RECIPE: dict[str, Any] = {  # as in examples/polish_subnet.py
@@ -70,7 +81,8 @@ RECIPE: dict[str, Any] = {  # as in examples/polish_subnet.py
 RATES = (1e-4, 3e-4)
 SEEDS = (0, 1, 2)
 REPEATED = {(0.60, SEARCHED), (0.60, RECTANGLE)}  # trained with every seed, all others with the first
-NUM_PARTS = 20  # of the held-out text, for the error of a distance
+NUM_PARTS = 20  # of the held-out text and of the pairs, for the error of a difference
+PREDICTED_SHARES = tuple(round(0.25 + 0.01 * step, 2) for step in range(81))  # of the encoder, up to 105 %
 HELD_OUT_SEED = 50  # of the shapes that the predictor is tested on
 TOLERANCE = 0.01  # between a distance in the records of the search and the same one here
 PATHS = ("data", "bert", "supernet", "search", "output_dir", "results", "seeds")  # options that rows do not depend on
@@ -271,7 +283,7 @@ def measure_inherited(study: Study) -> None:
 
 
 def measure_parts(study: Study) -> None:
-    """Add a row for each shape that is compared, with its distance in all layers on each part of the text.
+    """Add a row for each shape that is compared: its distances on parts of the text, its STS on parts of the pairs.
 
     The error of a difference between two shapes follows from its spread over the parts.
     """
@@ -279,16 +291,32 @@ def measure_parts(study: Study) -> None:
     missing = [list(shape) for shape in shapes if not study.results.find(kind=PARTS, shape=list(shape))]
     if not missing:
         return
-    sequences, size = study.other_sequences, study.args.search_batch_size
-    options: dict[str, Any] = {"measure": "distance", "original": study.original, "layers": "all"}
-    found: list[list[float]] = [[] for _ in missing]
+    sequences, (pairs, labels) = study.other_sequences, study.pairs
+    found: list[Row] = [{"shape": shape, ALL_LAYERS: [], DISTANCE: [], STS: []} for shape in missing]
     for first in range(NUM_PARTS):
         part = sequences.select(range(first, len(sequences), NUM_PARTS))
-        text = fixed_masks(part, study.tokenizer, size, mlm_probability=0)
-        for distances, record in zip(found, evaluate_shapes(study.supernet, text, missing, **options), strict=True):
-            distances.append(record["distance"])
-    for shape, distances in zip(missing, found, strict=True):
-        study.results.add({"kind": PARTS, "shape": shape, ALL_LAYERS: distances})
+        text = fixed_masks(part, study.tokenizer, study.args.search_batch_size, mlm_probability=0)
+        for figure, layers in ((ALL_LAYERS, "all"), (DISTANCE, "last")):
+            options: dict[str, Any] = {"measure": "distance", "original": study.original, "layers": layers}
+            for row, record in zip(found, evaluate_shapes(study.supernet, text, missing, **options), strict=True):
+                row[figure].append(record["distance"])
+        for row in found:
+            rated = pairs[first::NUM_PARTS], labels[first::NUM_PARTS]
+            row[STS].append(similarity_score(study.supernet, study.tokenizer, *rated, study.pooling, row["shape"]))
+    for row in found:
+        study.results.add({"kind": PARTS, **row})
+
+
+def predict_heuristic(study: Study) -> None:
+    """Add a row for each of many budgets: the predicted distance of the front's shape and of the heuristic's."""
+    space, predictor, bert = study.space, study.predictor, study.original
+    front, profile = pareto_front(space, predictor), derive_profile(space, predictor)
+    for share in PREDICTED_SHARES:
+        if not study.results.find(kind=BUDGETS, share=share):
+            most = budget(bert.config, share, bert.num_parameters())
+            shapes = {SEARCHED: front.best(most), HEURISTIC: profile.shape(space, most)}
+            predicted = {name: predictor.predict(shape) for name, shape in shapes.items()}
+            study.results.add({"kind": BUDGETS, "share": share, **predicted})
 
 
 # Training alone
@@ -357,6 +385,7 @@ def main() -> None:
     measure_predictor(study)
     measure_inherited(study)
     measure_parts(study)
+    predict_heuristic(study)
     train_all(study)
     pictures = args.output_dir / QUESTION
     pictures.mkdir(parents=True, exist_ok=True)

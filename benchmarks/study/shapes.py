@@ -10,8 +10,8 @@ from .study import encoder_parameters
 
 SHARES = (0.75, 0.60, 0.45, 0.30)  # of the parameters in the layers of the original
 NUM_RANDOM = 30  # shapes that are ranked by task scores and by distance
-SEARCHED, FIRST_LAYERS, RECTANGLE = "searched", "first_layers", "rectangle"
-HAND_CRAFTED = (RECTANGLE, "diamond", "bottle", "lower_triangle", "upper_triangle", FIRST_LAYERS)
+SEARCHED, FIRST_LAYERS, RECTANGLE, MIRRORED = "searched", "first_layers", "rectangle", "mirrored_rectangle"
+HAND_CRAFTED = (RECTANGLE, MIRRORED, *(name for name in PROFILES if name != RECTANGLE), FIRST_LAYERS)
 
 
 def budget(original: Any, share: float, bare_parameters: int) -> int:
@@ -35,10 +35,13 @@ def hand_crafted(space: SearchSpace, name: str, max_parameters: int) -> list[int
     """Return the hand-crafted shape of this name, one of `HAND_CRAFTED`, that uses up a budget.
 
     `named_shape` scales all layers at once. The rectangle of the released supernet for 45 % of the encoder then has 32
-    % of it, and the comparison would not be at equal size.
+    % of it, and the comparison would not be at equal size. What is left goes to single layers, the last ones first; in
+    the mirrored rectangle to the first ones.
     """
     if name == FIRST_LAYERS:
         return first_layers(space, max_parameters)
+    if name == MIRRORED:
+        return space.profile_shape(PROFILES[RECTANGLE], max_parameters)[::-1]
     return space.profile_shape(PROFILES[name], max_parameters)
 
 

@@ -113,6 +113,8 @@ def targets(results_folder: Path) -> list[Target]:
     found, measured = read_runs(results_folder), []
     for figure, shares in costs(found).items():
         share = shares[CANDIDATES[0]]
+        if not found.of(RECIPES[CANDIDATES[0]]):
+            continue
         what = f"ours: operations until as good as the paper's run ever was, by {figure}"
         words = "never" if share is None else f"{share:.1%}"
         start, best = (curve(found, RECIPES[name], figure) for name in (CANDIDATES[0], PAPERS))

@@ -185,7 +185,17 @@ def cell(values: Sequence[float], figure: str = "") -> str:
 def number(value: float, figure: str = "", sign: str = "") -> str:
     """Return a figure as it is shown: see `cell`. With `sign="+"` it has one, as differences do."""
     factor, digits = SHOWN.get(figure, (1, 3))
-    return f"{factor * value:{sign}.{digits}f}"
+    return f"{round(factor * value, digits) + 0.0:{sign}.{digits}f}"  # without a minus before 0
+
+
+def rank_correlation_error(correlation: float, pairs: int) -> float:
+    """Return the standard error of Spearman's correlation (Bonett and Wright, 2000).
+
+    Example:
+        >>> round(rank_correlation_error(0.7, 750), 4)
+        0.0208
+    """
+    return float((1 - correlation**2) * ((1 + correlation**2 / 2) / (pairs - 3)) ** 0.5)
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:

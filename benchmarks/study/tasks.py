@@ -31,7 +31,17 @@ from supershaper_hf.finetuning.task import Task
 from supershaper_hf.search.fingerprints import fingerprint_encoder
 
 from . import compared, tuning
-from .compared import INT8, KINDS, ORIGINAL, SUPERNET, Compared, check_supernet, compared_models, export_files
+from .compared import (
+    INT8,
+    KINDS,
+    ORIGINAL,
+    SUPERNET,
+    Compared,
+    check_shapes,
+    check_supernet,
+    compared_models,
+    export_files,
+)
 from .shapes import NUM_RANDOM, RECTANGLE, SEARCHED, random_shapes
 from .study import Results, Row, make_parser
 from .tasks_answer import (
@@ -124,6 +134,7 @@ def start(args: argparse.Namespace) -> tuple[Study, list[Compared]]:
     original = fingerprint_encoder(compared.load_original(args.bert))[:12]
     results = Results(args.results, QUESTION, {"recipe": common, "original": original})
     check_taught(results.rows, recipe)
+    check_shapes(results.rows, models)
     fingerprint = None if alone else check_supernet(results.rows, args.supernet)
     tokenizer = AutoTokenizer.from_pretrained(args.bert)
     return Study(args, recipe, results, tokenizer, fingerprint), models
@@ -177,7 +188,9 @@ def measure(study: Study, task: str, model: Compared, seed: int, way: str = TUNE
     folder = study.run_folder(task, way, model.name)
     teacher = None if model.kind == ORIGINAL or way == UNTAUGHT else study.teacher(task)
     source = args.bert if model.kind == ORIGINAL else args.supernet
-    source = str(super_tuned(study, task, seed)) if way == SUPER_FIRST else source
+    if way == SUPER_FIRST:
+        super_tuned(study, task, seed)
+        source = str(super_folder(study, task, seed))
     recipe = replace(study.recipe, steps=study.recipe.steps * TIMES_LONGER) if way == LONGER else study.recipe
     tuned = fine_tune(source, found, study.tokenizer, recipe, seed, folder, model.shape, teacher)
     scored = score(pytorch_run(tuned.model), found)
@@ -212,22 +225,21 @@ def keep(study: Study, model: PreTrainedModel, folder: Path) -> None:
     write_folder(folder, write, replace=True)
 
 
-def super_tune(study: Study, task: str, seed: int) -> Tuned:
-    """Fine-tune the supernet on a task, all shapes at once."""
-    found, folder = study.task(task), study.run_folder(task, SUPER, SUPERNET)
+def super_folder(study: Study, task: str, seed: int) -> Path:
+    return study.args.output_dir / SUPER / f"{task}-{seed}"
+
+
+def super_tuned(study: Study, task: str, seed: int) -> Tuned:
+    """Return the supernet after super fine-tuning on a task: all its shapes at once. Its folder is kept."""
+    found, kept, folder = study.task(task), super_folder(study, task, seed), study.run_folder(task, SUPER, SUPERNET)
+    if kept.exists():
+        return Tuned(found.auto_class.from_pretrained(kept).eval(), None)
     tuned = fine_tune(
         study.args.supernet, found, study.tokenizer, study.recipe, seed, folder, None, study.teacher(task), True
     )
+    keep(study, tuned.model, kept)
     shutil.rmtree(folder)
     return tuned
-
-
-def super_tuned(study: Study, task: str, seed: int) -> Path:
-    """Return the folder of the supernet after super fine-tuning on a task. It is made once."""
-    folder: Path = study.args.output_dir / SUPER / f"{task}-{seed}"
-    if not folder.exists():
-        keep(study, super_tune(study, task, seed).model, folder)
-    return folder
 
 
 def measure_super(study: Study, task: str, models: list[Compared], seed: int) -> None:
@@ -245,7 +257,7 @@ def measure_super(study: Study, task: str, models: list[Compared], seed: int) ->
     missing = [each for each in wanted if not study.results.find(**key, model=each[0]["model"])]
     if not missing:
         return
-    tuned = super_tune(study, task, seed)
+    tuned = super_tuned(study, task, seed)
     for row, shape in missing:
         scored = score(pytorch_run(tuned.model, shape), study.task(task))
         recipe = {name: getattr(study.recipe, name) for name in OF_TAUGHT}

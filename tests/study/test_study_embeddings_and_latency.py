@@ -142,6 +142,10 @@ def test_rows_of_an_unfinished_batch_size_are_measured_again(modules, tmp_path, 
     script.measure_models(args, results, models, "s")
     assert [len(row["seconds"]) for row in results.find(what="models")] == [2] * 6
     assert len(results.find(what="equal size")) == 1
+    results.rows = results.find(what="models")[:1]  # what a run with fewer --shares must not throw away
+    with pytest.raises(ValueError, match="has rows of original in batches of 3, and all models of a batch size are"):
+        script.measure_models(args, results, models[1:], "s")
+    assert [row["model"] for row in results.rows] == ["original"]
 
 
 def test_the_tables_of_latency_are_computed(modules, tmp_path):

@@ -295,7 +295,12 @@ def test_an_inherited_shape_is_compared_with_the_better_training_alone(study, wr
     given = [start_row(study, "by_width_per_head"), row(study.runs.OURS_BY_WIDTH, chosen=(0.33, 0.2, 0.3))]
     given += [row(study.sharing.alone(0, 3e-4), chosen=(0.3,)), row(study.sharing.alone(0, 5e-4), chosen=(0.4,))]
     given += [row(study.sharing.alone(1, 3e-4), chosen=(0.3,)), row(study.sharing.alone(1, 5e-4), chosen=(0.2,))]
-    text = study.sharing.answer(*write_rows(given))
+    given += [row(study.sharing.alone(2, 3e-4), chosen=(0.1,))]  # the other rate may be better
+    given += [row(study.runs.OURS_BY_WIDTH, chosen=(0.9, 0.9, 0.9)) | {"seed": 7}]  # no shape was trained alone with it
+    folders = write_rows(given)
+    text = study.sharing.answer(*folders)
+    [target] = study.sharing.targets(folders[0])
+    assert (target.measured, target.met) == ("+10.0%", False)
     assert "| 8 | 30% | inherited | 0.330 | 0.330 | 0.330 | 33.0 | +10.0% |" in text
     assert "| 8 | 30% | alone, 0.0003 | 0.300 |" in text
     assert "| 8,24 | 30% | alone, 0.0005 | 0.200 |" in text
@@ -317,8 +322,9 @@ def test_answers_say_what_is_there(study, write_rows, tmp_path, name):
     """Nothing at first, then one row, then all, with a picture."""
     script = getattr(study, name)
     assert script.answer(tmp_path, tmp_path) == ""
-    recipe = study.sharing.alone(0, 3e-4) if name == "sharing" else study.runs.OURS_BY_WIDTH
-    few = script.answer(*write_rows([start_row(study, "by_width_per_head"), row(recipe)]))
+    both = [study.sharing.alone(0, rate) for rate in study.sharing.RATES]
+    recipes = both if name == "sharing" else [study.runs.OURS_BY_WIDTH]
+    few = script.answer(*write_rows([start_row(study, "by_width_per_head"), *map(row, recipes)]))
     picture = (tmp_path / script.PICTURE).stat().st_size
     given = [start_row(study, start) for start in study.runs.STARTS]
     given += [

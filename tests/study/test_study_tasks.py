@@ -62,7 +62,7 @@ def test_everything_is_measured_once(modules, tasks, tokenizer, tmp_path, monkey
     teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "teachers" / "sst2")
     assert isinstance(teacher, BertForSequenceClassification)
     left = list((tmp_path / "out").rglob("*.safetensors"))
-    assert [path.parent.parent.name for path in left] == ["teachers"]  # nothing else takes room
+    assert sorted(path.parent.parent.name for path in left) == ["super", "teachers"]  # nothing else takes room
 
     def refuse(*args, **kwargs):
         raise AssertionError("measured again")
@@ -139,6 +139,9 @@ def test_other_supernets_and_recipes_are_refused(modules, tasks, tokenizer, tmp_
     with pytest.raises(ValueError, match=r"rows with weight=\[0.25\], not 0.5"):
         tasks.start(tasks.parse_arguments(options))
     tasks.start(tasks.parse_arguments([*options, "--weight", "0.25"]))
+    study.results.rows[-1]["shape"] = [8, 8, 8]  # as another search may have it
+    with pytest.raises(ValueError, match=r"rows of searched 60% with the shape \[8, 8, 8\], but it is"):
+        modules["compared"].check_shapes(study.results.rows, models)
     supernet = SuperShaperModel.from_pretrained(tmp_path / "supernet")
     randomize(supernet, 5).save_pretrained(tmp_path / "supernet")
     modules["compared"].load_supernet.cache_clear()

@@ -280,13 +280,13 @@ def _trace(layers: list[dict[int, _Partial]], front: _Partial) -> np.ndarray:
 
 def _non_dominated(candidates: Sequence[_Partial]) -> _Partial:
     """Merge candidates and keep those that no other equals or beats in all costs and loss."""
-    costs, losses, position, state, index = (
+    costs, losses, position, previous, index = (
         np.concatenate([getattr(candidate, field.name) for candidate in candidates]) for field in fields(_Partial)
     )
     order = np.lexsort((losses, *costs.T[::-1]))  # by first cost, then second cost, then loss
     rest = np.column_stack([costs[order, 1:], losses[order]])
     kept = order[_lowest(rest) if rest.shape[1] == 1 else _undominated(rest)]
-    return _Partial(costs[kept], losses[kept], position[kept], state[kept], index[kept])
+    return _Partial(costs[kept], losses[kept], position[kept], previous[kept], index[kept])
 
 
 def _lowest(losses: np.ndarray) -> np.ndarray:

@@ -106,7 +106,7 @@ def sandwich_step(
                 if loss.requires_grad:  # not if the shape uses frozen weights alone
                     accelerator.backward(loss * accelerator.num_processes)  # the exchange takes the mean over processes
             losses[index] += (label_share * output.loss if objective.labels else token_share * state_loss).detach()
-            if largest is None and objective.in_place:
+            if largest is None and objective.in_place:  # the largest is first in either order
                 largest = Largest.of(output, activations)
     if accelerator.num_processes > 1 and not sharded:
         exchange_gradients(model)
