@@ -33,7 +33,7 @@ from .sentence_embeddings import QUESTION as EMBEDDINGS
 from .shapes import RECTANGLE, SEARCHED, SHARES
 from .study import RESULTS, SUPERNET, Row, rank_correlation_error, read_rows
 from .tasks_answer import QUESTION as TASKS
-from .tasks_answer import TUNED, mean_scores, model_named, whole_seeds
+from .tasks_answer import fine_tuned, guess_cells, mean_scores, model_named, score_cells, scores_of_guesses
 
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +131,7 @@ def summary_rows(results: Path) -> list[dict[str, str]]:
 
     A column is there if one of the models has it. Without a subnet there are no rows.
     """
-    tasks = whole_seeds([row for row in read_rows(results, TASKS) if row["way"] == TUNED])
+    tasks = fine_tuned(read_rows(results, TASKS))
     embeddings = read_rows(results, EMBEDDINGS)
     latency = [row for row in read_rows(results, LATENCY) if row["what"] == MODELS]
     measured, rows = [*embeddings, *tasks, *latency], []
@@ -224,9 +224,9 @@ def explanation(results: Path) -> str:
         "are never cut, come on top: in brackets is the share of all, after scores the share of the original's.",
         "STS": f"STS is the rank correlation, times 100, of the cosines of {pairs} pairs of sentences (STS 2012 to "
         f"2015) with human judgement, without fine-tuning. Its standard error is about {error:.1f}.",
-        OF_RECTANGLE: f"The {OF_RECTANGLE} is that of the hand-crafted shape of the same size whose layers are as "
-        f"equally wide as that allows: {rectangle_text(embeddings)}. The search minimises the distance of all layers "
-        "from the original, which agrees with scores after fine-tuning.",
+        OF_RECTANGLE: "The rectangle has equal widths, and wider last layers where its size asks for them: "
+        f"{rectangle_text(embeddings)}. The search minimises the distance of all layers from the original, see "
+        "question 4 of docs/results.md.",
         "task score": "The task score is the mean of cola, sst2, mrpc and stsb. Each model is fine-tuned, the subnets "
         "with the fine-tuned original as their teacher. The examples are not GLUE's splits: the scores do not compare "
         "with its leaderboard.",
@@ -241,13 +241,32 @@ def rectangle_text(embeddings: Sequence[Row]) -> str:
     """Say at how many budgets the rectangle has the better STS."""
     pairs = [[first(embeddings, kind=kind, share=share) for kind in (SEARCHED, RECTANGLE)] for share in SHARES]
     better = [own[PYTORCH] < other[PYTORCH] for own, other in pairs if own is not None and other is not None]
-    return f"it is better at {sum(better)} of {len(better)} sizes"
+    return f"its STS is higher at {sum(better)} of {len(better)} sizes"
 
 
 def summary_table(results: Path) -> str:
     """Return the table with what its columns mean, or a sentence that nothing was measured."""
     rows = summary_rows(results)
-    return wrapped(f"{markdown_table(rows)}\n\n{explanation(results)}") if rows else NO_TABLE
+    if not rows:
+        return NO_TABLE
+    parts = [markdown_table(rows), explanation(results), by_task(results)]
+    return wrapped("\n\n".join(part for part in parts if part))
+
+
+def by_task(results: Path) -> str:
+    """Return the scores of the original and of the searched shapes on each task; "" if no subnet was fine-tuned."""
+    tuned = fine_tuned(read_rows(results, TASKS))
+    names = [ORIGINAL, *(name for share in SHARES if (name := model_named(tuned, SEARCHED, share)))]
+    if len(names) < 2:
+        return ""
+    encoders = {row["model"]: row["encoder"] for row in tuned}
+    titles = {name: {"model": name if name == ORIGINAL else f"subnet, {percent(encoders[name])}"} for name in names}
+    table = [score_cells(tuned, name) | titles[name] for name in names]
+    table += guess_cells(scores_of_guesses(results))
+    return (
+        "The score of each task, with the standard deviation over seeds; a number without ± is of one seed:\n\n"
+        f"{markdown_table(table)}"
+    )
 
 
 def card_table(results: Path) -> str:

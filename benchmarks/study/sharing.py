@@ -44,10 +44,10 @@ def best_alone(found: Found, shape: int) -> Recipe | None:
     return min(measured, key=lambda recipe: mean(over_seeds(found.of(recipe), "chosen", "distance")), default=None)
 
 
-def supernets(found: Found, alone: Recipe) -> list[Row]:
+def supernets(found: Found, alone: Recipe, quarters: int = 4) -> list[Row]:
     """Return the rows of the supernet with the seeds that the shape was trained alone with, too."""
     seeds = {row["seed"] for row in found.of(alone)}
-    return [row for row in found.of(OURS_BY_WIDTH) if row["seed"] in seeds]
+    return [row for row in found.of(OURS_BY_WIDTH, quarters) if row["seed"] in seeds]
 
 
 def excess(found: Found, shape: int) -> float | None:
@@ -68,7 +68,7 @@ def table(found: Found) -> str:
             continue
         ends = found.of(recipe)
         kinds = {
-            "at the start": (found.of(recipe, 0), shape),
+            "at the start": (supernets(found, recipe, 0), shape),
             "inherited": (supernets(found, recipe), shape),
             f"alone, {recipe.training['learning_rate']:g}": (ends, 0),
         }
@@ -114,7 +114,7 @@ def draw(file: Path, found: Found) -> None:
         recipe = best_alone(found, shape)
         if recipe is None:
             continue
-        groups = ((found.of(recipe, 0), shape), (supernets(found, recipe), shape), (found.of(recipe), 0))
+        groups = ((supernets(found, recipe, 0), shape), (supernets(found, recipe), shape), (found.of(recipe), 0))
         for number, (own, index) in enumerate(groups):
             values = over_seeds(own, "chosen", "distance", index)
             if values:

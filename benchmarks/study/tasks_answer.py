@@ -54,7 +54,7 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     text.append(recipe_text(settings["recipe"], rows))
     if tuned:
         guesses = scores_of_guesses(results_folder)
-        text.append(scores_table(tuned, guesses))
+        text += [scores_table(tuned, guesses), above_guessing(tuned, guesses)]
         if met := [target.row() for target in targets(results_folder)]:
             text.append(markdown_table(met))
         text += ["8-bit integers (the same models, exported):", int8_table(tuned), guessed_text(tuned, guesses)]
@@ -194,8 +194,7 @@ def scores_table(rows: Sequence[Row], guesses: Mapping[str, float]) -> str:
             "model": name,
             "shape": MISSING if first[name]["shape"] is None else str(first[name]["shape"]),
             "encoder": percent(first[name]["encoder"]),
-            **{task: shown(scores_of(rows, name, task).values()) for task in TASKS},
-            "mean": shown(mean_scores(rows, name)),
+            **score_cells(rows, name),
             "of the original": percent(share_kept(rows, name)),
             "int8": shown(mean_scores(rows, name, INT8)),
             "int8 of the original": percent(share_kept(rows, name, INT8)),
@@ -203,11 +202,37 @@ def scores_table(rows: Sequence[Row], guesses: Mapping[str, float]) -> str:
         }
         for name in models_of(rows)
     ]
-    if guesses.keys() >= set(TASKS):
-        scores = {task: [guesses[task]] for task in TASKS} | {"mean": [statistics.fmean(map(guesses.get, TASKS))]}
-        empty = dict.fromkeys(table[0], MISSING)
-        table.append(empty | {"model": GUESS} | {name: shown(values) for name, values in scores.items()})
+    table += [dict.fromkeys(table[0], MISSING) | cells for cells in guess_cells(guesses)]
     return markdown_table(table)
+
+
+def score_cells(rows: Sequence[Row], model: str) -> dict[str, str]:
+    """Return the cells of a table with the scores of a model on each task, and their mean."""
+    scores = {task: shown(scores_of(rows, model, task).values()) for task in TASKS}
+    return {"model": model, **scores, "mean": shown(mean_scores(rows, model))}
+
+
+def guess_cells(guesses: Mapping[str, float]) -> list[dict[str, str]]:
+    """Return the row of a table with the scores of giving always the same answer, if they are known."""
+    if not guesses.keys() >= set(TASKS):
+        return []
+    scores = {task: [guesses[task]] for task in TASKS} | {"mean": [statistics.fmean(guesses[task] for task in TASKS)]}
+    return [{"model": GUESS, **{name: shown(values) for name, values in scores.items()}}]
+
+
+def above_guessing(rows: Sequence[Row], guesses: Mapping[str, float]) -> str:
+    """Say what share of the original's points above guessing the searched shapes keep; "" if something is missing."""
+    cells, words = guess_cells(guesses), []
+    original = mean_scores(rows, ORIGINAL)
+    if not cells or not original:
+        return ""
+    guess = statistics.fmean(guesses[task] for task in TASKS)
+    for share in SHARES:
+        name = model_named(rows, SEARCHED, share)
+        if name is not None and (own := mean_scores(rows, name)):
+            kept = (statistics.fmean(own) - guess) / (statistics.fmean(original) - guess)
+            words.append(f"{name} {kept:.0%}")
+    return f"Of the points above the same answer for everything, these are kept: {', '.join(words)}." if words else ""
 
 
 def shown_seconds(rows: Sequence[Row], model: str) -> str:

@@ -14,9 +14,9 @@
 """How one linear map is narrowed and merged, and how a subnet is cut out of its supernet: tensors in, tensors out.
 
 In reading order: `why_not_ordinary` says whether the weights of a layer are all that it computes with, `channels`,
-`write` and `read` narrow one linear map, `merge` multiplies two bottlenecks, and `subnet_tensors` stores what the
-encoder would have used. The modules that are narrowed are in `elastic.py`. This file travels to the Hub beside
-`modeling_supershaper.py`.
+`write` and `read` narrow one linear map, `merge` multiplies two bottlenecks. `subnet_tensors` stores what the encoder
+would have used: `narrow_module` for the modules of a layer, `merge_bottlenecks` for the maps between layers. The
+modules that are narrowed are in `elastic.py`. This file travels to the Hub beside `modeling_supershaper.py`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -164,9 +164,9 @@ def subnet_tensors(
 Load = Callable[[str], torch.Tensor]  # name in the encoder of the supernet -> tensor
 
 # What each module of a layer reads and what it writes. States are narrowed to the code of this name if the width has
-# codes of its own, and to their first channels if not. Heads are narrowed each by itself, with head_slicing="per_head".
-# The inner states of the FFN are never narrowed, and a LayerNorm reads no channel with its weight.
-CODES, HEADS, INNER = ("attention_code", "intermediate_code"), "heads", "inner states"
+# codes of its own, and to their first channels if not. With head_slicing="per_head" every head is narrowed by itself.
+# The inner states of the FFN are never narrowed. The weight of a LayerNorm has no inputs.
+CODES, HEADS, INNER, NEXT = ("attention_code", "intermediate_code"), "heads", "inner states", "next layer"
 READS_AND_WRITES: dict[str, tuple[str | None, str]] = {
     "attention.self.query": ("attention_code", HEADS),
     "attention.self.key": ("attention_code", HEADS),
@@ -175,7 +175,7 @@ READS_AND_WRITES: dict[str, tuple[str | None, str]] = {
     "attention.output.LayerNorm": (None, "intermediate_code"),
     "intermediate.dense": ("intermediate_code", INNER),
     "output.dense": (INNER, "intermediate_code"),
-    "output.LayerNorm": (None, "states"),
+    "output.LayerNorm": (None, NEXT),
 }
 
 
@@ -194,11 +194,12 @@ def narrow_module(
     def of_code(code: str, *tensors: str) -> list[torch.Tensor]:
         return [load(f"by_width.{layer}.{width}.{code}.{tensor}") for tensor in tensors]
 
-    if reads not in (None, INNER, *codes):
+    if reads is not None and reads != INNER and reads not in codes:
         weight = channels(weight, 1, width, heads.get(reads, 1))
     if writes in codes:
         coded, bias = write(weight, bias, *of_code(writes, "writer.weight"))
-        weight = weight[:width] if reads is None else coded  # of a LayerNorm, only the bias is coded
+        is_layer_norm = reads is None
+        weight = weight[:width] if is_layer_norm else coded  # of a LayerNorm, only the bias is coded
     elif writes != INNER:
         weight, bias = (channels(tensor, 0, width, heads.get(writes, 1)) for tensor in (weight, bias))
     if reads in codes:

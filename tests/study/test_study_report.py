@@ -143,21 +143,37 @@ def test_the_table_has_what_was_measured(report, tmp_path):
     ]
     text = " ".join(report.summary_table(tmp_path).split())
     assert "Milliseconds" not in text
-    assert "it is better at 0 of 1 sizes" in text
+    assert "its STS is higher at 0 of 1 sizes" in text
+    assert "The score of each task" not in text
 
     write_tasks(tmp_path)
-    header, _, *rows = table_cells(report.summary_table(tmp_path))
+    first, by_task = report.summary_table(tmp_path).split("The score of each task")
+    scores = [f"{score:.1f} ± 0.7" for score in (80.5, 76.5)]
+    assert table_cells(by_task) == [
+        ["model", "cola", "sst2", "mrpc", "stsb", "mean"],
+        ["---"] * 6,
+        ["original", *[scores[0]] * 5],
+        ["subnet, 60 %", *[scores[1]] * 5],
+        ["subnet, 30 %", "70.5 ± 0.7", *"----"],
+    ]
+    header, _, *rows = table_cells(first)
     assert header[6:] == ["task score", "task score, int8"]
     assert [row[6:] for row in rows] == [["80.5", "79.5 (98.8 %)"], ["76.5 (95.0 %)", "75.5 (93.8 %)"], ["-", "-"]]
 
     write_latency(tmp_path)
-    header, _, *rows = table_cells(report.summary_table(tmp_path))
+    header, _, *rows = table_cells(report.summary_table(tmp_path).split("The score of each task")[0])
     assert header[8:] == ["ms", "ms, int8", "MB, int8"]
     assert [row[8:] for row in rows] == [["20.0", "2.0", "1.0"], ["14.0", "1.4", "0.7"], ["8.0", "0.8", "0.4"]]
     card = report.card_table(tmp_path)
     assert card.startswith("Subnets of this supernet")
-    assert table_cells(card) == [header, ["---"] * 11, *rows]
+    assert table_cells(card.split("The score of each task")[0]) == [header, ["---"] * 11, *rows]
     assert "Milliseconds are those of one sequence" in card
+    assert "masked-LM head" not in card
+    heads = [{"model": "head alone", "width": 384, "loss": 6.641, "accuracy": 0.1214, "distance": 0.1, "sts": 0.7}]
+    write_rows(tmp_path, "masked_lm", heads)
+    assert "its loss is 6.64 nats on held-out text, and it finds 12% of" in " ".join(
+        report.card_table(tmp_path).split()
+    )
 
 
 def test_every_question_has_its_section_in_order(report, no_pictures, tmp_path):
