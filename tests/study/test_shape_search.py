@@ -23,6 +23,7 @@ from supershaper_hf import (
     save_for_hub,
     tokenize,
 )
+from supershaper_hf.data.batches import count_tokens
 from supershaper_hf.files import read_json, write_json
 
 
@@ -193,6 +194,15 @@ def test_inherited_figures_are_those_of_the_shape_that_is_cut_out(script, run, o
 
     assert sum(len(batch["input_ids"]) for batch in study.other_text) == 6
     assert not sentences(study.other_text) & sentences(study.text_of_search)
+
+
+def test_every_run_alone_has_its_rate_its_seed_and_the_same_tokens(script, options, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["shape_search", *options])
+    study = script.Study(script.parse_arguments())
+    first, second = (script.training_arguments(study, rate, seed) for rate, seed in ((1e-4, 0), (3e-4, 2)))
+    assert (first.learning_rate, first.seed, second.learning_rate, second.seed) == (1e-4, 0, 3e-4, 2)
+    read = count_tokens(study.training_sequences).mean() * study.args.batch_size
+    assert first.max_steps == second.max_steps == pytest.approx(study.args.tokens / read, abs=0.5)
 
 
 def test_a_search_of_another_text_or_supernet_is_refused(run, options, tokenizer, tmp_path):

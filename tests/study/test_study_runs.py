@@ -15,11 +15,11 @@ from texts import random_documents
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForMaskedLM, BertModel
 
-from supershaper_hf import SuperShaperModel
+from supershaper_hf import SearchSpace, SuperPretrainingArguments, SuperShaperModel
 from supershaper_hf.files import write_json
 from supershaper_hf.training import loop
 from supershaper_hf.training.progress import Progress
-from supershaper_hf.training.sandwich import sandwich_step
+from supershaper_hf.training.sandwich import sandwich_step, step_shapes
 
 
 ROOT = Path(__file__).parents[2]
@@ -166,6 +166,19 @@ def test_products_of_weights_are_counted(study, bottlenecks):
     assert study.runs.weight_flops(model.config, shape) == 2 * counted(4) - counted(8)
 
 
+def test_operations_of_a_run_are_those_of_its_shapes(study):
+    """Forward and backward passes: the products of weights are counted three times for every shape of every step."""
+    config = tiny_config(head_slicing="per_head", bottlenecks="by_width")
+    options = SuperPretrainingArguments(**study.runs.OURS, seed=4)
+    space = SearchSpace.from_config(config)
+    shapes = [shape for step in range(2) for shape in step_shapes(space, options, step)]
+    assert len(shapes) == 6
+    counted = study.runs.run_flops(config, options, Progress(step=2, sequences=4, padded_tokens=40, flops=123))
+    assert counted["passes"] == 123
+    assert counted["weights"] == 3 * sum(study.runs.weight_flops(config, shape) for shape in shapes)
+    assert counted["teacher"] == study.runs.original_flops(config, Progress(sequences=4, padded_tokens=40)) > 0
+
+
 def test_forward_passes_of_the_original_are_counted(study):
     config = tiny_bert_config(attn_implementation="eager")
     bert = BertModel(config, add_pooling_layer=False)
@@ -226,7 +239,7 @@ def test_a_value_is_reached_between_two_points(study):
     assert study.start_and_recipe.flops_to_reach(curve, 0.4) is None
 
 
-def test_operations_to_equal_quality(study, write_rows):
+def test_operations_to_equal_quality(study, write_rows, tmp_path):
     recipes, given = study.start_and_recipe.RECIPES, {}
     given = [start_row(study, "identity", flops=0, random=(1.6, 9.0))]
     given += [row(recipes["paper: identity"], n, flops=2e12 * n, random=(1.6 - n / 8, 9.0 - n)) for n in (1, 2, 4)]
@@ -238,6 +251,8 @@ def test_operations_to_equal_quality(study, write_rows):
     assert f"the best point of the paper's run is 1.100. {ours} reaches it after 25.0%" in text
     assert f"the best point of the paper's run is 5.000. {ours} never reaches it: the target, 20%, is missed." in text
     assert "ours and labels" not in text
+    targets = [(target.measured, target.met) for target in study.start_and_recipe.targets(tmp_path)]
+    assert targets == [("25.0%", False), ("never", False)]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert ["ours: calibrated, by width", "400", "0.800", "0.800", "8.000", "80.0"] in lines
     assert ["ours: calibrated, by width", "5.0", "0.1", "25.0%", "not reached"] in lines
@@ -258,6 +273,10 @@ def test_operations_to_equal_quality(study, write_rows):
     given[-4] = start_row(study, "by_width_per_head", flops=1e12, random=(1.1, 4.9))
     text = study.start_and_recipe.answer(*write_rows(given))
     assert "the target, 20%, is met, by the start alone; the recipe is not tested by it." in text
+    targets = [(target.measured, target.met) for target in study.start_and_recipe.targets(tmp_path)]
+    assert targets == [("12.5%, by the start alone", True)] * 2
+    write_rows([each for each in given if each["start"] == "identity"])
+    assert study.start_and_recipe.targets(tmp_path) == []  # ours was not run: nothing is missed
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,6 @@ def test_everything_is_measured_once(modules, tasks, tokenizer, tmp_path, monkey
     }
     assert len({(row["model"], row["way"]) for row in rows}) == len(rows) == 8
     assert [row["model"] for row in rows if "int8" in row] == ["original", "searched 60%"]
-    assert all(0 <= row["score"] <= 100 for row in rows)
     assert all(row["seconds"] > 0 for row in rows)
     assert [row["model"] for row in rows if row["supernet"] is None] == ["original"]
     assert [row["weight"] for row in rows[:2]] == [None, 0.5]  # whom a teacher has taught
