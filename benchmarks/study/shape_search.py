@@ -2,10 +2,10 @@
 
     python -m benchmarks.study.shape_search --data DATA --bert MINILM
 
-1. At three budgets, shapes of equal size: the best of the front, the one that the evolutionary search of the paper
-   finds with the same predictor, the heuristic (the profile of the front), and the hand-crafted shapes. Each is
-   measured as it is cut out of the supernet, on held-out text that the search did not use, and after it was trained
-   alone for a few tokens, as many for each.
+1. At three budgets, shapes of equal size: the best of the front, the best after one more round of measuring, the one
+   that the evolutionary search of the paper finds with the same predictor, the heuristic (the profile of the front),
+   and the hand-crafted shapes. Each is measured as it is cut out of the supernet, on held-out text that the search did
+   not use, and after it was trained alone for a few tokens, as many for each.
 2. The predictor, on random shapes that it was not fitted on, measured on the text of the search.
 3. The distance to the original, in the last layer and in all, as a substitute for the scores of tasks: they are known
    of the same random shapes. The scores are those of question 6 (`tasks.json`).
@@ -49,21 +49,22 @@ from supershaper_hf.processes import start_accelerator
 from supershaper_hf.report.findings import PREDICTOR_FILE, RECORDS_FILE
 from supershaper_hf.search.fingerprints import fingerprint_data, fingerprint_encoder
 from supershaper_hf.search.records import Contents, Record, parse
+from supershaper_hf.search.rounds import best_measured, propose_shapes
 from supershaper_hf.training.teacher import OutsideTeacher
 
 from ..sentence_similarity import load_pairs, similarity_score
-from .shape_search_answer import (
+from .found_shapes import (
     ALL_LAYERS,
+    BUDGET_SHARES,
     BUDGETS,
     DISTANCE,
     EVOLUTIONARY,
     HEURISTIC,
+    MEASURED,
     PARTS,
     QUESTION,
-    SHARES,
-    answer,
-    targets,
 )
+from .shape_search_answer import answer, targets
 from .shapes import HAND_CRAFTED, NUM_RANDOM, RECTANGLE, SEARCHED, budget, hand_crafted, random_shapes
 from .study import STS, Results, Row, held_out_text, make_parser, task_file, training_text
 
@@ -83,6 +84,7 @@ SEEDS = (0, 1, 2)
 REPEATED = {(0.60, SEARCHED), (0.60, RECTANGLE)}  # trained with every seed, all others with the first
 NUM_PARTS = 20  # of the held-out text and of the pairs, for the error of a difference
 PREDICTED_SHARES = tuple(round(0.25 + 0.01 * step, 2) for step in range(81))  # of the encoder, up to 105 %
+ROUND = 20  # shapes that are measured for one budget
 HELD_OUT_SEED = 50  # of the shapes that the predictor is tested on
 TOLERANCE = 0.01  # between a distance in the records of the search and the same one here
 PATHS = ("data", "bert", "supernet", "search", "output_dir", "results", "seeds")  # options that rows do not depend on
@@ -220,16 +222,31 @@ def ways_to_a_shape(study: Study, max_parameters: int) -> dict[str, Callable[[],
 
     return {
         SEARCHED: partial(pareto_front(space, predictor).best, max_parameters),
+        MEASURED: partial(measure_a_round, study, max_parameters),
         EVOLUTIONARY: evolve,
         HEURISTIC: partial(derive_profile(space, predictor).shape, space, max_parameters),
         **{name: partial(hand_crafted, space, name, max_parameters) for name in HAND_CRAFTED},
     }
 
 
+def measure_a_round(study: Study, max_parameters: int) -> Shape:
+    """Return the best shape for a budget after one more round of the search, as `measure_in_rounds` has them.
+
+    The front's shape is predicted to be the best. Here the shapes that may be the best are measured, on the text of the
+    search, and the best one counts.
+    """
+    records = study.searched.records
+    known = {tuple(record["shape"]) for record in records}
+    proposed = propose_shapes(study.space, study.predictor, ROUND, known, 0, max_cost=max_parameters)
+    layers = study.searched.header["layers"]
+    found = study.distances(proposed, study.text_of_search, f"round-{max_parameters}", layers)
+    return best_measured(study.space, [*records, *found], "parameters", max_parameters)
+
+
 def compared_shapes(study: Study) -> None:
     """Add a row for each name and budget: which shape it is."""
     bert = study.original
-    for share in SHARES:
+    for share in BUDGET_SHARES:
         for name, find in ways_to_a_shape(study, budget(bert.config, share, bert.num_parameters())).items():
             if not study.results.find(kind="shape", share=share, name=name):
                 shape = find()

@@ -46,6 +46,11 @@ def answers(script):
     return importlib.import_module("benchmarks.study.shape_search_answer")
 
 
+@pytest.fixture
+def ranks(script):
+    return importlib.import_module("benchmarks.study.distance_and_tasks")
+
+
 def write_data(folder):
     """Write the corpora and the pairs of sentences of the study, with a few words each."""
     (folder / "corpus").mkdir(parents=True)
@@ -84,7 +89,7 @@ def options(tmp_path, tokenizer):
 @pytest.fixture
 def run(script, answers, options, monkeypatch, capsys, tmp_path):
     for module in (script, answers):
-        monkeypatch.setattr(module, "SHARES", (0.6, 0.5))
+        monkeypatch.setattr(module, "BUDGET_SHARES", (0.6, 0.5))
     monkeypatch.setattr(script, "NUM_PARTS", 2)
 
     def run(*more):
@@ -117,7 +122,7 @@ def test_the_study_is_measured_resumed_and_answered(script, answers, run, monkey
 
     shapes = of_kind(rows, "shape")
     assert [(row["share"], row["name"]) for row in shapes] == [
-        (share, name) for share in answers.SHARES for name in answers.NAMES
+        (share, name) for share in answers.BUDGET_SHARES for name in answers.NAMES
     ]
     original = of_kind(rows, "original")[0]["parameters"]
     for row in shapes:
@@ -236,10 +241,11 @@ def test_the_training_is_that_of_the_example(script, monkeypatch):
 def made_up_rows(answers, front=0.30, hand=0.35, heuristic=0.31, deviations=(-0.01, 0.0, 0.01)):
     """Rows in which the front's shape has the distance `front` at every budget, and after training half of it."""
     rows = [{"kind": "original", "parameters": 1000, "sts": 0.73}]
-    for share in answers.SHARES:
-        for number, name in enumerate(answers.NAMES):
+    for share in answers.BUDGET_SHARES:
+        for number, name in enumerate(sorted(answers.NAMES, key=lambda name: name == answers.MEASURED)):
             shape = [round(100 * share), number + 1 if name != answers.EVOLUTIONARY else 1]
-            distance = {"searched": front, "evolutionary": front, "heuristic": heuristic}.get(name, hand + number / 100)
+            given = {"searched": front, "evolutionary": front, "heuristic": heuristic, answers.MEASURED: front - 0.04}
+            distance = given.get(name, hand + number / 100)
             rows.append(
                 {
                     "kind": "shape",
@@ -307,6 +313,11 @@ def test_targets_that_are_met(answers, tmp_path):
     assert "finds the shape of the exact front at 3 of 3 budgets" in text
     assert "Kendall 1.000" in text
     assert "a Kendall of at least 0.85, is met" in text
+    assert "0.260 at 45 % (better; the best hand-crafted one has 0.380), 0.260 at 30 % (better;" in text
+    what = (
+        "the same after one more round of measuring, distance in all layers: at least as good as every hand-crafted one"
+    )
+    assert targets[what] == ("at 3", True)
     assert (tmp_path / "study" / "shape_search.png").stat().st_size > 1000
 
 
@@ -361,7 +372,7 @@ def test_the_better_learning_rate_counts(answers):
         {"shape": [8, 0], "rate": rate, "seed": seed, "distance": distance}
         for rate, seed, distance in [(1e-4, 0, 0.5), (1e-4, 1, 0.1), (3e-4, 0, 0.2), (3e-4, 1, 0.3)]
     ]
-    assert answers.best_rates(rows) == {(8, 0): rows[2:]}
+    assert importlib.import_module("benchmarks.study.found_shapes").best_rates(rows) == {(8, 0): rows[2:]}
 
 
 def task_rows(scores):
@@ -376,7 +387,7 @@ def task_rows(scores):
     ]
 
 
-def test_distance_is_compared_with_the_scores_of_tasks(answers, tmp_path):
+def test_distance_is_compared_with_the_scores_of_tasks(answers, ranks, tmp_path):
     rows = [
         {"kind": "inherited", "shape": [60, n + 1], "parameters": size, "distance": near, "cosine": 1 - near}
         | {"all_layers": -near}
@@ -386,20 +397,31 @@ def test_distance_is_compared_with_the_scores_of_tasks(answers, tmp_path):
     write_rows(
         tmp_path / "results", "tasks", task_rows({"sst2": [0.9, 0.8, 0.7, 0.6], "rte": [0.5, 0.6, 0.5, 0.4, 0.9]})
     )
-    scores = answers.task_scores(tmp_path / "results")
-    assert scores[answers.MEAN] == pytest.approx({(60, 1): 0.7, (60, 2): 0.7, (60, 3): 0.6, (60, 4): 0.5})
-    found = {row["task"]: row for row in answers.rank_correlations(answers.Found(tmp_path / "results"), scores)}
+    scores = ranks.task_scores(tmp_path / "results")
+    assert scores[ranks.MEAN] == pytest.approx({(60, 1): 0.7, (60, 2): 0.7, (60, 3): 0.6, (60, 4): 0.5})
+    shapes = answers.FoundShapes(tmp_path / "results")
+    found = {row["task"]: row for row in ranks.rank_correlations(shapes, scores)}
     assert found["sst2"]["distance"] == pytest.approx(1)
     assert found["sst2"]["cosine"] == pytest.approx(1)
     assert found["sst2"]["parameters"] == pytest.approx(2 / 3)
     assert found["sst2"]["distance, at equal size"] == pytest.approx(1)
     assert found["sst2"]["distance in all layers"] == pytest.approx(-1)
-    assert found[answers.MEAN]["distance"] == pytest.approx(5 / 30**0.5)
+    assert found[ranks.MEAN]["distance"] == pytest.approx(5 / 30**0.5)
     text = answers.answer(tmp_path / "results", tmp_path / "study")
     assert "| mean of the tasks | 4 | -0.913 | " in text
     assert "distance in all layers against the mean score: -0.913; the target, at least 0.7, is missed" in text
     assert "distance against the mean score: 0.913; the target, at least 0.7, is met" in text
     assert (tmp_path / "study" / "distance_and_tasks.png").stat().st_size > 1000
+    [target] = answers.targets(tmp_path / "results")
+    assert (target.measured, target.met) == ("-0.913", False)
+    gains = ranks.correlation_gains(shapes, scores[ranks.MEAN])
+    gain, low, high = gains["the distance of the last states"]
+    assert gain == pytest.approx(-2 * 5 / 30**0.5)
+    assert low <= gain <= high < 0
+    assert "so many shapes do not tell it from the number of parameters or the distance of the last states" in text
+    better = ranks.verdict_on_gains({"size": (0.2, 0.1, 0.3)})
+    assert "higher than that of size by 0.200 [0.100, 0.300]" in better
+    assert better.endswith("that is not chance.")
 
 
 def test_nothing_is_answered_without_rows(answers, tmp_path):
