@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from supershaper_hf import markdown_table
-from supershaper_hf.latency.insensitivity import Insensitivity, insensitivity_rows
+from supershaper_hf.latency.insensitivity import SIGNIFICANCE, Insensitivity, insensitivity_rows
 from supershaper_hf.report.plots import new_figure
 
 from .compared import INT8, KINDS, ONNX, ORIGINAL, by_size
+from .shapes import SEARCHED
 from .study import Row, command_and_machine, read_rows, read_settings, save_picture
 
 
@@ -19,6 +20,8 @@ PICTURE = "latency_of_shapes.png"
 PYTORCH = "pytorch"
 FORMATS = (PYTORCH, ONNX, INT8)
 MODELS, EQUAL_SIZE = "models", "equal size"  # what a row is about
+INSENSITIVITY = ("target", "shapes", "seconds", "parameters", "noise", "p_value")  # of a row on equal sizes
+SHARE = 0.60  # of the encoder, in the answer
 MISSING = "-"
 
 
@@ -43,13 +46,48 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     compared = [row for row in rows if row["what"] == EQUAL_SIZE]
     if compared:
         text += [
-            f"Shapes of equal size, {settings['equal_repeats']} sweeps, PyTorch. The paper's spread is about 1 %:",
+            f"Shapes of equal size, {settings['equal_repeats']} sweeps, PyTorch. Above noise is what is left of the spread "
+            "without that of copies of one shape. Every row was timed by itself, at another time: compare inside of one.",
             markdown_table(equal_rows(compared)),
         ]
+    text.append(verdict(timed, compared))
     if timed:
         draw(pictures_folder / PICTURE, timed)
         text.append(f"![Milliseconds over the parameters of the encoder]({pictures_folder.name}/{PICTURE})")
-    return "\n\n".join(text)
+    return "\n\n".join(part for part in text if part)
+
+
+def verdict(timed: Sequence[Row], compared: Sequence[Row]) -> str:
+    """Answer both halves of the question in sentences, as far as they were measured."""
+    words = []
+    for size in sorted({row["batch_size"] for row in timed}):
+        own = {(row["kind"], row["share"], row["format"]): row for row in timed if row["batch_size"] == size}
+        base = own.get((ORIGINAL, None, PYTORCH))
+        others = {
+            "the original in 8 bits takes": own.get((ORIGINAL, None, INT8)),
+            f"the searched shape for {SHARE:.0%} of the encoder": own.get((SEARCHED, SHARE, PYTORCH)),
+            "this shape in 8 bits": own.get((SEARCHED, SHARE, INT8)),
+        }
+        shown = [
+            f"{what} {ratio(row, base):.2f}" for what, row in others.items() if row is not None and base is not None
+        ]
+        if shown:
+            words.append(f"In batches of {size} {', '.join(shown)} of the original's time.")
+    if compared:
+        found = [insensitivity(row) for row in compared]
+        spreads, noises = ([getattr(each, name) for each in found] for name in ("spread", "noise"))
+        above = sum(each.p_value <= SIGNIFICANCE for each in found)
+        words.append(
+            f"Shapes of equal size differ by {min(spreads):.1%} to {max(spreads):.1%} (standard deviation; noise "
+            f"{min(noises):.1%} to {max(noises):.1%}), by more than noise in {above} of {len(found)} comparisons. The "
+            "paper has about 1 %."
+        )
+    return " ".join(words)
+
+
+def insensitivity(row: Row) -> Insensitivity:
+    """Return the comparison of shapes of equal size that a row holds."""
+    return Insensitivity(**{name: row[name] for name in INSENSITIVITY})
 
 
 def table_rows(rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -85,11 +123,9 @@ def ratio(row: Row, base: Row) -> float:
 
 def equal_rows(rows: Sequence[Row]) -> list[dict[str, object]]:
     """Return a row for each comparison of shapes of equal size."""
-    names = ("target", "shapes", "seconds", "parameters", "noise", "p_value")
     table: list[dict[str, object]] = []
     for row in sorted(rows, key=lambda row: (row["batch"], -row["share"])):
-        comparison = Insensitivity(**{name: row[name] for name in names})
-        [found] = insensitivity_rows([comparison])
+        [found] = insensitivity_rows([insensitivity(row)])
         table.append({"batch": row["batch"], "encoder": f"{row['share']:.0%}", **found})
     return table
 
