@@ -47,7 +47,7 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     if compared:
         text += [
             f"Shapes of equal size, {settings['equal_repeats']} sweeps, PyTorch. Above noise is what is left of the "
-            "spread without that of copies of one shape. Every row was timed by itself: only shapes of one row compare.",
+            "spread without that of copies of one shape. Every row was timed alone: only shapes of one row compare.",
             markdown_table(equal_rows(compared)),
         ]
     text.append(verdict(timed, compared))
