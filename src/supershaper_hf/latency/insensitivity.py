@@ -97,6 +97,7 @@ def compare_equal_sizes(
         parameters: Numbers of parameters of the subnets, tied weights counted once.
         num_shapes: Number of shapes to measure for each of these. If fewer are found, there is a warning.
         tolerance: Largest difference between a shape's number of parameters and the one asked for, as a share of it.
+            Embeddings count, too: where they are most of the model, ask for less, such as 0.002.
         device: `"cpu"`, `"cuda"`, `"cuda:1"` or `"mps"`.
         batch_size: Sequences in a batch.
         sequence_length: Tokens in a sequence.
