@@ -18,6 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from supershaper_hf import markdown_table
 from supershaper_hf.files import write_file
 from supershaper_hf.publish.__main__ import main as write_card
@@ -232,9 +234,21 @@ def explanation(results: Path) -> str:
         "with its leaderboard.",
         "STS, int8": "int8 is the file of 8-bit integers.",
         "ms": "Milliseconds are those of one sequence of 128 tokens on a CPU, in PyTorch and in the file of 8-bit "
-        "integers.",
+        f"integers: medians on a shared machine, whose quartiles are up to {apart(read_rows(results, LATENCY)):.0%} "
+        "apart.",
     }
     return " ".join(text for column, text in words.items() if column in columns)
+
+
+def apart(rows: Sequence[Row]) -> float:
+    """Return the largest distance between quartiles of the times in the table, relative to their median."""
+    distances = [0.0]
+    for row in rows:
+        shown = row["what"] == MODELS and row["batch_size"] == 1 and row["format"] in (PYTORCH, INT8)
+        if shown and row["kind"] in (ORIGINAL, SEARCHED):
+            low, median, high = np.quantile(row["seconds"], (0.25, 0.5, 0.75))
+            distances.append((high - low) / median)
+    return float(max(distances))
 
 
 def rectangle_text(embeddings: Sequence[Row]) -> str:
