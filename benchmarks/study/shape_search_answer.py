@@ -124,8 +124,8 @@ def verdict_on_search(compared: Sequence[dict[str, Any]]) -> str:
         "The target is a shape of the front that is at least as good as every hand-crafted one at every budget: better "
         "by more than the spread, or the same shape. Budgets at which it is:\n\n"
         f"{markdown_table(table)}\n\n"
-        "The distance in all layers is what the search has minimised and what agrees with scores after fine-tuning; "
-        "shapes that are wide at the end copy the last states better."
+        "The distance in all layers is what the search has minimised; how it agrees with scores after fine-tuning is "
+        "measured below. Shapes that are wide at the end copy the last states better."
     )
 
 
