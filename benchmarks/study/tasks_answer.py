@@ -54,7 +54,7 @@ def answer(results_folder: Path, pictures_folder: Path) -> str:
     text.append(recipe_text(settings["recipe"], rows))
     if tuned:
         guesses = scores_of_guesses(results_folder)
-        text += [scores_table(tuned, guesses), above_guessing(tuned, guesses)]
+        text += [scores_table(tuned, guesses), above_guessing(tuned, guesses), missing_text(tuned)]
         if met := [target.row() for target in targets(results_folder)]:
             text.append(markdown_table(met))
         text += ["8-bit integers (the same models, exported):", int8_table(tuned), guessed_text(tuned, guesses)]
@@ -306,6 +306,15 @@ def super_text(rows: Sequence[Row]) -> str:
         else ""
     )
     return "\n\n".join(part for part in (text, markdown_table(table), summary) if part)
+
+
+def missing_text(rows: Sequence[Row]) -> str:
+    """Say which of the planned models were not fine-tuned each by itself; "" if none is missing."""
+    shares = [f"{share:.0%} of the encoder" for share in SHARES if model_named(rows, SEARCHED, share) is None]
+    missing = shares + ([] if any(row["kind"] == SUPERNET for row in rows) else ["the supernet"])
+    if not missing:
+        return ""
+    return f"Not fine-tuned, because time was short and seeds were preferred to sizes: {', '.join(missing)}."
 
 
 def tried_text(rows: Sequence[Row]) -> str:

@@ -328,6 +328,7 @@ def test_shares_and_targets_are_computed(modules, tmp_path):
         "searched 60%: points above first_layers": ("+2.0", "yes"),
         "searched 60%: points above rectangle": ("+0.2", "no"),  # within the spread
     }
+    assert "seeds were preferred to sizes: 75% of the encoder, 45% of the encoder, the supernet." in text
     assert "![Mean task score" in text
     assert "(pictures/tasks.png)" in text
     assert (tmp_path / "pictures" / "tasks.png").stat().st_size > 5000
