@@ -33,7 +33,7 @@ from .masked_lm import QUESTION as MASKED_LM
 from .sentence_embeddings import PYTORCH
 from .sentence_embeddings import QUESTION as EMBEDDINGS
 from .shapes import RECTANGLE, SEARCHED, SHARES
-from .study import RESULTS, SUPERNET, Row, rank_correlation_error, read_rows
+from .study import RESULTS, SUPERNET, Row, percent, rank_correlation_error, read_rows
 from .tasks_answer import QUESTION as TASKS
 from .tasks_answer import fine_tuned, guess_cells, mean_scores, model_named, score_cells, scores_of_guesses
 
@@ -191,10 +191,6 @@ def task_cells(share: float | None, tasks: Sequence[Row]) -> dict[str, str]:
 def kept(score: float, original: float) -> str:
     """Return a score and, unless it is the original's own, what share of the original's that is."""
     return f"{score:.1f}" if score == original else f"{score:.1f} ({100 * score / original:.1f} %)"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
 
 
 def cost_cells(kind: str, share: float | None, latency: Sequence[Row]) -> dict[str, str]:

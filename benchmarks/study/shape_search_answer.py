@@ -25,7 +25,7 @@ from .found_shapes import (
     FoundShapes,
 )
 from .shapes import HAND_CRAFTED, SEARCHED
-from .study import STS, Target, cell, mean_and_spread, number, save_picture
+from .study import STS, Target, cell, mean_and_spread, number, percent, save_picture
 
 
 COMPARED = (ALL_LAYERS, DISTANCE, STS)
@@ -33,10 +33,6 @@ UNKNOWN, SAME = "-", "the same shape"
 VERDICTS = ("better", SAME, "within the spread", "worse")
 PICTURE = "shape_search.png"
 WITHIN, KENDALL = 0.02, 0.85  # targets: the heuristic; the predictor
-
-
-def percent(share: float) -> str:
-    return f"{share:.0%}".replace("%", " %")
 
 
 def shapes_table(found: FoundShapes, share: float) -> str:

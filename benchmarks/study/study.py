@@ -188,6 +188,10 @@ def number(value: float, figure: str = "", sign: str = "") -> str:
     return f"{round(factor * value, digits) + 0.0:{sign}.{digits}f}"  # without a minus before 0
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 def rank_correlation_error(correlation: float, pairs: int) -> float:
     """Return the standard error of Spearman's correlation (Bonett and Wright, 2000).
 
